@@ -1,0 +1,379 @@
+"""Checkpoints on disk: names, atomic and durable save, verified load, search, pruning, the lock.
+
+    files = RunFiles("rvq_ckpts", run_name(9, "base512"))
+    files.save(checkpoint, best=True, archive_epoch=10)
+    checkpoint = load_checkpoint(files.latest)
+
+This is the only place that calls torch.save or torch.load on checkpoints. It knows nothing of the
+model, so that a checkpoint can be opened whose model no longer builds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import re
+import shutil
+import socket
+import stat
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+FORMAT = "rvq-checkpoint"
+FORMAT_VERSION = 1
+STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
+REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
+TEMPORARY_SUFFIX = ".saving"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, unsafe or does not fit; says which, why, and what to do."""
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write so that after a crash at any moment `path` holds the old content or the new, whole.
+
+    Raises:
+        OSError: the disk is full, read-only or failing; `path` is as it was.
+    """
+    temporary = _write_beside(checkpoint, path)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _write_beside(checkpoint: dict[str, Any], path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: a name must never point at unwritten data
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify_file(path: Path) -> None:
+    """Check a checkpoint's container: a regular zip, nothing compressed, every CRC-32 right.
+
+    torch.load does none of this, so flipped bits would load in silence.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(
+                f"{path}: expected a regular file, found a folder, pipe or device"
+            )
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            for entry in entries:
+                # Compressed entries are never ours and can unpack to any size.
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.file_size != entry.compress_size
+                ):
+                    raise CheckpointError(
+                        f"{path}: entry {entry.filename!r} is compressed; refused"
+                    )
+            if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+                raise CheckpointError(f"{path}: entries overlap; refused")
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong")
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Verify and read a checkpoint, tensors on the CPU. Never runs code from the file.
+
+    Raises:
+        CheckpointError: missing, damaged, unsafe, of another program, or of a newer version.
+    """
+    path = Path(path)
+    verify_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle can fail in any way
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
+    if checkpoint["version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {checkpoint['version']}, this program reads up to "
+            f"{FORMAT_VERSION}; use the newer program that wrote it"
+        )
+    if missing := REQUIRED_KEYS - set(checkpoint):
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+# --- the files of a run --------------------------------------------------------------------------
+
+
+def run_name(num_codebooks: int, tag: str = "") -> str:
+    """`rvq_9cb` or `rvq_9cb_base512`: how every file of a run begins."""
+    return f"rvq_{num_codebooks}cb" + (f"_{tag}" if tag else "")
+
+
+class RunFiles:
+    """Names and upkeep of the files that one run keeps in its folder.
+
+    `latest` is replaced at each save and the one before it stays as `previous`; `best` and the
+    dated archives are further links to the same bytes where the file system has hard links.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
+        self.folder, self.name = Path(folder), name
+        self.latest = self.folder / f"{name}_latest.pt"
+        self.previous = self.folder / f"{name}_previous.pt"
+        self.best = self.folder / f"{name}_best.pt"
+        self.metrics = self.folder / f"{name}_metrics.jsonl"
+
+    def panic_snapshot(self, step: int) -> Path:
+        """Where the state at a panic is kept for diagnosis."""
+        return self.folder / f"{self.name}_panic_s{step:08d}.pt"
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        *,
+        best_epoch: int | None = None,
+        archive_epoch: int | None = None,
+        keep_archived: int = 20,
+    ) -> Path:
+        """Save as `latest`, and with the epochs given as `best` and its archive, as an archive.
+
+        `best` comes first: if a crash falls between, the resumed run finds the same best again,
+        whereas a `latest` that knows of a best value whose file is missing would never mend.
+        Then archives over `keep_archived` of each kind are removed, oldest first.
+
+        Raises:
+            OSError: as `save_checkpoint`; `latest` is intact.
+        """
+        temporary = _write_beside(checkpoint, self.latest)
+        try:
+            if best_epoch is not None:
+                _replace_with_link(temporary, self.best)
+                _replace_with_link(temporary, self._archive("best", best_epoch))
+            if archive_epoch is not None:
+                _replace_with_link(temporary, self._archive("epoch", archive_epoch))
+            if self.latest.exists():
+                _replace_with_link(self.latest, self.previous)
+            os.replace(temporary, self.latest)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(self.folder)
+        for kind in ("epoch", "best"):
+            for old in self.archives(kind)[:-keep_archived]:
+                old.unlink(missing_ok=True)
+        return self.latest
+
+    def _archive(self, kind: str, epoch: int) -> Path:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = self.folder / f"{self.name}_{kind}_e{epoch:04d}__{stamp}.pt"
+        again = 1
+        while path.exists():  # two saves within a second, or the clock was set back
+            again += 1
+            path = path.with_name(f"{self.name}_{kind}_e{epoch:04d}__{stamp}-{again}.pt")
+        return path
+
+    def archives(self, kind: str) -> list[Path]:
+        """Archives of a kind ("epoch" or "best"), oldest epoch first."""
+        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_e(\d+)__([\d-]+)\.pt")
+        found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
+        return [p for _, p in sorted(found, key=lambda f: (int(f[0][1]), f[0][2]))]
+
+    def others(self) -> list[Path]:
+        """Checkpoints to offer when `latest` and `previous` are both unusable, newest first."""
+        return [*reversed(self.archives("epoch")), *reversed(self.archives("best")), self.best]
+
+    def all_files(self) -> list[Path]:
+        """Every file of the run that exists."""
+        named = [self.latest, self.previous, self.best, self.metrics]
+        found = [p for p in named if p.exists()]
+        return found + self.archives("epoch") + self.archives("best")
+
+    def remove_leftovers(self) -> None:
+        """Remove half-written files of a save that was killed. Call with the lock held."""
+        for path in self.folder.glob(f".{self.name}_*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's files into a dated folder, so that a new run overwrites nothing."""
+        old = self.all_files()
+        if not old:
+            return None
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside = self.folder / f"{self.name}_before_{stamp}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        return aside
+
+
+def _replace_with_link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically; a copy where hard links do not exist."""
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) -> RunFiles | None:
+    """The run in a folder that a command with this tag goes on with, or None.
+
+    A tag matches its own run alone. Without a tag the untagged run is meant, or else the only
+    tagged one.
+
+    Raises:
+        CheckpointError: several runs match.
+    """
+    count = codebooks if codebooks is not None else r"\d+"
+    runs = {
+        m[1]: m[2] or ""
+        for p in Path(folder).glob("rvq_*.pt")
+        if (m := re.fullmatch(rf"(rvq_{count}cb(?:_(.+))?)_(?:latest|previous)\.pt", p.name))
+    }
+    matching = [n for n, t in runs.items() if t == tag] or ([] if tag else list(runs))
+    if len(matching) > 1:
+        raise CheckpointError(
+            f"{folder}: several runs could be resumed ({', '.join(sorted(matching))}); "
+            "name one with --tag or --resume, or start anew with --no-resume"
+        )
+    return RunFiles(folder, matching[0]) if matching else None
+
+
+def load_latest(files: RunFiles) -> tuple[dict[str, Any], Path, list[str]]:
+    """Load `latest`, or `previous` when `latest` is damaged: checkpoint, its path, complaints.
+
+    A damaged `latest` is renamed, so that the next save does not rotate it over the good one.
+
+    Raises:
+        CheckpointError: none loads; lists them and what else could be resumed. Touches nothing.
+    """
+    complaints: list[str] = []
+    for path in (files.latest, files.previous):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            complaints.append(str(error))
+            continue
+        if path == files.previous and os.path.lexists(files.latest):
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
+        return checkpoint, path, complaints
+    offers = "\n".join(f"  --resume {p}" for p in files.others() if p.exists()) or "  (none found)"
+    listed = "\n".join(f"  {c}" for c in complaints)
+    raise CheckpointError(
+        f"no checkpoint of {files.name} can be loaded; nothing was changed:\n{listed}\n"
+        f"Resume from another one:\n{offers}\nor start anew with --no-resume."
+    )
+
+
+# --- one trainer per folder ----------------------------------------------------------------------
+
+
+class FolderLock:
+    """Holds a folder for one process; the kernel frees it however the process ends.
+
+    Raises:
+        CheckpointError: another process holds the folder; names it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise CheckpointError(
+                f"{self.path.parent}: in use by {holder}; wait for it, stop it, or give this run "
+                "another --save_dir"
+            ) from error
+        self.file.truncate(0)
+        command = " ".join(sys.argv)[:200]
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}\n")
+        self.file.flush()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.file.truncate(0)
+        self.file.close()
+
+
+@contextlib.contextmanager
+def rng_kept() -> Iterator[None]:
+    """Run something without moving the random state that training will go on from."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's generators: {"cpu": uint8 tensor, "cuda": list of uint8 tensors}."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; a device that is absent now is left out."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide whether a resumed run can be exact."""
+    numpy = sys.modules["numpy"].__version__ if "numpy" in sys.modules else ""
+    return {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "numpy": numpy,
+        "cuda": str(torch.version.cuda or ""),
+    }

@@ -1,0 +1,268 @@
+"""The model: a causal transformer over the K parallel codes of each frame.
+
+    model = CodesTransformer(ModelConfig(vocab_sizes=(1024,) * 9))
+    logits = model(codes)                        # [B, T, K] int64 -> [B, T, K, V]
+    losses = model.losses(codes, label_smoothing=0.05)
+
+Alignment is the model's contract: logits[:, t] predicts codes[:, t] from codes[:, :t]. Nobody
+outside shifts anything.
+
+B windows of a micro-batch, T frames, K codebooks, V entries of the largest codebook, D model width,
+H attention heads, C = D / H channels of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: all that is needed to build a model that fits a checkpoint's weights."""
+
+    vocab_sizes: tuple[int, ...]  # V of each codebook; may differ
+    d_model: int = 768
+    layers: int = 16
+    heads: int = 12
+    dropout: float = 0.1
+    mlp_ratio: int = 4
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
+        if not self.vocab_sizes or min(self.vocab_sizes) < 2:
+            raise ValueError(f"vocab_sizes: expected at least 2 entries each, {self.vocab_sizes=}")
+        if min(self.d_model, self.layers, self.heads, self.mlp_ratio) < 1:
+            raise ValueError("d_model, layers, heads and mlp_ratio: expected at least 1 each")
+        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
+            raise ValueError(
+                f"--d_model {self.d_model} over --heads {self.heads}: expected a whole, even "
+                f"number of channels per head, found {self.d_model / self.heads:g}; 64 is usual"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout: expected 0 <= dropout < 1, found {self.dropout}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for a checkpoint; `from_dict` is the way back."""
+        return {**dataclasses.asdict(self), "vocab_sizes": list(self.vocab_sizes)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> ModelConfig:
+        """Build from `to_dict`'s result; raises ValueError on fields that this version lacks."""
+        unknown = set(saved) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"architecture: unknown fields {sorted(unknown)}; a newer version saved it"
+            )
+        return cls(**saved)
+
+    @property
+    def num_codebooks(self) -> int:
+        """K."""
+        return len(self.vocab_sizes)
+
+
+class Losses(NamedTuple):
+    """Mean losses over the frames of a batch, nats per code, float32 [K] each."""
+
+    ce: Tensor  # plain cross-entropy
+    objective: Tensor  # with label smoothing; what training minimises
+
+
+class CodesTransformer(nn.Module):
+    """Summed codebook embeddings, pre-norm blocks with rotary positions, K heads as one product.
+
+    Biases are left out throughout, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary
+    positions need no table, so any ctx can be trained or sampled with the same weights. The output
+    projections of attention and MLP start at zero: each block begins as the identity.
+    """
+
+    def __init__(self, config: ModelConfig, *, grad_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = grad_checkpoint
+        k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
+        self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
+        self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(d, eps=NORM_EPS)
+        self.head = nn.Linear(d, k * v, bias=False)
+        self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)  # [K]
+        sizes = torch.tensor(config.vocab_sizes)
+        self.register_buffer("sizes", sizes, persistent=False)  # [K]
+        absent = torch.arange(v) >= sizes[:, None] if min(config.vocab_sizes) < v else None
+        self.register_buffer("absent", absent, persistent=False)  # [K, V] bool, None if all equal
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal weights of deviation 0.02, zero output projections, gains of one."""
+        for name, p in self.named_parameters():
+            if p.dim() >= 2 or name == "bos":
+                is_output = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                nn.init.zeros_(p) if is_output else nn.init.normal_(p, std=0.02)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
+        x = self.dropout(self.embed_past(codes))
+        rope = rotary_angles(codes.shape[1], self.config, codes.device)
+        for block in self.blocks:
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        logits = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
+        return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
+
+    def embed_past(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, K] -> [B, T, D]: at frame t the summed embeddings of frame t - 1."""
+        batch, frames, k = codes.shape
+        past = (codes[:, :-1] + self.row_offset).reshape(-1, k)
+        # One bag per frame: gathers and sums without the [B, T, K, D] in between.
+        summed = F.embedding_bag(past, self.embed.weight, mode="sum").view(batch, frames - 1, -1)
+        return torch.cat((self.bos.expand(batch, 1, -1), summed), dim=1)
+
+    def losses(self, codes: Tensor, label_smoothing: float = 0.0) -> Losses:
+        """Cross-entropy of codes [B, T, K] given their past, per codebook.
+
+        Label smoothing spreads its share evenly over the V_k entries that the codebook has
+        (Szegedy et al. 2016, section 7).
+        """
+        logits = self(codes).float()
+        log_partition = logits.logsumexp(-1)  # [B, T, K]
+        target = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+        ce = (log_partition - target).mean((0, 1))
+        if not label_smoothing:
+            return Losses(ce, ce)
+        present = logits if self.absent is None else logits.masked_fill(self.absent, 0.0)
+        even = (target - present.sum(-1) / self.sizes).mean((0, 1))
+        return Losses(ce, ce + label_smoothing * even)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters, all tables included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_frame(self, ctx: int) -> int:
+        """Floating-point operations to train on one frame, forward and backward.
+
+        6 per weight of a matrix product (Kaplan et al. 2020, section 2.1) and 6 * ctx * D a layer
+        for causal attention's two products, half of whose square is masked.
+        """
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        weights += self.head.weight.numel()
+        return 6 * weights + 6 * self.config.layers * ctx * self.config.d_model
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.mlp = SquaredReluMlp(config)
+        # Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.dropout(self.attn(self.norm1(x), rope))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and RMS-normalised queries and keys.
+
+    The norm bounds every attention logit by the product of the two gains times sqrt(C), so that
+    they cannot run away (QK-norm: Henry et al. 2020; Dehghani et al. 2023, section 3.2).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels = config.d_model // config.heads
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(channels, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(channels, eps=NORM_EPS)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, C]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
+        q = rotate(self.q_norm(q.float()), rope).to(v.dtype)
+        k = rotate(self.k_norm(k.float()), rope).to(v.dtype)
+        return self.out(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SquaredReluMlp(nn.Module):
+    """down(relu(up(x))^2), after Primer (So et al. 2021)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_ratio * config.d_model
+        self.up = nn.Linear(config.d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(F.relu(self.up(x)).square())
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+NORM_EPS = 1e-6
+
+
+def rotary_angles(frames: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, C / 2], float32, of frame t times base^(-2i/C) (Su et al. 2021)."""
+    channels = config.d_model // config.heads
+    exponent = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
+    position = torch.arange(frames, device=device, dtype=torch.float32)
+    angle = position[:, None] * config.rope_base**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# --- attention kernels ---------------------------------------------------------------------------
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention over the past, [B, H, T, C] each, by the best kernel."""
+    with sdpa_kernels():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The context that lets SDPA choose flash, memory-efficient or plain kernels.
+
+    PyTorch 2.3 moved it and changed its arguments. Older: the old name. None: SDPA's own choice.
+    cuDNN's kernel is left out: it recompiles for every shape.
+    """
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        old = getattr(torch.backends.cuda, "sdp_kernel", None)
+        return old if old is not None else contextlib.nullcontext
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return lambda: sdpa_kernel(kernels)
+
+
+sdpa_kernels = find_sdpa_kernels()

@@ -1,0 +1,835 @@
+"""The .npq format (read, check, write), the train / validation split, windows for training.
+
+    header = read_header("song.npq")                  # strict; a bad file raises NpqError
+    codes = map_codes(header)                         # [T, K], read-only memory map
+    corpus = scan_corpus(find_npq_files(["npq_out"]), ctx=512)
+    train, val = split_corpus(corpus, ctx=512, val_split=0.05)
+    windows = WindowDataset(corpus, train, ctx=512, stride=256)
+    batch = windows[np.array([0, 7, 9])]              # [3, 512, K] int16
+
+K = codebooks, T = frames, V = entries of a codebook. Everything on disk is little-endian.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import mmap
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+# --- the format: one file -----------------------------------------------------------------------
+
+MAX_CODEBOOKS = 64
+MAX_VOCAB_SIZE = 2**20
+MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
+CODE_DTYPES = (
+    np.dtype("<u1"),
+    np.dtype("<u2"),
+    np.dtype("<u4"),
+)  # indexed by the file's dtype_code
+FIXED_BYTES = 20  # the shortest fixed part of a header, common to every layout
+LONGEST_HEADER = 23 + 4 * MAX_CODEBOOKS + 1  # NPQ2 with every codebook
+CHECK_CHUNK_BYTES = 4 << 20
+
+
+class NpqError(ValueError):
+    """A file is not a valid .npq: says where, what was expected, what was found, what to do."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        field: str = "",
+        expected: object = "",
+        found: object = "",
+        remedy: str = "encode the track again or restore the file from a copy",
+    ) -> None:
+        self.path, self.field, self.expected, self.found = str(path), field, expected, found
+        self.remedy = remedy
+        super().__init__(
+            f"{self.path}: {field}: expected {expected}, found {found}; {remedy}"
+            if field
+            else self.path
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NpqHeader:
+    """What a file's header says, plus the size and time stamp it had when the header was read."""
+
+    path: str
+    layout: str  # "NPQ1", "NPQ2", "legacy A" or "legacy B"
+    num_codebooks: int  # K, mid and side together
+    side_codebooks: int  # the last so many columns hold the side channel; 0 = mono
+    num_frames: int  # T
+    frame_rate: float  # frames per second
+    bitrate: float  # kbit/s of the source file, informational
+    vocab_sizes: tuple[int, ...]  # V of each codebook
+    dtype: np.dtype[Any] | None  # of a code on disk; None only before the checks
+    codes_offset: int  # bytes before the first code
+    file_size: int
+    mtime_ns: int
+
+    @property
+    def hours(self) -> float:
+        """Length of the track."""
+        return self.num_frames / self.frame_rate / 3600
+
+    @property
+    def expected_size(self) -> int:
+        """Bytes that a whole file has."""
+        return self.codes_offset + self.dtype.itemsize * self.num_frames * self.num_codebooks
+
+
+def read_header(path: str | os.PathLike[str]) -> NpqHeader:
+    """Read and check a header; nothing larger than the header is read or allocated.
+
+    Reads NPQ1, NPQ2 and the two legacy layouts. A legacy layout counts only when the file cannot be
+    NPQ1 (version 1 and K >= 1), every field is sane and the size matches to the byte.
+
+    Raises:
+        NpqError: not a regular file, unreadable, or any field or the size is wrong.
+    """
+    path = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a FIFO returns at once, so that it can be refused by its type.
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+        try:
+            status = os.fstat(descriptor)
+            head = os.read(descriptor, LONGEST_HEADER) if stat.S_ISREG(status.st_mode) else None
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        raise NpqError(
+            path, "file", "a readable file", error, "check the path and the permissions"
+        ) from error
+    if head is None:
+        raise NpqError(
+            path, "file", "a regular file", "a folder, pipe or device", "name .npq files"
+        )
+    if len(head) < FIXED_BYTES:
+        raise NpqError(path, "header", f"at least {FIXED_BYTES} bytes", f"{len(head)} bytes")
+
+    def header_of(parse: Any, layout: str) -> NpqHeader:
+        return NpqHeader(path, layout, *parse(head), status.st_size, status.st_mtime_ns)
+
+    magic, version, codebooks = struct.unpack_from("<4sHH", head)
+    if magic == b"NPQ2":
+        header = header_of(_parse_npq2, "NPQ2")
+    elif magic != b"NPQ1":
+        raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
+    elif version == 1 and codebooks >= 1:
+        header = header_of(_parse_npq1, "NPQ1")
+    else:
+        for parse, layout in ((_parse_legacy_a, "legacy A"), (_parse_legacy_b, "legacy B")):
+            header = header_of(parse, layout)
+            if _problem(header) is None:
+                return header
+        raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
+    if problem := _problem(header):
+        raise NpqError(path, *problem)
+    return header
+
+
+class _Fields(NamedTuple):
+    """Header fields in the order of NpqHeader; an impossible K leaves vocab_sizes empty."""
+
+    num_codebooks: int
+    side_codebooks: int
+    num_frames: int
+    frame_rate: float
+    bitrate: float
+    vocab_sizes: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    codes_offset: int
+
+
+def _parse_npq1(head: bytes) -> _Fields:
+    _, _, k, frame_rate, bitrate, frames = struct.unpack_from("<4sHHffI", head)
+    vocab_sizes = _read_vocab_sizes(head, 20, "I", k)
+    return _Fields(
+        k, 0, frames, frame_rate, bitrate, vocab_sizes, _read_dtype(head, 20 + 4 * k), 21 + 4 * k
+    )
+
+
+def _parse_npq2(head: bytes) -> _Fields:
+    _, version, mode, k_mid, k_side, frame_rate, bitrate, frames = struct.unpack_from(
+        "<4sHBHHffI", head.ljust(23, b"\0")
+    )
+    k = k_mid + k_side
+    # Mode 0 is mono and has no side codebooks; mode 1 is mid/side and has both. Anything else is no
+    # header.
+    sane = version == 1 and k_mid >= 1 and (mode, k_side > 0) in ((0, False), (1, True))
+    vocab_sizes = _read_vocab_sizes(head, 23, "I", k) if sane else ()
+    dtype = _read_dtype(head, 23 + 4 * k)
+    return _Fields(
+        k if sane else 0, k_side, frames, frame_rate, bitrate, vocab_sizes, dtype, 24 + 4 * k
+    )
+
+
+def _parse_legacy_a(head: bytes) -> _Fields:
+    _, k, frame_rate, bitrate, frames = struct.unpack_from("<4siffi", head)
+    vocab_sizes = _read_vocab_sizes(head, 20, "i", k)
+    return _Fields(k, 0, frames, frame_rate, bitrate, vocab_sizes, CODE_DTYPES[1], 20 + 4 * k)
+
+
+def _parse_legacy_b(head: bytes) -> _Fields:
+    _, k, frame_rate = struct.unpack_from("<4sif", head)
+    vocab_sizes = _read_vocab_sizes(head, 12, "i", k)
+    (frames,) = _read_vocab_sizes(head, 12 + 4 * k, "i", 1) if vocab_sizes else (0,)
+    return _Fields(k, 0, frames, frame_rate, 0.0, vocab_sizes, CODE_DTYPES[1], 16 + 4 * k)
+
+
+def _read_vocab_sizes(head: bytes, offset: int, letter: str, k: int) -> tuple[int, ...]:
+    if not 1 <= k <= MAX_CODEBOOKS:
+        return ()
+    return struct.unpack_from(f"<{k}{letter}", head.ljust(LONGEST_HEADER + 4, b"\0"), offset)
+
+
+def _read_dtype(head: bytes, offset: int) -> np.dtype[Any] | None:
+    code = head[offset] if offset < len(head) else 255
+    return CODE_DTYPES[code] if code < len(CODE_DTYPES) else None
+
+
+def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
+    """The first field that is not sane: (field, expected, found). K comes before all else."""
+    h = header
+    if not (1 <= h.num_codebooks <= MAX_CODEBOOKS):
+        return (
+            "codebooks, version and channel mode",
+            f"1 to {MAX_CODEBOOKS} codebooks, version 1",
+            h.num_codebooks,
+        )
+    if h.file_size < h.codes_offset:
+        return "header", f"{h.codes_offset} bytes (file truncated)", f"{h.file_size} bytes"
+    if h.num_frames < 1:
+        return "frames", "at least 1", h.num_frames
+    if not 0 < h.frame_rate < MAX_FRAME_RATE:  # False for NaN
+        return "frame rate", f"above 0 and below {MAX_FRAME_RATE:g}", h.frame_rate
+    if not 0 <= h.bitrate < math.inf:
+        return "bitrate", "finite and not negative", h.bitrate
+    if h.dtype is None:
+        return "dtype code", "0, 1 or 2", "another"
+    largest = min(MAX_VOCAB_SIZE, 2 ** (8 * h.dtype.itemsize))
+    if not all(2 <= v <= largest for v in h.vocab_sizes):
+        return "vocab sizes", f"2 to {largest} each", h.vocab_sizes
+    if h.file_size != h.expected_size:
+        kind = "truncated" if h.file_size < h.expected_size else "too long"
+        return "size", f"{h.expected_size} bytes", f"{h.file_size} bytes ({kind})"
+    return None
+
+
+def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
+    """Codes [T, K] as a read-only memory map, in the file's own dtype.
+
+    Raises:
+        NpqError: the file is no longer the one whose header was read.
+    """
+    with _OpenFile(header.path, *_file_columns(header)) as file:
+        mapped = mmap.mmap(file.descriptor, header.file_size, access=mmap.ACCESS_READ)
+    count = header.num_frames * header.num_codebooks
+    flat = np.frombuffer(mapped, header.dtype, count, header.codes_offset)
+    return flat.reshape(header.num_frames, header.num_codebooks)
+
+
+class _OpenFile:
+    """An open file that gives windows of its codes, and notices when it was replaced or cut.
+
+    Windows are read with preadv, straight into the batch, and not copied from a memory map: where
+    every window lies in another file that is four times as fast (a map costs page faults and an
+    unmap), resident memory stays flat, and a file cut during the run is a short read instead of
+    a SIGBUS. `benchmarks/data_path.py` measures both.
+    """
+
+    __slots__ = ("codebooks", "descriptor", "dtype", "frames", "offset", "path")
+
+    def __init__(
+        self,
+        path: str,
+        offset: int,
+        frames: int,
+        codebooks: int,
+        dtype_code: int,
+        size: int,
+        mtime_ns: int,
+    ) -> None:
+        self.path, self.offset, self.frames = path, offset, frames
+        self.codebooks, self.dtype = codebooks, CODE_DTYPES[dtype_code]
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            self.descriptor = -1
+            raise _changed(path, "the file that was there at the start", error) from error
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+            found = f"{now.st_size} bytes, or a newer file"
+            raise _changed(path, f"{size} bytes, untouched", found)
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.__del__()
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def read_into(self, row: np.ndarray[Any, Any], start: int) -> None:
+        """Fill row [ctx, K] with the frames from `start` on, widened to the row's dtype."""
+        same = self.codebooks == row.shape[1] and self.dtype.itemsize == row.itemsize
+        shape = (row.shape[0], self.codebooks)
+        buffer = row if same else np.empty(shape, self.dtype)
+        position = self.offset + start * self.codebooks * self.dtype.itemsize
+        found = os.preadv(self.descriptor, [buffer], position)
+        if found != buffer.nbytes:
+            raise _changed(
+                self.path, f"{self.frames} frames", f"an end within frame {start} and on"
+            )
+        if not same:
+            row[:] = buffer[:, : row.shape[1]]
+
+
+def _changed(path: str, expected: object, found: object) -> NpqError:
+    remedy = "leave the files alone during a run; resume to go on from the last checkpoint"
+    return NpqError(path, "file changed during the run", expected, found, remedy)
+
+
+def check_codes(header: NpqHeader) -> int:
+    """Read every code once, in bounded memory; return the CRC-32 of the codes on disk.
+
+    Raises:
+        NpqError: a code is not below its codebook's vocab size, with the first such frame and
+        codebook.
+    """
+    crc, frame = 0, 0
+    row_bytes = header.dtype.itemsize * header.num_codebooks
+    smallest = min(header.vocab_sizes)
+    try:
+        with open(header.path, "rb", buffering=0) as file:
+            file.seek(header.codes_offset)
+            while chunk := file.read(max(1, CHECK_CHUNK_BYTES // row_bytes) * row_bytes):
+                crc = zlib.crc32(chunk, crc)
+                codes = np.frombuffer(chunk, header.dtype, len(chunk) // header.dtype.itemsize)
+                if (
+                    codes.max() >= smallest
+                ):  # the flat maximum is many times faster than one per codebook
+                    _raise_first_bad_code(header, codes.reshape(-1, header.num_codebooks), frame)
+                frame += len(chunk) // row_bytes
+    except OSError as error:
+        raise NpqError(header.path, "codes", "a readable file", error, "check the disk") from error
+    if frame != header.num_frames:
+        raise _changed(header.path, f"{header.num_frames} frames", f"{frame} frames")
+    return crc
+
+
+def _raise_first_bad_code(header: NpqHeader, codes: np.ndarray[Any, Any], first_frame: int) -> None:
+    bad = np.argwhere(codes >= np.array(header.vocab_sizes))
+    if len(bad):
+        frame, k = (int(i) for i in bad[0])
+        where = f"code of frame {first_frame + frame}, codebook {k}"
+        raise NpqError(header.path, where, f"below {header.vocab_sizes[k]}", int(codes[frame, k]))
+
+
+def write_npq(
+    path: str | os.PathLike[str],
+    codes: np.ndarray[Any, Any],
+    *,
+    vocab_sizes: Sequence[int],
+    frame_rate: float,
+    bitrate: float = 0.0,
+    side_codebooks: int = 0,
+) -> NpqHeader:
+    """Write codes [T, K] (integers) as NPQ1, or as NPQ2 mid/side if there are side codebooks.
+
+    The last `side_codebooks` columns hold the side channel.
+
+    The file appears whole or not at all: it is written beside its place, synced, and renamed.
+
+    Raises:
+        NpqError: codes or fields that the format cannot hold. Nothing is written then.
+    """
+    path = os.fspath(path)
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.dtype.kind not in "iu" or codes.shape[1] != len(vocab_sizes):
+        expected = f"integers [T, {len(vocab_sizes)}], one column per vocab size"
+        raise NpqError(
+            path, "codes", expected, f"{codes.dtype} {list(codes.shape)}", "pass codes as [T, K]"
+        )
+    (frames, k), k_mid = codes.shape, codes.shape[1] - side_codebooks
+    dtype = CODE_DTYPES[1] if max(vocab_sizes, default=0) <= 2**16 else CODE_DTYPES[2]
+    tail = struct.pack(
+        f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, CODE_DTYPES.index(dtype)
+    )
+    if side_codebooks:
+        head = struct.pack("<4sHBHH", b"NPQ2", 1, 1, k_mid, side_codebooks) + tail
+    else:
+        head = struct.pack("<4sHH", b"NPQ1", 1, k) + tail
+    layout = "NPQ2" if side_codebooks else "NPQ1"
+    size = len(head) + dtype.itemsize * codes.size
+    header = NpqHeader(
+        path,
+        layout,
+        k,
+        side_codebooks,
+        frames,
+        frame_rate,
+        bitrate,
+        tuple(vocab_sizes),
+        dtype,
+        len(head),
+        size,
+        0,
+    )
+    if problem := _problem(header):
+        raise NpqError(path, *problem, remedy="nothing was written")
+    if codes.min() < 0 or codes.max() >= min(vocab_sizes):
+        _raise_first_bad_code(header, np.where(codes < 0, MAX_VOCAB_SIZE, codes), 0)
+
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or "."
+    )
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(head)
+            file.write(np.ascontiguousarray(codes, dtype=dtype).tobytes())
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return read_header(path)
+
+
+# --- the corpus: every file of a run -------------------------------------------------------------
+
+FRAME_RATE_TOLERANCE = 0.02  # relative; encoders store T / duration, which strays by 0.1 %
+FILE_COLUMNS = np.dtype(
+    [
+        ("offset", "i8"),
+        ("frames", "i8"),
+        ("codebooks", "i8"),
+        ("dtype_code", "i8"),
+        ("size", "i8"),
+        ("mtime_ns", "i8"),
+        ("crc", "i8"),
+    ]
+)
+
+
+def _file_columns(h: NpqHeader) -> tuple[int, int, int, int, int, int]:
+    """The columns of FILE_COLUMNS that a header knows, in their order."""
+    dtype_code = CODE_DTYPES.index(h.dtype)
+    return h.codes_offset, h.num_frames, h.num_codebooks, dtype_code, h.file_size, h.mtime_ns
+
+
+@dataclass
+class DataSummary:
+    """What a scan used and what it dropped and why: counts of files and hours."""
+
+    files: int = 0
+    hours: float = 0.0
+    layouts: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, tuple[int, float]] = field(default_factory=dict)  # reason -> (files, hours)
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, hours: float = 0.0) -> None:
+        """Count a file that is not used."""
+        files, total = self.dropped.get(reason, (0, 0.0))
+        self.dropped[reason] = (files + 1, total + hours)
+
+    def lines(self) -> list[str]:
+        """For the console: one line for what is used, one for each reason, one for each note."""
+        layouts = ", ".join(f"{n} {layout}" for layout, n in sorted(self.layouts.items()))
+        used = f"data     {self.files} files, {self.hours:.2f} hours used ({layouts})"
+        dropped = [
+            f"dropped  {files} files, {hours:.2f} hours: {reason}"
+            for reason, (files, hours) in sorted(self.dropped.items())
+        ]
+        return [used, *dropped, *(f"note     {note}" for note in self.notes)]
+
+
+@dataclass
+class Corpus:
+    """The files of a run as columns, so that 200,000 files cost megabytes and not objects.
+
+    Files are sorted by content (CRC-32 of the codes, then frames), so that the same music gives the
+    same windows in the same order on every machine, whatever the folders and names.
+    """
+
+    paths: list[str]
+    files: np.ndarray[Any, Any]  # FILE_COLUMNS
+    vocab_sizes: tuple[int, ...]  # V of each codebook, the largest over the files
+    frame_rate: float  # median over the files, frames per second
+    summary: DataSummary
+
+    @property
+    def num_codebooks(self) -> int:
+        """K."""
+        return len(self.vocab_sizes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over codes and vocabulary; equal wherever the same music lies."""
+        digest = hashlib.sha256(repr(self.vocab_sizes).encode())
+        digest.update(np.ascontiguousarray(self.files[["crc", "frames"]]).tobytes())
+        return digest.hexdigest()
+
+
+class BadFilesError(ValueError):
+    """Some files are not valid .npq; lists them."""
+
+
+def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Expand globs, folders (searched recursively) and file names; each real file once.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+    """
+    found: dict[str, str] = {}
+    for pattern in (os.fspath(p) for p in patterns):
+        if os.path.isdir(pattern):
+            matches = sorted(str(p) for p in Path(pattern).rglob("*.npq"))
+        elif os.path.lexists(pattern):
+            matches = [pattern]
+        else:
+            matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not matches:
+            raise FileNotFoundError(
+                f"no .npq file matches {pattern!r}; check --data (folders, files or quoted globs)"
+            )
+        for match in matches:
+            found.setdefault(os.path.realpath(match), match)
+    return list(found.values())
+
+
+def scan_corpus(
+    paths: Sequence[str],
+    *,
+    ctx: int,
+    codebooks: int | None = None,
+    skip_bad: bool = False,
+    checked_file: str | os.PathLike[str] | None = None,
+) -> Corpus:
+    """Read every header, check every code, keep the files that fit together, count the rest.
+
+    The run's K is `codebooks`, or else the K with the most hours. With `codebooks` given, files
+    with more are cut to their first codebooks (an RVQ is coarse to fine; of an NPQ2 file the mid
+    channel comes first). Files with another K, another frame rate than the median or fewer than
+    `ctx` frames are dropped.
+
+    `checked_file` remembers (JSON: path -> size, mtime, CRC) which files were read before, so that
+    a resumed run does not read everything again.
+
+    Raises:
+        BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use.
+    """
+    summary = DataSummary()
+    headers: list[NpqHeader] = []
+    bad: list[NpqError] = []
+    for path in paths:
+        try:
+            headers.append(read_header(path))
+        except NpqError as error:
+            bad.append(error)
+
+    wanted, cut = codebooks or _most_hours(headers), codebooks is not None
+    rates = [h.frame_rate for h in headers]
+    frame_rate = float(np.median(rates)) if rates else math.nan
+    fitting = []
+    for h in headers:
+        if h.num_codebooks < wanted or (h.num_codebooks > wanted and not cut):
+            summary.drop(
+                f"{h.num_codebooks} codebooks, the run uses {wanted} (see --codebooks)", h.hours
+            )
+        elif abs(h.frame_rate / frame_rate - 1) > FRAME_RATE_TOLERANCE:
+            summary.drop(f"frame rate {h.frame_rate:.2f}, the run's is {frame_rate:.2f}", h.hours)
+        elif h.num_frames < ctx:
+            summary.drop(f"shorter than a window of {ctx} frames", h.hours)
+        else:
+            fitting.append(h)
+
+    checked = _CheckedFiles(checked_file)
+    good: list[tuple[int, NpqHeader]] = []
+    for h in fitting:
+        try:
+            good.append((checked.crc(h), h))
+        except NpqError as error:
+            bad.append(error)
+    checked.save()
+    if bad and not skip_bad:
+        listed = "\n".join(f"  {error}" for error in bad[:10]) + (
+            "\n  ..." if len(bad) > 10 else ""
+        )
+        raise BadFilesError(
+            f"{len(bad)} of {len(paths)} files are not valid .npq:\n{listed}\n"
+            "Mend or remove them, or pass --skip-bad-files to train without them."
+        )
+    for refused in bad:
+        summary.drop(f"not valid: {refused.field}")
+    if not good:
+        raise BadFilesError("no usable .npq file:\n" + "\n".join(summary.lines()))
+    return _corpus_of(
+        sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path)), wanted, frame_rate, summary
+    )
+
+
+def _most_hours(headers: Sequence[NpqHeader]) -> int:
+    hours: Counter[int] = Counter()
+    for h in headers:
+        hours[h.num_codebooks] += h.num_frames
+    return hours.most_common(1)[0][0] if hours else 0
+
+
+def _corpus_of(
+    good: Sequence[tuple[int, NpqHeader]], k: int, frame_rate: float, summary: DataSummary
+) -> Corpus:
+    headers = [h for _, h in good]
+    files = np.array([(*_file_columns(h), crc) for crc, h in good], dtype=FILE_COLUMNS)
+    vocabularies = {h.vocab_sizes[:k] for h in headers}
+    if len(vocabularies) > 1:
+        summary.notes.append(
+            f"{len(vocabularies)} different vocabularies; each codebook takes the largest size"
+        )
+    if repeated := len(files) - len({(int(f["crc"]), int(f["frames"])) for f in files}):
+        summary.notes.append(f"{repeated} files hold the same codes as another file")
+    summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
+    summary.layouts.update(h.layout for h in headers)
+    vocab_sizes = tuple(max(sizes) for sizes in zip(*vocabularies, strict=True))
+    return Corpus([h.path for h in headers], files, vocab_sizes, frame_rate, summary)
+
+
+class _CheckedFiles:
+    """CRCs of files whose codes were all in range, remembered by path, size and time stamp."""
+
+    def __init__(self, store: str | os.PathLike[str] | None) -> None:
+        self.store = store
+        self.known: dict[str, list[int]] = {}
+        self.fresh = False
+        if store is not None and os.path.isfile(store):
+            try:
+                with open(store, encoding="utf-8") as file:
+                    self.known = dict(json.load(file))
+            except (OSError, ValueError, TypeError):
+                self.known = {}  # only a cache: every file is read again
+
+    def crc(self, header: NpqHeader) -> int:
+        stamp = [header.file_size, header.mtime_ns]
+        known = self.known.get(os.path.realpath(header.path))
+        if known and known[:2] == stamp:
+            return known[2]
+        crc = check_codes(header)
+        self.known[os.path.realpath(header.path)] = [*stamp, crc]
+        self.fresh = True
+        return crc
+
+    def save(self) -> None:
+        if self.store is None or not self.fresh:
+            return
+        temporary = f"{self.store}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(self.known, file)
+        os.replace(temporary, self.store)
+
+
+# --- the split -----------------------------------------------------------------------------------
+
+MIN_VAL_FILES = 5  # fewer whole files than this would make `val` a matter of single tracks
+
+
+@dataclass
+class Spans:
+    """Frames [start, stop) of each file that one side of the split may use: int64 [files]."""
+
+    start: np.ndarray[Any, Any]
+    stop: np.ndarray[Any, Any]
+    rule: str  # how the split was made, for the console
+
+    def fingerprint(self) -> str:
+        """Tells one side of a split from another."""
+        return hashlib.sha256(self.start.tobytes() + self.stop.tobytes()).hexdigest()[:16]
+
+
+def split_corpus(
+    corpus: Corpus, *, ctx: int, val_split: float, val_list: str | os.PathLike[str] | None = None
+) -> tuple[Spans, Spans]:
+    """Train and validation spans; no frame is in both.
+
+    A file's side follows from a hash of its own codes alone, so the split is the same on every
+    machine, under every name, and a file keeps its side when others are added. With too few files
+    for that (fewer than MIN_VAL_FILES would validate) each file gives one block at its end.
+    `val_list` names the validation files, one path or base name a line, and overrides both.
+
+    Raises:
+        ValueError: `val_list` names a file that is not in the data.
+    """
+    frames = corpus.files["frames"]
+    nothing = np.zeros_like(frames)
+    if val_list is not None:
+        is_val, rule = _listed(corpus.paths, val_list), f"files listed in {val_list}"
+    else:
+        is_val = np.array(
+            [_share_of(int(f["crc"]), int(f["frames"])) < val_split for f in corpus.files],
+            dtype=bool,
+        )
+        rule = "whole files, chosen by a hash of their codes"
+        share = frames[is_val].sum() / frames.sum()
+        if is_val.sum() < MIN_VAL_FILES or share > 3 * val_split:
+            tail = _tails(corpus.files, ctx, val_split)
+            rule = "the last frames of each file (too few files to set whole ones aside)"
+            return Spans(nothing, frames - tail, rule), Spans(frames - tail, frames, rule)
+    return Spans(nothing, np.where(is_val, 0, frames), rule), Spans(
+        nothing, np.where(is_val, frames, 0), rule
+    )
+
+
+def _share_of(crc: int, frames: int) -> float:
+    """A number in [0, 1) that depends on a file's codes alone."""
+    digest = hashlib.sha256(f"{crc} {frames}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarray[Any, Any]:
+    """Frames each file gives to validation: its share, but a window, until all is given."""
+    frames = files["frames"]
+    wanted = val_split * frames.sum()
+    tails = np.zeros_like(frames)
+    for i in sorted(
+        range(len(files)), key=lambda i: _share_of(int(files[i]["crc"]), int(files[i]["frames"]))
+    ):
+        tail = max(ctx, int(frames[i] * val_split))
+        if val_split > 0 and tails.sum() < wanted and frames[i] - tail >= ctx:
+            tails[i] = tail
+    return tails
+
+
+def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
+    with open(val_list, encoding="utf-8-sig") as file:
+        names = {line.strip() for line in file if line.strip() and not line.startswith("#")}
+    keys = [{path, os.path.basename(path), os.path.realpath(path)} for path in paths]
+    missing = (
+        names
+        - set().union(*keys)
+        - {n for n in names if any(os.path.realpath(n) in k for k in keys)}
+    )
+    if missing:
+        raise ValueError(
+            f"{val_list}: {len(missing)} listed files are not in the data: "
+            f"{', '.join(sorted(missing)[:5])}; write base names or paths that --data matches"
+        )
+    real = {os.path.realpath(name) for name in names}
+    return np.array(
+        [bool(k & names) or os.path.realpath(p) in real for p, k in zip(paths, keys, strict=True)]
+    )
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+MAX_OPEN_FILES = (
+    256  # per process; each holds a file descriptor, and 1024 of those is a common limit
+)
+
+
+class WindowDataset(Dataset[torch.Tensor]):
+    """Windows of `ctx` frames every `stride` frames, each read from its place on disk.
+
+    Indexed by an array of window numbers, it returns a whole batch: [B, ctx, K], int16 (int32 where
+    a vocabulary exceeds 2^15), so that codes travel narrow and are widened on the device. The index
+    is two integers per file and a binary search; at most MAX_OPEN_FILES files are open at a time.
+    """
+
+    def __init__(self, corpus: Corpus, spans: Spans, *, ctx: int, stride: int) -> None:
+        self.paths, self.files = corpus.paths, corpus.files
+        self.num_codebooks, self.ctx, self.stride = corpus.num_codebooks, ctx, stride
+        self.dtype = np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32
+        self.span_start = spans.start
+        length = spans.stop - spans.start
+        counts = np.where(length >= ctx, (length - ctx) // stride + 1, 0)
+        self.last_window = np.cumsum(counts)  # exclusive, per file
+        self.first_window = self.last_window - counts
+        self.open_files: OrderedDict[int, _OpenFile] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.last_window[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open_files": OrderedDict()}  # they stay with their process
+
+    def locate(
+        self, windows: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """File numbers and first frames of window numbers, both [B]."""
+        file = np.searchsorted(self.last_window, windows, side="right")
+        return file, self.span_start[file] + (windows - self.first_window[file]) * self.stride
+
+    def describe(self, windows: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+        """Where windows lie, for logs: file and first frame."""
+        return [
+            {"file": self.paths[f], "frame": int(s)}
+            for f, s in zip(*self.locate(windows), strict=True)
+        ]
+
+    def __getitem__(self, windows: np.ndarray[Any, Any]) -> torch.Tensor:
+        batch = np.empty((len(windows), self.ctx, self.num_codebooks), self.dtype)
+        files, starts = self.locate(windows)
+        for row, file, start in zip(batch, files.tolist(), starts.tolist(), strict=True):
+            self._open(file).read_into(row, start)
+        return torch.from_numpy(batch)
+
+    def _open(self, number: int) -> _OpenFile:
+        file = self.open_files.get(number)
+        if file is None:
+            *columns, _ = self.files[number].item()  # all but the CRC
+            file = self.open_files[number] = _OpenFile(self.paths[number], *columns)
+            if len(self.open_files) > MAX_OPEN_FILES:
+                self.open_files.popitem(last=False)
+        else:
+            self.open_files.move_to_end(number)
+        return file
+
+
+class EpochOrder(Sampler[Any]):
+    """Batches of window numbers in an order that depends on (seed, epoch) alone.
+
+    Only whole groups of batch * accum windows are given out: optimizer steps are never partial.
+    `start` skips windows of the present epoch that a resumed run has used.
+    """
+
+    def __init__(self, num_windows: int, *, batch: int, accum: int, seed: int) -> None:
+        self.num_windows, self.batch, self.seed = num_windows, batch, seed
+        self.group = batch * accum
+        self.epoch = self.start = 0
+
+    def permutation(self, epoch: int) -> np.ndarray[Any, Any]:
+        """All window numbers, shuffled.
+
+        RandomState's streams are frozen for good, Generator's are not (NEP 19).
+        """
+        bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
+        return np.random.RandomState(bits).permutation(self.num_windows)
+
+    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
+        order = self.permutation(self.epoch)[self.start :]
+        for first in range(0, len(self) * self.batch, self.batch):
+            yield order[first : first + self.batch]
+
+    def __len__(self) -> int:
+        return (self.num_windows - self.start) // self.group * (self.group // self.batch)

@@ -1,0 +1,1164 @@
+r"""Train a causal transformer on the codes of a neural audio codec, kept in .npq files.
+
+    python train_rvq.py --data "npq_out/*.npq"           # a new run, or its next part
+    python train_rvq.py --data "npq_out/*.npq" --resume rvq_ckpts/rvq_9cb_best.pt
+    python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64 \
+        --batch 4 --accum 1 --lr 3e-3 --max-steps 30 --save_dir smoke_ckpts
+
+The file reads from top to bottom: flags, pure pieces, the state of a run, one step, evaluation,
+saving and restoring, the loop, and `main`. It can be killed at any moment; the same command goes on
+from the last checkpoint and ends in the weights of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from checkpointing import (
+    CheckpointError,
+    FolderLock,
+    RunFiles,
+    find_run,
+    library_versions,
+    load_checkpoint,
+    load_latest,
+    rng_kept,
+    rng_state,
+    run_name,
+    save_checkpoint,
+    set_rng_state,
+)
+from model import CodesTransformer, Losses, ModelConfig
+from npq_dataset import (
+    BadFilesError,
+    Corpus,
+    EpochOrder,
+    NpqError,
+    WindowDataset,
+    find_npq_files,
+    scan_corpus,
+    split_corpus,
+)
+from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
+from stability import Ema, Guard
+
+PANIC_AFTER = 10  # refused steps in a row
+MAX_PANICS = 3  # after which the run stops
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal when interrupted
+
+# --- flags ---------------------------------------------------------------------------------------
+
+ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks")  # a resumed run keeps these
+# Flags that belong to one command and not to the run: never restored from a checkpoint.
+COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
+
+
+class UsageError(ValueError):
+    """Flags that do not fit together or do not fit the data; ends with exit code 2."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Accepts every multi-word flag with `-` and with `_`; shows the user's own spelling."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, after each flag's name has been brought to its declared spelling."""
+        spelling = {s.replace("_", "-"): s for a in self._actions for s in a.option_strings}
+        given = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(given):
+            name, equals, value = word.partition("=")
+            if word.startswith("--"):
+                given[i] = spelling.get(name.replace("_", "-"), name) + equals + value
+        return super().parse_known_args(given, namespace)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, by group. Defaults are run #3 of the notes that this trainer was made for."""
+    parser = FlagParser(
+        description=(__doc__ or "").partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = argparse.BooleanOptionalAction
+
+    # fmt: off
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="GLOB", help="globs, folders or .npq files")
+    add("--ctx", type=at_least(2), default=512, help="frames in a window")
+    add("--step", type=at_least(1), help="frames between window starts; without it ctx // 2")
+    add("--val_split", type=fraction, default=0.05, help="share of the data that validates")
+    add("--val-list", metavar="FILE", help="text file of validation files; overrides --val_split")
+    add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
+    add("--skip-bad-files", action="store_true", help="train without files that are not valid .npq")
+    add("--num_workers", type=at_least(0), default=2, help="loader processes; 0 = none")
+    add("--persistent-workers", action=switch, default=True, help="keep them between epochs")
+    add("--prefetch", type=at_least(1), default=6, help="micro-batches each worker reads ahead")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--d_model", type=at_least(2), default=768, help="width")
+    add("--layers", type=at_least(1), default=16, help="transformer blocks")
+    add("--heads", type=at_least(1), default=12, help="attention heads")
+    add("--dropout", type=fraction, default=0.1,
+        help="on embeddings and on each block's two outputs")
+    add("--grad-checkpoint", action=switch, default=False, help="recompute blocks to save memory")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch", type=at_least(1), default=6, help="windows in a micro-batch")
+    add("--accum", type=at_least(1), default=6, help="micro-batches in an optimizer step")
+    add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
+    add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
+    add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
+    add("--lr", type=positive, default=2e-4, help="peak learning rate")
+    add("--weight-decay", type=not_negative, default=0.02,
+        help="on the matrices of the blocks and head")
+    add("--warmup-ratio", type=fraction, default=0.01, help="share of the run with rising lr")
+    add("--eta-min", type=not_negative, default=1e-5,
+        help="lr at and after the end of the schedule")
+    add("--ema", type=fraction, default=0.999, help="decay of the averaged weights")
+    add("--label-smoothing", type=fraction, default=0.05, help="share spread over all entries")
+    add("--cb-weights", default="auto", metavar="auto|w0,w1,...", help="codebooks' loss weights")
+    add("--cb-weights-auto-alpha", type=not_negative, default=0.5,
+        help="auto: 1 + alpha * k / (K - 1)")
+    add("--grad-clip", type=not_negative, default=1.0, help="largest gradient norm; 0 = off")
+    add("--seed", type=at_least(0), default=0, help="of weights, dropout and data order")
+
+    add = parser.add_argument_group("stability").add_argument
+    add("--outlier-skip-factor", type=not_negative, default=6.0,
+        help="refuse steps so many sigma above the recent past; 0 = only absolute limits")
+    add("--outlier-ema-beta", type=fraction, default=1 - 1 / 128,
+        help="the guard looks back over 1 / (1 - beta) accepted steps")
+    add("--panic-lr-mul", type=positive, default=0.5,
+        help=f"factor on lr after {PANIC_AFTER} refused steps in a row, {MAX_PANICS} times at most")
+    add("--panic-snapshot", action=switch, default=False, help="keep *_panic.pt of that moment")
+
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", help="cuda, cuda:1, mps or cpu; without it the best device present")
+    add("--amp", action=switch, default=True, help="mixed precision")
+    add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto",
+        help="auto: bf16 if it is fast")
+    add("--compile", action=switch, help="torch.compile; without it on for CUDA only")
+    add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
+        help="reduce-overhead uses CUDA graphs")
+    add("--fused-optim", action=switch, default=True, help="fused AdamW")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--save_dir", default="rvq_ckpts", help="folder of the run's files")
+    add("--tag", default="", help="part of the files' names")
+    add("--resume", metavar="PATH", help="go on from this checkpoint and not from *_latest.pt")
+    add("--no-resume", action="store_true", help="start anew; an earlier run's files are set aside")
+    add("--init-from", metavar="PATH", help="start a new run from a checkpoint's EMA weights")
+    add("--ignore-arch", action="store_true", help="take the architecture from flags when resuming")
+    add("--allow-data-change", action="store_true", help="resume although data or windows changed")
+    add("--archive-every", type=at_least(0), default=10, help="epochs between archives; 0 = none")
+    add("--keep-archived", type=at_least(1), default=20, help="archives of each kind to keep")
+    add("--save-every-minutes", type=not_negative, default=15.0, help="within epochs; 0 = never")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--val-every", type=at_least(1), default=1, help="epochs between validations")
+    add("--eval-audio-every", type=at_least(0), default=5, help="epochs between samples; 0 = none")
+    add("--eval-frames", type=at_least(1), default=1290, help="length of a sample (1290 = 15 s)")
+    add("--eval-temperature", type=positive, default=1.0, help="of sampling")
+    add("--eval-top-k", type=at_least(0), default=0, help="draw from the k likeliest; 0 = all")
+    add("--eval-top-p", type=fraction_or_one, default=1.0, help="draw from this much probability")
+    add("--eval-outdir", help="folder of samples; without it `samples` in --save_dir")
+    add("--eval-on-cpu", action=switch, default=True, help="decode audio on the CPU")
+    add("--eval-dac-repo", default="44khz", help="codec for samples: 44khz, 24khz, 16khz or a path")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-lr-steps", type=at_least(1), default=50, help="steps between loss and lr lines")
+    add("--quiet", action="store_true", help="no bar, no start-up details, no library warnings")
+    add("--tensorboard", action=switch, default=False, help="write event files beside the metrics")
+    # fmt: on
+    return parser
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Argument type: a whole number of at least `low`."""
+
+    def whole_number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, found {text!r}")
+        return int(text)
+
+    return whole_number
+
+
+def _number_type(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+        return value
+
+    return parse
+
+
+positive = _number_type("a number > 0", lambda x: 0 < x < math.inf)
+not_negative = _number_type("a number >= 0", lambda x: 0 <= x < math.inf)
+fraction = _number_type("a number >= 0 and < 1", lambda x: 0 <= x < 1)
+fraction_or_one = _number_type("a number > 0 and <= 1", lambda x: 0 < x <= 1)
+
+
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """All flags, and apart from them the ones that were given."""
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(flags), unset))
+    given = vars(parser.parse_args(argv, blank))
+    explicit = {name: value for name, value in given.items() if value is not unset}
+    if flags.resume and flags.no_resume:
+        parser.error("--resume and --no-resume contradict each other; give one")
+    if flags.eta_min > flags.lr:
+        parser.error(f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it")
+    if set(flags.tag) & set('/\\*?[]" '):
+        parser.error(f"--tag: expected letters, digits, '.', '-' and '_', found {flags.tag!r}")
+    return flags, explicit
+
+
+# --- pure pieces ---------------------------------------------------------------------------------
+
+
+def lr_at_step(
+    step: float, total: float, *, lr: float, eta_min: float, warmup_ratio: float
+) -> float:
+    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, cosine, then eta_min.
+
+    Past `total` it stays at eta_min for ever. Steps may also be seconds of a time budget.
+    """
+    warmup = warmup_ratio * total
+    if step < warmup:
+        return lr * step / warmup
+    progress = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
+    return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:
+    """Loss weight of each codebook, mean 1. `auto` rises linearly with k; else a comma list."""
+    k = num_codebooks
+    if choice == "auto":
+        weights = [1 + alpha * i / max(k - 1, 1) for i in range(k)]
+    else:
+        try:
+            weights = [float(w) for w in choice.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--cb-weights: expected auto or numbers, found {choice!r}") from error
+        if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise UsageError(f"--cb-weights: expected {k} numbers >= 0, found {choice!r}")
+    return [w * k / sum(weights) for w in weights]
+
+
+def parameter_groups(model: CodesTransformer, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices of products alone; none on embeddings, the BOS vector and gains."""
+    named = list(model.named_parameters())
+    decayed = [(n, p) for n, p in named if p.dim() == 2 and n != "embed.weight"]
+    rest = [(n, p) for n, p in named if p.dim() != 2 or n == "embed.weight"]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+# --- the state of a run --------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run has come: plain numbers, all of them in the checkpoint."""
+
+    step: int = 0  # optimizer steps taken; refused ones do not count
+    epoch: int = 0  # epochs finished
+    position: int = 0  # windows of the present epoch that were used or refused
+    seconds: float = 0.0  # in training steps, since the very first start
+    elapsed: float = 0.0  # wall clock, likewise, over all processes
+    schedule_steps: int = 0  # over which lr falls; fixed at the very first start
+    lr_scale: float = 1.0  # lowered by panics
+    panics: int = 0
+    best_val: float = math.inf
+    best_epoch: int = 0
+    validated_step: int = -1
+    epoch_loss: float = 0.0  # sum over the epoch's accepted steps
+    epoch_steps: int = 0
+    epoch_refused: int = 0
+    epoch_seconds: float = 0.0
+    log_loss: float = 0.0  # the same since the last log line
+    log_steps: int = 0
+    log_seconds: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """All that a resume restores, besides the random state."""
+
+    model: CodesTransformer
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: Guard
+    progress: Progress
+
+
+@dataclass
+class Run:
+    """One process's share of a run: its flags, its state, and all that does not change."""
+
+    flags: argparse.Namespace
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    console: Console
+    files: RunFiles
+    metrics: MetricsLog
+    state: TrainState
+    losses: Callable[[Tensor], Losses]  # codes on the device -> losses; compiled or not
+    compiled: bool
+    weights: Tensor  # [K], of the codebooks in the objective
+    train_windows: WindowDataset
+    val_windows: WindowDataset
+    order: EpochOrder
+    loader: DataLoader[Tensor]
+    data: dict[str, Any]  # what the windows are made of; a resume compares it
+    stop: StopRequest
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    last_save: float = dataclasses.field(default_factory=time.perf_counter)
+    failed_saves: int = 0
+    guard_stop: str | None = None  # why the guard ends the run
+    between_steps: bool = True  # False while weights, moments and counters disagree
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision around a forward pass."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that an optimizer step uses."""
+        return int(self.flags.batch * self.flags.accum)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimizer steps in an epoch."""
+        return self.order.num_windows // self.windows_per_step
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps until --epochs or --max-steps ends the run."""
+        planned = int(self.flags.epochs * self.steps_per_epoch)
+        return min(planned, self.flags.max_steps or planned)
+
+    def is_finished(self) -> bool:
+        """Whether epochs, steps or seconds have run out."""
+        p, flags = self.state.progress, self.flags
+        return (
+            p.epoch >= flags.epochs
+            or p.step >= (flags.max_steps or math.inf)
+            or p.seconds >= (flags.max_seconds or math.inf)
+        )
+
+    def seconds_left(self) -> float:
+        """Estimate from this epoch's pace."""
+        p = self.state.progress
+        pace = p.epoch_seconds / max(p.epoch_steps + p.epoch_refused, 1)
+        left = max(0, self.planned_steps - p.step) * pace
+        return min(left, self.flags.max_seconds - p.seconds) if self.flags.max_seconds else left
+
+
+class StopRequest:
+    """What signals have asked for. The loop looks at it between steps.
+
+    The first SIGINT or SIGTERM asks to save and stop, the second leaves at once; SIGUSR1 asks to
+    save and go on.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.save = False
+
+    def install(self) -> None:
+        """Take over the three signals."""
+        for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number_, self._receive)
+
+    def _receive(self, number_: int, _: FrameType | None) -> None:
+        if number_ == signal.SIGUSR1:
+            self.save = True
+        elif self.signal is not None:
+            os._exit(128 + number_)
+        else:
+            self.signal = number_
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+SMALLEST_SCALE = 1.0  # of fp16 losses; below it gradients vanish
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did. Losses in nats per code, grad norm before clipping."""
+
+    loss: float
+    ce: list[float]
+    grad_norm: float
+    lr: float
+    refused: str | None  # why, if the guard refused it
+
+
+def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
+    """One optimizer step over `accum` micro-batches, or its refusal, which changes nothing."""
+    state, p = run.state, run.state.progress
+    loss, *ce, grad_norm = backward(run, batches).tolist()  # the one host sync of a step
+    overflow = state.scaler.is_enabled() and not math.isfinite(grad_norm)
+    refused = "fp16 overflow, scale lowered" if overflow else state.guard.judge(loss, grad_norm, ce)
+    lr = learning_rate(run)
+    run.between_steps = False
+    if refused is None:
+        update(run, lr, grad_norm)
+        state.guard.accept(loss, grad_norm)
+        p.step += 1
+        p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
+        p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
+    else:
+        state.guard.refuse(in_a_row=not overflow)
+        p.epoch_refused += 1
+    state.scaler.update()  # halves the scale after an overflow; nothing without a scaler
+    state.optimizer.zero_grad(set_to_none=True)
+    p.position += run.windows_per_step
+    run.between_steps = True
+    return StepStats(loss, ce, grad_norm, lr, refused)
+
+
+def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
+    """Gradients of `accum` micro-batches; returns [objective, ce of each codebook, grad norm].
+
+    Everything stays on the device. Codes arrive as 16-bit integers and are widened there.
+    """
+    state, accum = run.state, run.flags.accum
+    facts = torch.zeros(1 + len(run.weights), device=run.device)
+    for codes in itertools.islice(batches, accum):
+        codes = codes.to(run.device, non_blocking=True).long()
+        if run.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        with run.autocast():
+            losses = run.losses(codes)
+        objective = (losses.objective * run.weights).mean()
+        state.scaler.scale(objective / accum).backward()
+        # The sum is a new tensor: CUDA graphs overwrite their outputs at the next micro-batch.
+        facts = facts + torch.cat((objective.detach()[None], losses.ce.detach())) / accum
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return torch.cat((facts, torch.nn.utils.get_total_norm(gradients)[None].float()))
+
+
+def update(run: Run, lr: float, grad_norm: float) -> None:
+    """Clip, step the optimizer, move the EMA."""
+    state = run.state
+    if 0 < run.flags.grad_clip < grad_norm:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, run.flags.grad_clip / (grad_norm + 1e-6))
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.ema.update(state.progress.step + 1)
+
+
+def learning_rate(run: Run) -> float:
+    """Of the step about to be taken: by steps, or by seconds where those are the budget."""
+    p, flags = run.state.progress, run.flags
+    shape = {"lr": flags.lr, "eta_min": flags.eta_min, "warmup_ratio": flags.warmup_ratio}
+    if flags.max_seconds:
+        seconds = p.seconds + p.epoch_seconds / max(p.epoch_steps, 1)
+        return p.lr_scale * lr_at_step(seconds, flags.max_seconds, **shape)
+    return p.lr_scale * lr_at_step(p.step + 1, p.schedule_steps, **shape)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over the validation windows, EMA weights, nats per code; NaN where there are none."""
+
+    val: float  # plain cross-entropy, mean over codebooks
+    val_obj: float  # the training objective
+    per_codebook: list[float]
+
+
+@torch.inference_mode()
+def evaluate(run: Run) -> Validation | None:
+    """Validate the EMA weights, eagerly; None when a signal asked to stop in the middle."""
+    flags, model = run.flags, run.state.ema.model
+    k = len(run.weights)
+    total = torch.zeros(2, k, device=run.device)
+    count = len(run.val_windows)
+    for first in range(0, count, flags.batch):
+        if run.stop.signal is not None:
+            return None
+        windows = np.arange(first, min(first + flags.batch, count))
+        codes = run.val_windows[windows].to(run.device).long()
+        with run.autocast():
+            total += torch.stack(model.losses(codes, flags.label_smoothing)) * len(windows)
+    ce, objective = (total / count if count else total * math.nan).tolist()
+    weighted = sum(w * x for w, x in zip(run.weights.tolist(), objective, strict=True)) / k
+    return Validation(sum(ce) / k, weighted, ce)
+
+
+# --- save and restore ----------------------------------------------------------------------------
+
+MAX_FAILED_SAVES = 3
+
+
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    """Everything needed to resume: plain types and tensors only."""
+    state = run.state
+    state.progress.elapsed += time.perf_counter() - run.started
+    run.started = time.perf_counter()
+    return {
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "guard": state.guard.state_dict(),
+        "progress": dataclasses.asdict(state.progress),
+        "rng": rng_state(),
+        "architecture": state.model.config.to_dict(),
+        "flags": vars(run.flags),
+        "data": run.data,
+        "history": run.metrics.history,
+        "libraries": library_versions(),
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
+    """Save `latest` and, as asked, `best` and archives. A failing disk is survived three times."""
+    p = run.state.progress
+    started = time.perf_counter()
+    run.last_save = started
+    run.stop.save = False
+    try:
+        path = run.files.save(
+            checkpoint_of(run),
+            best_epoch=max(p.epoch, 1) if is_best else None,
+            archive_epoch=p.epoch if archive else None,
+            keep_archived=run.flags.keep_archived,
+        )
+    except OSError as error:
+        run.failed_saves += 1
+        run.console.problem(
+            f"save at step {p.step} failed ({error}); {run.files.latest} is still the last good one"
+        )
+        if run.failed_saves >= MAX_FAILED_SAVES:
+            raise
+        return
+    run.failed_saves = 0
+    seconds = round(time.perf_counter() - started, 3)
+    run.metrics.write("save", step=p.step, epoch=p.epoch, file=path.name, save_seconds=seconds)
+
+
+def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
+    """Put a checkpoint's weights, moments, guard and counters into a freshly built state.
+
+    Learning rate and weight decay stay as the flags say; only the moments come from the file.
+
+    Raises:
+        CheckpointError: lists the tensors that do not fit.
+    """
+    load_weights(state.model, checkpoint["model"], path)
+    load_weights(state.ema.model, checkpoint["ema"], path)
+    own, saved = state.optimizer.state_dict(), checkpoint["optimizer"]
+    if [g["param_names"] for g in own["param_groups"]] != [
+        g.get("param_names") for g in saved["param_groups"]
+    ]:
+        raise CheckpointError(
+            f"{path}: its optimizer state is of other parameters; start from its weights alone "
+            "with --init-from"
+        )
+    state.optimizer.load_state_dict({**own, "state": saved["state"]})
+    if checkpoint["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    state.guard.load_state_dict(checkpoint["guard"])
+    known = {f.name for f in dataclasses.fields(Progress)}
+    for name, value in checkpoint["progress"].items():
+        if name in known:
+            setattr(state.progress, name, value)
+    set_rng_state(checkpoint["rng"])
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Strict load; raises CheckpointError with the names and shapes that differ."""
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    saved = {name: tuple(p.shape) for name, p in weights.items()}
+    differing = sorted(n for n in own.keys() | saved.keys() if own.get(n) != saved.get(n))
+    if differing:
+        listed = ", ".join(f"{n} {saved.get(n)} -> {own.get(n)}" for n in differing[:6])
+        raise CheckpointError(
+            f"{path}: weights of another architecture ({len(differing)} differ: {listed}); "
+            "leave out --ignore-arch to take the saved one, or --no-resume to start anew"
+        )
+    model.load_state_dict(weights)
+
+
+# --- setting up ----------------------------------------------------------------------------------
+
+
+def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) -> Run:
+    """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
+    checkpoint, source = find_checkpoint(flags, console)
+    if checkpoint is not None:
+        flags = merge_flags(flags, explicit, checkpoint, console)
+    if not flags.data:
+        raise UsageError("--data: name the .npq files to train on")
+    flags.step = flags.step or max(1, flags.ctx // 2)
+    device = pick_device(flags.device)
+    amp_dtype = pick_amp_dtype(flags, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+
+    corpus, train_windows, val_windows, data = open_data(flags, console)
+    order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
+    if order.num_windows < flags.batch * flags.accum:
+        raise UsageError(
+            f"{order.num_windows} training windows are fewer than one step's --batch {flags.batch} "
+            f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
+        )
+    torch.manual_seed(flags.seed)
+    model = build_model(flags, checkpoint, source, corpus, device)
+    state = build_state(flags, model, amp_dtype, device)
+    name = run_name(model.config.num_codebooks, flags.tag)
+    files = RunFiles(flags.save_dir, name)
+    if checkpoint is not None:
+        restore(state, checkpoint, source)
+        settle_data_change(flags, state.progress, checkpoint["data"], data, console)
+    elif aside := files.set_aside():
+        console.line(f"An earlier run's files were moved to {aside}")
+    files.remove_leftovers()
+
+    run = Run(
+        flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
+        metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
+        losses=functools.partial(model.losses, label_smoothing=flags.label_smoothing),
+        compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
+        weights=torch.tensor(
+            codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks),
+            device=device,
+        ),
+        loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
+    )  # fmt: skip
+    if checkpoint is not None:
+        run.metrics.history = checkpoint["history"]
+    else:
+        state.progress.schedule_steps = run.planned_steps
+    announce(run, source, resumed=checkpoint is not None)
+    if flags.compile or (flags.compile is None and device.type == "cuda"):
+        compile_losses(run)
+    return run
+
+
+def find_checkpoint(
+    flags: argparse.Namespace, console: Console
+) -> tuple[dict[str, Any] | None, str]:
+    """The checkpoint to resume from and where it came from, or None for a new run."""
+    if flags.resume:
+        return load_checkpoint(flags.resume), flags.resume
+    if flags.no_resume:
+        return None, ""
+    files = find_run(flags.save_dir, flags.tag, flags.codebooks)
+    if files is None:
+        return None, ""
+    checkpoint, path, complaints = load_latest(files)
+    for complaint in complaints:
+        console.problem(f"{complaint}\n  falling back to {path}")
+    return checkpoint, str(path)
+
+
+def merge_flags(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    checkpoint: dict[str, Any],
+    console: Console,
+) -> argparse.Namespace:
+    """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
+    saved = checkpoint["flags"]
+    progress = checkpoint["progress"]
+    merged = dict(vars(flags))
+    merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
+    merged.update(explicit)
+    merged["quiet"] = flags.quiet
+    console.line(
+        f"Resuming at step {progress['step']}, epoch {progress['epoch'] + 1}, "
+        f"best val {number(progress['best_val'])} (saved {checkpoint.get('saved_at', '?')})"
+    )
+    for name, value in explicit.items():
+        if name in COMMAND_FLAGS or name not in saved or saved[name] == value or name == "quiet":
+            continue
+        keeps = name in ARCHITECTURE_FLAGS and not flags.ignore_arch
+        if keeps:
+            merged[name] = saved[name]
+        winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
+        console.line(f"  --{name.replace('_', '-')}: saved {saved[name]}, asked {value}; {winner}")
+        if name in ("epochs", "max_steps"):
+            console.line(
+                f"  the lr schedule still spans {progress['schedule_steps']} steps and stays at "
+                "--eta-min after them; --init-from starts a new schedule from these weights"
+            )
+    return argparse.Namespace(**merged)
+
+
+def pick_device(wanted: str | None) -> torch.device:
+    """The device asked for, or the best present; an absent one is an error and no fall back."""
+    if wanted is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {wanted}: not usable here ({reason}); leave the flag out to take the best "
+            "device present, or pass --device cpu"
+        ) from error
+    return device
+
+
+def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """Of mixed precision: bfloat16 where the device computes in it, else float16; None without."""
+    if not flags.amp:
+        return None
+    if flags.amp_dtype != "auto":
+        return torch.bfloat16 if flags.amp_dtype == "bf16" else torch.float16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def open_data(
+    flags: argparse.Namespace, console: Console
+) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
+    """Scan, split and index the files; the last item tells one set of windows from another."""
+    corpus = scan_corpus(
+        find_npq_files(flags.data),
+        ctx=flags.ctx,
+        codebooks=flags.codebooks,
+        skip_bad=flags.skip_bad_files,
+        checked_file=os.path.join(flags.save_dir, ".checked_files.json"),
+    )
+    split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
+    train, val = split_corpus(corpus, **split)
+    train_windows = WindowDataset(corpus, train, ctx=flags.ctx, stride=flags.step)
+    # Validation windows do not overlap: each frame counts once.
+    val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
+    for line in corpus.summary.lines():
+        console.line(line)
+    console.line(
+        f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
+        f"step={flags.step}); validation: {train.rule}"
+    )
+    if not len(val_windows):
+        console.problem("no validation windows: val will be n/a and no best checkpoint is kept")
+    identity = {
+        "files": corpus.fingerprint(),
+        "split": train.fingerprint() + val.fingerprint(),
+        "ctx": flags.ctx,
+        "step": flags.step,
+        "seed": flags.seed,
+    }
+    return corpus, train_windows, val_windows, identity
+
+
+def settle_data_change(
+    flags: argparse.Namespace,
+    progress: Progress,
+    saved: dict[str, Any],
+    found: dict[str, Any],
+    console: Console,
+) -> None:
+    """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
+    changed = [name for name in found if saved.get(name) != found[name]]
+    if not changed:
+        return
+    said = ", ".join(f"{n} {saved.get(n)} -> {found[n]}" for n in changed)
+    if not flags.allow_data_change:
+        raise CheckpointError(
+            f"the data is not the data of the saved run ({said}); restore it, or pass "
+            "--allow-data-change to go on with what is there now, from the start of this epoch"
+        )
+    console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
+    progress.position = progress.epoch_steps = progress.epoch_refused = 0
+    progress.epoch_loss = progress.epoch_seconds = 0.0
+
+
+def build_model(
+    flags: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    source: str,
+    corpus: Corpus,
+    device: torch.device,
+) -> CodesTransformer:
+    """The model of the checkpoint, of --init-from, or of the flags, in that order."""
+    initial = None
+    if checkpoint is None and flags.init_from:
+        initial = load_checkpoint(flags.init_from)
+    saved = checkpoint or initial
+    if saved is not None and not flags.ignore_arch:
+        config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+    else:
+        try:
+            config = ModelConfig(
+                corpus.vocab_sizes, flags.d_model, flags.layers, flags.heads, flags.dropout
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    fits = len(config.vocab_sizes) == corpus.num_codebooks and all(
+        have <= v for have, v in zip(corpus.vocab_sizes, config.vocab_sizes, strict=False)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
+            f"data has {list(corpus.vocab_sizes)}; see --codebooks, or start anew with --no-resume"
+        )
+    model = CodesTransformer(config, grad_checkpoint=flags.grad_checkpoint).to(device)
+    if initial is not None:
+        load_weights(model, initial["ema"], flags.init_from)
+    return model
+
+
+def build_state(
+    flags: argparse.Namespace,
+    model: CodesTransformer,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+) -> TrainState:
+    """Optimizer, scaler, EMA and guard around a model."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, flags.weight_decay),
+        lr=flags.lr,
+        betas=(0.9, 0.95),
+        fused=flags.fused_optim,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
+    guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
+    return TrainState(model, Ema(model, flags.ema), optimizer, scaler, guard, Progress())
+
+
+def build_loader(
+    flags: argparse.Namespace, windows: WindowDataset, order: EpochOrder, device: torch.device
+) -> DataLoader[Tensor]:
+    """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
+    workers = flags.num_workers
+    return DataLoader(
+        windows,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=flags.persistent_workers and workers > 0,
+        prefetch_factor=flags.prefetch if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # of its own: the global one is dropout's, and exact on resume
+    )
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a loader process: Ctrl-C reaches the whole process group, but only the trainer acts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def compile_losses(run: Run) -> None:
+    """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
+    state, flags = run.state, run.flags
+    eager = run.losses
+    run.losses = torch.compile(eager, mode=flags.compile_mode, fullgraph=True)
+    run.compiled = True
+    started = time.perf_counter()
+    try:
+        with rng_kept():
+            trial = run.train_windows[np.zeros(flags.batch, dtype=np.int64)]
+            backward(run, itertools.repeat(trial))
+        run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler can fail in any way; training need not
+        run.losses, run.compiled = eager, False
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        run.console.problem(f"torch.compile failed, going on without it ({reason})")
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.scaler.is_enabled():
+            state.scaler.update()
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code."""
+    p = run.state.progress
+    if run.is_finished() and p.validated_step == p.step:
+        run.console.line(f"Nothing to do: the run was finished at step {p.step}.")
+        return EXIT_DONE
+    while True:
+        epoch_complete = take_steps(run)
+        if run.guard_stop is not None:
+            return stopped_by_guard(run)
+        if run.stop.signal is not None or not close_epoch(run, complete=epoch_complete):
+            return interrupted(run)
+        if run.is_finished():
+            return finished(run)
+
+
+def take_steps(run: Run) -> bool:
+    """Step through what is left of the epoch, the run, or the time; True when the epoch is done."""
+    p, order = run.state.progress, run.order
+    order.epoch, order.start = p.epoch, p.position
+    batches = iter(run.loader)
+    done = p.position // run.windows_per_step
+    run.console.start_epoch(p.epoch + 1, run.flags.epochs, done, run.steps_per_epoch)
+    while p.position + run.windows_per_step <= order.num_windows:
+        if run.is_finished() or run.stop.signal is not None or run.guard_stop is not None:
+            break
+        started = time.perf_counter()
+        stats = train_step(run, batches)
+        seconds = time.perf_counter() - started
+        p.seconds += seconds
+        p.epoch_seconds += seconds
+        p.log_seconds += seconds
+        if stats.refused is None:
+            report_step(run, stats)
+        else:
+            handle_refusal(run, stats)
+        minutes = (time.perf_counter() - run.last_save) / 60
+        if run.stop.save or 0 < run.flags.save_every_minutes < minutes:
+            save(run)
+    run.console.end_epoch()
+    return p.position + run.windows_per_step > order.num_windows
+
+
+def report_step(run: Run, stats: StepStats) -> None:
+    """Move the bar; every --log-lr-steps a console line and a metrics row."""
+    p, flags = run.state.progress, run.flags
+    frames_per_s = p.log_steps * run.windows_per_step * flags.ctx / max(p.log_seconds, 1e-9)
+    run.console.advance(stats.loss, stats.lr, frames_per_s, run.seconds_left())
+    if p.step % flags.log_lr_steps:
+        return
+    row = run.metrics.write(
+        "step",
+        step=p.step,
+        epoch=p.epoch + 1,
+        loss=p.log_loss / p.log_steps,
+        lr=stats.lr,
+        grad_norm=stats.grad_norm,
+        frames_per_s=round(frames_per_s, 1),
+        skipped=run.state.guard.refused,
+        seconds=round(p.seconds, 3),
+    )
+    total = 0 if flags.max_seconds else run.planned_steps
+    run.console.line(step_line(row, total, run.seconds_left()))
+    p.log_loss, p.log_steps, p.log_seconds = 0.0, 0, 0.0
+
+
+def handle_refusal(run: Run, stats: StepStats) -> None:
+    """Log a refused step with its windows; after too many in a row lower the lr, or stop."""
+    p, flags, guard = run.state.progress, run.flags, run.state.guard
+    used = run.order.permutation(p.epoch)[p.position - run.windows_per_step : p.position]
+    run.metrics.write(
+        "skip",
+        step=p.step + 1,
+        epoch=p.epoch + 1,
+        reason=stats.refused,
+        loss=stats.loss,
+        ce=stats.ce,
+        grad_norm=stats.grad_norm,
+        windows=run.train_windows.describe(used),
+    )
+    run.console.problem(f"step {p.step + 1} refused, nothing changed: {stats.refused}")
+    if run.state.scaler.is_enabled() and run.state.scaler.get_scale() < SMALLEST_SCALE:
+        run.guard_stop = "fp16 gradients overflow at every scale; use --amp-dtype bf16 or --no-amp"
+    if guard.refused_in_a_row < PANIC_AFTER:
+        return
+    p.panics += 1
+    p.lr_scale *= flags.panic_lr_mul
+    guard.forget()
+    run.metrics.write("panic", step=p.step, epoch=p.epoch + 1, lr_scale=p.lr_scale)
+    run.console.problem(f"{PANIC_AFTER} steps refused in a row; lr is scaled by {p.lr_scale:g} now")
+    if flags.panic_snapshot:
+        save_checkpoint(checkpoint_of(run), run.files.panic_snapshot(p.step))
+    if p.panics > MAX_PANICS:
+        run.guard_stop = f"{PANIC_AFTER} steps in a row were refused {p.panics} times"
+
+
+def close_epoch(run: Run, *, complete: bool) -> bool:
+    """Validate if due, report, keep `latest`, `best` and archives; False when a signal cut in."""
+    p, flags = run.state.progress, run.flags
+    started = time.perf_counter()
+    epoch = p.epoch + 1
+    is_last = run.is_finished() or (complete and epoch >= flags.epochs)
+    is_best = False
+    if is_last or epoch % flags.val_every == 0:
+        result = evaluate(run)
+        if result is None:
+            return False
+        p.validated_step = p.step
+        is_best = result.val < p.best_val  # never true for NaN
+        if is_best:
+            p.best_val, p.best_epoch = result.val, epoch
+        report_epoch(run, result, is_best=is_best, evaluation_seconds=time.perf_counter() - started)
+    if complete:
+        p.epoch, p.position = epoch, 0
+        p.epoch_loss = p.epoch_seconds = 0.0
+        p.epoch_steps = p.epoch_refused = 0
+    archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
+    save(run, is_best=is_best, archive=archive)
+    return True
+
+
+def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seconds: float) -> None:
+    """Console summary and metrics row of an epoch, or of its part when the run ends within it."""
+    p = run.state.progress
+    steps = max(p.epoch_steps, 1)
+    frames = p.epoch_steps * run.windows_per_step * run.flags.ctx
+    row = run.metrics.write(
+        "epoch",
+        step=p.step,
+        epoch=p.epoch + 1,
+        train=p.epoch_loss / steps if p.epoch_steps else math.nan,
+        val=result.val,
+        val_obj=result.val_obj,
+        ppl=perplexity(result.val),
+        val_per_codebook=result.per_codebook,
+        frames_per_s=round(frames / max(p.epoch_seconds, 1e-9), 1),
+        seconds=round(p.seconds, 3),
+        skipped=p.epoch_refused,
+    )
+    elapsed = p.elapsed + time.perf_counter() - run.started
+    wall = p.epoch_seconds + evaluation_seconds
+    for line in epoch_lines(row, wall, elapsed, is_best=is_best):
+        run.console.line(line)
+
+
+def interrupted(run: Run) -> int:
+    """Save where a signal stopped the run, and say how to go on."""
+    number_ = run.stop.signal or signal.SIGTERM
+    save(run)
+    step = run.state.progress.step
+    run.console.line(
+        f"Stopped by {signal.Signals(number_).name}; saved {run.files.latest} at step {step}. "
+        "The same command goes on from there."
+    )
+    return 128 + number_
+
+
+def stopped_by_guard(run: Run) -> int:
+    """Keep the last good state, and say what to look at."""
+    save(run)
+    run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
+    run.console.problem(
+        f"Stopped by the guard: {run.guard_stop}. {run.files.latest} holds the weights after the "
+        f"last accepted step. Look at the refused windows in {run.files.metrics}, lower --lr, and "
+        "run the same command again."
+    )
+    return EXIT_GUARD
+
+
+def finished(run: Run) -> int:
+    """Say what there is."""
+    p = run.state.progress
+    run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
+    run.console.line(
+        f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
+        f"{run.files.best}, last state in {run.files.latest}"
+    )
+    return EXIT_DONE
+
+
+def train_or_save(run: Run) -> int:
+    """`train`; if it fails between two steps, what was reached is saved first."""
+    try:
+        return train(run)
+    except Exception as error:
+        run.console.end_epoch()
+        if run.between_steps and not isinstance(error, OSError):
+            save(run)
+            run.console.problem(f"failed; saved at step {run.state.progress.step}")
+        if isinstance(error, torch.OutOfMemoryError):
+            run.console.problem(
+                "out of memory: halve --batch and double --accum (the same step in less memory), "
+                "or add --grad-checkpoint"
+            )
+        raise
+    finally:
+        run.metrics.close()
+
+
+# --- main ----------------------------------------------------------------------------------------
+
+
+def announce(run: Run, source: str, *, resumed: bool) -> None:
+    """Start-up details, and the first metrics row of this process."""
+    p, model, flags = run.state.progress, run.state.model, run.flags
+    config = model.config
+    precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
+    flops = model.flops_per_frame(flags.ctx)
+    run.console.detail(f"vocab    {list(config.vocab_sizes)}")
+    run.console.detail(
+        f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads: "
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained frame"
+    )
+    run.console.detail(f"device   {run.device}, {precision}")
+    run.console.detail(
+        f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "
+        f"{flags.accum}), {run.planned_steps} in all"
+        + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
+    )
+    if flags.init_from and not resumed:
+        run.console.line(f"weights  EMA weights of {flags.init_from}")
+    event = "resume" if resumed else "start"
+    run.metrics.write(event, step=p.step, epoch=p.epoch + 1, source=source, flags=vars(flags))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, lock the folder, set up, train; errors become one message and an exit code."""
+    flags, explicit = parse_flags(argv)
+    console = Console(quiet=flags.quiet)
+    if flags.quiet:
+        warnings.filterwarnings("ignore")
+    try:
+        with FolderLock(flags.save_dir):
+            run = set_up(flags, explicit, console)
+            run.stop.install()
+            return train_or_save(run)
+    except UsageError as error:
+        console.problem(str(error))
+        return EXIT_USAGE
+    except (CheckpointError, BadFilesError, NpqError, OSError) as error:
+        console.problem(str(error))
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        console.problem("interrupted before the first step; no file of the run was changed")
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
