@@ -56,7 +56,13 @@ def _write_beside(checkpoint: dict[str, Any], path: Path) -> Path:
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
+            try:
+                torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
+            except RuntimeError as error:
+                # torch's writer covers the disk's error with one of its own.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())  # before the rename: a name must never point at unwritten data
     except BaseException:
@@ -103,7 +109,10 @@ def verify_file(path: Path) -> None:
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+    except CheckpointError:
+        raise
+    # A damaged container can fail in many ways: RuntimeError for a flipped "encrypted" flag ...
+    except Exception as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong")
@@ -120,13 +129,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can fail in any way
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
-    if checkpoint["version"] > FORMAT_VERSION:
+    version = checkpoint.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: damaged, format version {version!r} is none")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {checkpoint['version']}, this program reads up to "
+            f"{path}: format version {version}, this program reads up to "
             f"{FORMAT_VERSION}; use the newer program that wrote it"
         )
     if missing := REQUIRED_KEYS - set(checkpoint):
@@ -218,7 +230,7 @@ class RunFiles:
     def all_files(self) -> list[Path]:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics]
-        found = [p for p in named if p.exists()]
+        found = [p for p in named if os.path.lexists(p)]
         return found + self.archives("epoch") + self.archives("best")
 
     def remove_leftovers(self) -> None:
@@ -233,6 +245,10 @@ class RunFiles:
             return None
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         aside = self.folder / f"{self.name}_before_{stamp}"
+        again = 1
+        while aside.exists():  # two new runs within a second
+            again += 1
+            aside = aside.with_name(f"{self.name}_before_{stamp}-{again}")
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
@@ -244,12 +260,16 @@ def _replace_with_link(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        # After a failure; and rename does nothing where both names are one file already.
+        temporary.unlink(missing_ok=True)
 
 
 def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) -> RunFiles | None:
@@ -329,6 +349,8 @@ class FolderLock:
                 f"{self.path.parent}: in use by {holder}; wait for it, stop it, or give this run "
                 "another --save_dir"
             ) from error
+        # A forked loader process outlives a killed trainer by seconds and must not hold the lock.
+        os.register_at_fork(after_in_child=self.file.close)
         self.file.truncate(0)
         command = " ".join(sys.argv)[:200]
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}\n")

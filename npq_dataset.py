@@ -124,7 +124,9 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
             path, "file", "a regular file", "a folder, pipe or device", "name .npq files"
         )
     if len(head) < FIXED_BYTES:
-        raise NpqError(path, "header", f"at least {FIXED_BYTES} bytes", f"{len(head)} bytes")
+        raise NpqError(
+            path, "header", f"{FIXED_BYTES} bytes (file truncated)", f"{len(head)} bytes"
+        )
 
     def header_of(parse: Any, layout: str) -> NpqHeader:
         return NpqHeader(path, layout, *parse(head), status.st_size, status.st_mtime_ns)
@@ -272,7 +274,7 @@ class _OpenFile:
         self.path, self.offset, self.frames = path, offset, frames
         self.codebooks, self.dtype = codebooks, CODE_DTYPES[dtype_code]
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
         except OSError as error:
             self.descriptor = -1
             raise _changed(path, "the file that was there at the start", error) from error
@@ -298,7 +300,10 @@ class _OpenFile:
         shape = (row.shape[0], self.codebooks)
         buffer = row if same else np.empty(shape, self.dtype)
         position = self.offset + start * self.codebooks * self.dtype.itemsize
-        found = os.preadv(self.descriptor, [buffer], position)
+        try:
+            found = os.preadv(self.descriptor, [buffer], position)
+        except OSError as error:
+            raise _changed(self.path, "a readable file", error) from error
         if found != buffer.nbytes:
             raise _changed(
                 self.path, f"{self.frames} frames", f"an end within frame {start} and on"
@@ -341,11 +346,11 @@ def check_codes(header: NpqHeader) -> int:
 
 
 def _raise_first_bad_code(header: NpqHeader, codes: np.ndarray[Any, Any], first_frame: int) -> None:
-    bad = np.argwhere(codes >= np.array(header.vocab_sizes))
+    bad = np.argwhere((codes < 0) | (codes >= np.array(header.vocab_sizes)))
     if len(bad):
         frame, k = (int(i) for i in bad[0])
-        where = f"code of frame {first_frame + frame}, codebook {k}"
-        raise NpqError(header.path, where, f"below {header.vocab_sizes[k]}", int(codes[frame, k]))
+        found = f"{codes[frame, k]} in frame {first_frame + frame}, codebook {k}"
+        raise NpqError(header.path, "codes", f"0 to {header.vocab_sizes[k] - 1}", found)
 
 
 def write_npq(
@@ -375,33 +380,24 @@ def write_npq(
         )
     (frames, k), k_mid = codes.shape, codes.shape[1] - side_codebooks
     dtype = CODE_DTYPES[1] if max(vocab_sizes, default=0) <= 2**16 else CODE_DTYPES[2]
-    tail = struct.pack(
-        f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, CODE_DTYPES.index(dtype)
-    )
-    if side_codebooks:
-        head = struct.pack("<4sHBHH", b"NPQ2", 1, 1, k_mid, side_codebooks) + tail
-    else:
-        head = struct.pack("<4sHH", b"NPQ1", 1, k) + tail
-    layout = "NPQ2" if side_codebooks else "NPQ1"
-    size = len(head) + dtype.itemsize * codes.size
-    header = NpqHeader(
-        path,
-        layout,
-        k,
-        side_codebooks,
-        frames,
-        frame_rate,
-        bitrate,
-        tuple(vocab_sizes),
-        dtype,
-        len(head),
-        size,
-        0,
-    )
+    try:
+        tail = struct.pack(
+            f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, CODE_DTYPES.index(dtype)
+        )
+        if side_codebooks:
+            head = struct.pack("<4sHBHH", b"NPQ2", 1, 1, k_mid, side_codebooks) + tail
+        else:
+            head = struct.pack("<4sHH", b"NPQ1", 1, k) + tail
+    except (struct.error, OverflowError) as error:
+        expected = "values that fit their fields"
+        raise NpqError(path, "header", expected, error, "nothing was written") from error
+    # The reader's own view of these bytes is what gets checked: a float32 rounds.
+    layout, parse = ("NPQ2", _parse_npq2) if side_codebooks else ("NPQ1", _parse_npq1)
+    header = NpqHeader(path, layout, *parse(head), len(head) + dtype.itemsize * codes.size, 0)
     if problem := _problem(header):
         raise NpqError(path, *problem, remedy="nothing was written")
     if codes.min() < 0 or codes.max() >= min(vocab_sizes):
-        _raise_first_bad_code(header, np.where(codes < 0, MAX_VOCAB_SIZE, codes), 0)
+        _raise_first_bad_code(header, codes, 0)
 
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or "."
@@ -490,7 +486,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 over codes and vocabulary; equal wherever the same music lies."""
         digest = hashlib.sha256(repr(self.vocab_sizes).encode())
-        digest.update(np.ascontiguousarray(self.files[["crc", "frames"]]).tobytes())
+        # Stacked: a view of two fields would carry the others' bytes along as padding.
+        digest.update(np.stack([self.files["crc"], self.files["frames"]]).tobytes())
         return digest.hexdigest()
 
 
@@ -552,8 +549,12 @@ def scan_corpus(
             bad.append(error)
 
     wanted, cut = codebooks or _most_hours(headers), codebooks is not None
-    rates = [h.frame_rate for h in headers]
-    frame_rate = float(np.median(rates)) if rates else math.nan
+    rates = sorted(
+        h.frame_rate
+        for h in headers
+        if h.num_codebooks == wanted or (cut and h.num_codebooks > wanted)
+    )
+    frame_rate = rates[len(rates) // 2] if rates else math.nan  # one that a file really has
     fitting = []
     for h in headers:
         if h.num_codebooks < wanted or (h.num_codebooks > wanted and not cut):
@@ -596,7 +597,7 @@ def _most_hours(headers: Sequence[NpqHeader]) -> int:
     hours: Counter[int] = Counter()
     for h in headers:
         hours[h.num_codebooks] += h.num_frames
-    return hours.most_common(1)[0][0] if hours else 0
+    return max(hours, key=lambda k: (hours[k], k), default=0)
 
 
 def _corpus_of(
@@ -622,7 +623,7 @@ class _CheckedFiles:
 
     def __init__(self, store: str | os.PathLike[str] | None) -> None:
         self.store = store
-        self.known: dict[str, list[int]] = {}
+        self.known: dict[str, Any] = {}
         self.fresh = False
         if store is not None and os.path.isfile(store):
             try:
@@ -634,8 +635,8 @@ class _CheckedFiles:
     def crc(self, header: NpqHeader) -> int:
         stamp = [header.file_size, header.mtime_ns]
         known = self.known.get(os.path.realpath(header.path))
-        if known and known[:2] == stamp:
-            return known[2]
+        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
+            return int(known[2])
         crc = check_codes(header)
         self.known[os.path.realpath(header.path)] = [*stamp, crc]
         self.fresh = True
@@ -710,14 +711,14 @@ def _share_of(crc: int, frames: int) -> float:
 def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarray[Any, Any]:
     """Frames each file gives to validation: its share, but a window, until all is given."""
     frames = files["frames"]
-    wanted = val_split * frames.sum()
     tails = np.zeros_like(frames)
-    for i in sorted(
-        range(len(files)), key=lambda i: _share_of(int(files[i]["crc"]), int(files[i]["frames"]))
-    ):
+    wanted, given, last = val_split * frames.sum(), 0, -1.0
+    shares = [_share_of(int(f["crc"]), int(f["frames"])) for f in files]
+    for i in sorted(range(len(files)), key=shares.__getitem__):
         tail = max(ctx, int(frames[i] * val_split))
-        if val_split > 0 and tails.sum() < wanted and frames[i] - tail >= ctx:
-            tails[i] = tail
+        # Files of equal content stand side by side here, and all of them give or none.
+        if (given < wanted or shares[i] == last) and frames[i] - tail >= ctx:
+            tails[i], given, last = tail, given + tail, shares[i]
     return tails
 
 
@@ -725,11 +726,8 @@ def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarra
     with open(val_list, encoding="utf-8-sig") as file:
         names = {line.strip() for line in file if line.strip() and not line.startswith("#")}
     keys = [{path, os.path.basename(path), os.path.realpath(path)} for path in paths]
-    missing = (
-        names
-        - set().union(*keys)
-        - {n for n in names if any(os.path.realpath(n) in k for k in keys)}
-    )
+    known = set().union(*keys)
+    missing = {n for n in names - known if os.path.realpath(n) not in known}
     if missing:
         raise ValueError(
             f"{val_list}: {len(missing)} listed files are not in the data: "

@@ -49,7 +49,7 @@ class Ema:
 
 WARM_UP = 32  # accepted steps before the statistical limits are used
 LOSS_SIGMA_FLOOR = 0.04  # of the mean: six of these let a loss rise by 24 %
-NORM_SIGMA_FLOOR = 0.25  # of log grad norm: six of these let it rise to 4.5 times
+NORM_SIGMA_FLOOR = 0.5  # of log grad norm: six of these let it rise to 20 times
 CE_MARGIN = 1.0  # nats above guessing, ln V, that a codebook's cross-entropy may reach
 
 

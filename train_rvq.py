@@ -13,6 +13,7 @@ from the last checkpoint and ends in the weights of an uninterrupted run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -344,9 +345,11 @@ class Run:
     guard_stop: str | None = None  # why the guard ends the run
     between_steps: bool = True  # False while weights, moments and counters disagree
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision around a forward pass."""
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype)
 
     @property
     def windows_per_step(self) -> int:
@@ -577,7 +580,7 @@ def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
 def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
     """Put a checkpoint's weights, moments, guard and counters into a freshly built state.
 
-    Learning rate and weight decay stay as the flags say; only the moments come from the file.
+    Weight decay and the like stay as the flags say; only the moments come from the file.
 
     Raises:
         CheckpointError: lists the tensors that do not fit.
@@ -592,6 +595,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
             f"{path}: its optimizer state is of other parameters; start from its weights alone "
             "with --init-from"
         )
+    for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
+        group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
     state.optimizer.load_state_dict({**own, "state": saved["state"]})
     if checkpoint["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
@@ -640,6 +645,7 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
             f"{order.num_windows} training windows are fewer than one step's --batch {flags.batch} "
             f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
         )
+    weights = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, source, corpus, device)
     state = build_state(flags, model, amp_dtype, device)
@@ -657,10 +663,7 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
         losses=functools.partial(model.losses, label_smoothing=flags.label_smoothing),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
-        weights=torch.tensor(
-            codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks),
-            device=device,
-        ),
+        weights=torch.tensor(weights, device=device),
         loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
     )  # fmt: skip
     if checkpoint is not None:

@@ -1,0 +1,50 @@
+# Every target sets itself up: a virtual environment in .venv, and what requirements*.txt name.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test lint smoke test-faults test-gpu bench-data clean
+
+demo: .venv/installed  ## train a small model on generated codes and watch the loss fall
+	rm -rf demo
+	$(BIN)/python examples/make_codes.py demo/codes
+	$(BIN)/python train_rvq.py --data demo/codes --save_dir demo/run --device cpu \
+	    --d_model 64 --layers 2 --heads 2 --ctx 128 --batch 8 --accum 1 --lr 3e-3 \
+	    --epochs 4 --log-lr-steps 20 --eval-audio-every 0
+
+test: lint  ## everything that CI checks
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smoke: .venv/installed  ## a fixed tiny run; a refactor must print the same loss
+	rm -rf smoke_ckpts demo_codes
+	$(BIN)/python examples/make_codes.py demo_codes
+	$(BIN)/python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 \
+	    --ctx 64 --batch 4 --accum 1 --lr 3e-3 --max-steps 30 --save_dir smoke_ckpts
+	@$(BIN)/python -c "import json; print('smoke loss', [json.loads(r)['train'] for r in \
+	    open('smoke_ckpts/rvq_4cb_metrics.jsonl') if '\"epoch\"' in r[:20]][-1])"
+
+test-faults: .venv/installed-dev  ## kills, full disks and bit flips in earnest; minutes
+	$(BIN)/python -m pytest -m "slow and not cuda"
+
+test-gpu: .venv/installed-dev  ## needs a CUDA device
+	$(BIN)/python -m pytest -m cuda
+
+bench-data: .venv/installed  ## index and window speed, memory
+	$(BIN)/python benchmarks/data_path.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv demo demo_codes smoke_ckpts

@@ -1,0 +1,105 @@
+"""Shared by the tests: the project on the path, tiny corpora, and the trainer as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "examples"))
+
+from make_codes import make_tune  # noqa: E402
+from npq_dataset import write_npq  # noqa: E402
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+
+TINY = [
+    *("--device", "cpu", "--d_model", "32", "--layers", "2", "--heads", "2", "--ctx", "32"),
+    *("--batch", "4", "--accum", "2", "--lr", "3e-3", "--num_workers", "0", "--eval-audio-every"),
+    *("0", "--log-lr-steps", "5"),
+]
+
+
+@pytest.fixture(scope="session")
+def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four files of structured codes, K = 4, V = 64."""
+    folder = tmp_path_factory.mktemp("tunes")
+    rng = np.random.default_rng(7)
+    patterns = rng.integers(64, size=(16, 8, 4))
+    for i in range(4):
+        codes = make_tune(patterns, 300, rng)
+        write_npq(folder / f"{i}.npq", codes, vocab_sizes=[64] * 4, frame_rate=86.13)
+    return folder
+
+
+def start_trainer(*flags: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """train_rvq.py as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_rvq.py"), *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        **options,
+    )
+
+
+def run_trainer(*flags: str | Path, timeout: float = 120, **options: Any) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    process = start_trainer(*flags, **options)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def rows(save_dir: Path, event: str = "") -> list[dict[str, Any]]:
+    """Metrics rows of the only run in a folder."""
+    (path,) = save_dir.glob("*_metrics.jsonl")
+    parsed = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in parsed if not event or row["event"] == event]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Poll until true; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a trainer and its loader processes, as an out-of-memory killer or power cut does."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def assert_same_tensors(a: Any, b: Any, path: str = "") -> None:
+    """Equality of nested checkpoints, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_tensors(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tensors(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path

@@ -1,0 +1,224 @@
+"""model.py: alignment, causality, losses against slow references, the CUDA path without CUDA."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from model import CodesTransformer, ModelConfig
+
+CONFIG = ModelConfig((16, 16, 16), d_model=32, layers=2, heads=2, dropout=0.0)
+
+
+def make_model(config: ModelConfig = CONFIG, **options: bool) -> CodesTransformer:
+    """A model whose output projections are not zero, so that every path carries signal."""
+    torch.manual_seed(0)
+    model = CodesTransformer(config, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def make_codes(config: ModelConfig = CONFIG, batch: int = 2, frames: int = 12) -> torch.Tensor:
+    torch.manual_seed(1)
+    columns = [torch.randint(v, (batch, frames)) for v in config.vocab_sizes]
+    return torch.stack(columns, dim=-1)
+
+
+def test_logits_depend_on_earlier_frames_alone():
+    model, codes = make_model().eval(), make_codes()
+    before = model(codes)
+    for frame in range(codes.shape[1]):
+        for k in range(codes.shape[2]):
+            changed = codes.clone()
+            changed[:, frame, k] = (changed[:, frame, k] + 5) % 16
+            moved = (model(changed) - before).abs().amax((0, 2, 3)) > 1e-6
+            assert not moved[: frame + 1].any()
+            if frame + 1 < codes.shape[1]:
+                assert moved[frame + 1], "the next frame must see the change"
+
+
+def test_logits_match_a_slow_reference():
+    """Loops over frames, codebooks and heads, in float64, against the vectorised forward."""
+    model, codes = make_model().eval().double(), make_codes()
+    w = dict(model.named_parameters())
+    b, t, k = codes.shape
+    d, heads = CONFIG.d_model, CONFIG.heads
+    c = d // heads
+
+    def norm(x, gain):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+    def rotate(x, frame):
+        out = x.clone()
+        for i in range(c // 2):
+            a = torch.tensor(frame * 10_000.0 ** (-2 * i / c), dtype=torch.float32)
+            out[i] = x[i] * a.cos() - x[i + c // 2] * a.sin()
+            out[i + c // 2] = x[i + c // 2] * a.cos() + x[i] * a.sin()
+        return out
+
+    expected = torch.zeros(b, t, k, 16, dtype=torch.float64)
+    for n in range(b):
+        x = torch.empty(t, d, dtype=torch.float64)
+        for f in range(t):
+            past = [w["embed.weight"][i * 16 + codes[n, f - 1, i]] for i in range(k)]
+            x[f] = sum(past) if f else w["bos"]
+        for layer in range(CONFIG.layers):
+            p = f"blocks.{layer}."
+            qkv = norm(x, w[p + "norm1.weight"]) @ w[p + "attn.qkv.weight"].T
+            mixed = torch.zeros(t, d, dtype=torch.float64)
+            for h in range(heads):
+                q, key, v = (qkv[:, part * d + h * c : part * d + (h + 1) * c] for part in range(3))
+                q = norm(q.float(), w[p + "attn.q_norm.weight"])
+                key = norm(key.float(), w[p + "attn.k_norm.weight"])
+                for f in range(t):
+                    scores = torch.stack(
+                        [rotate(q[f], f) @ rotate(key[g], g) / math.sqrt(c) for g in range(f + 1)]
+                    )
+                    mixed[f, h * c : (h + 1) * c] = scores.softmax(0) @ v[: f + 1]
+            x = x + mixed @ w[p + "attn.out.weight"].T
+            hidden = (norm(x, w[p + "norm2.weight"]) @ w[p + "mlp.up.weight"].T).clamp(min=0) ** 2
+            x = x + hidden @ w[p + "mlp.down.weight"].T
+        logits = norm(x, w["norm.weight"]) @ w["head.weight"].T
+        for i in range(k):
+            expected[n, :, i] = logits[:, i * 16 : (i + 1) * 16]
+    torch.testing.assert_close(model(codes), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.05])
+def test_losses_match_cross_entropy_per_codebook(smoothing):
+    config = ModelConfig((16, 7, 11), d_model=32, layers=1, heads=2, dropout=0.0)
+    model, codes = make_model(config), make_codes(config)
+    losses = model.losses(codes, smoothing)
+    logits = model(codes)
+    for k, v in enumerate(config.vocab_sizes):
+        assert logits[:, :, k, v:].isneginf().all(), "entries a codebook lacks cannot be drawn"
+        flat, target = logits[:, :, k, :v].reshape(-1, v), codes[:, :, k].reshape(-1)
+        torch.testing.assert_close(losses.ce[k], F.cross_entropy(flat, target))
+        expected = F.cross_entropy(flat, target, label_smoothing=smoothing)
+        torch.testing.assert_close(losses.objective[k], expected)
+    losses.objective.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_new_model_guesses_evenly():
+    model = CodesTransformer(ModelConfig((1024,) * 9, 128, 4, 4))
+    ce = model.losses(make_codes(model.config)).ce
+    assert (ce - math.log(1024)).abs().max() < 0.1
+
+
+def test_config_round_trips_and_refuses_what_does_not_fit():
+    assert ModelConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    with pytest.raises(ValueError, match="newer version"):
+        ModelConfig.from_dict({**CONFIG.to_dict(), "moon_phase": 1})
+    with pytest.raises(ValueError, match="--heads 12"):
+        ModelConfig((1024,) * 9, d_model=100, heads=12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"), [((512, 12, 8), 47.2), ((768, 16, 12), 127.4), ((896, 20, 14), 209.2)]
+)
+def test_parameter_counts_of_the_usual_sizes(shape, millions):
+    with torch.device("meta"):
+        model = CodesTransformer(ModelConfig((1024,) * 9, *shape))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+    d, layers, _ = shape
+    by_hand = 6 * (12 * layers * d * d + 9 * 1024 * d) + 6 * layers * 512 * d
+    assert model.flops_per_frame(512) == by_hand
+
+
+def test_grad_checkpointing_changes_no_gradient():
+    codes = make_codes()
+    plain, checkpointed = make_model(), make_model(grad_checkpoint=True)
+    for model in (plain, checkpointed):
+        model.train().losses(codes).objective.sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_the_same_weights_take_a_longer_ctx():
+    model = make_model().eval()
+    long, short = make_codes(frames=40), make_codes(frames=40)[:, :12]
+    torch.testing.assert_close(model(long)[:, :12], model(short))
+
+
+def test_forward_and_backward_run_on_meta_without_a_host_read():
+    """CUDA without CUDA: on meta a stray CPU tensor and every .item() raise. Pitfall 9."""
+    with torch.device("meta"):
+        model = CodesTransformer(CONFIG)
+        codes = torch.empty(2, 12, 3, dtype=torch.int64)
+    losses = model.losses(codes, 0.05)
+    losses.objective.mean().backward()
+    assert losses.ce.is_meta
+    assert all(p.grad.is_meta for p in model.parameters())
+
+
+def test_one_gather_and_one_head_product_whatever_k():
+    """Pitfall 25."""
+    counts = []
+    for k in (2, 9):
+        config = ModelConfig((16,) * k, d_model=32, layers=1, heads=2)
+        model, codes = make_model(config), make_codes(config)
+        with torch.profiler.profile() as profile:
+            model(codes)
+        calls = {e.key: e.count for e in profile.key_averages()}
+        counts.append((calls["aten::mm"], calls["aten::embedding_bag"]))
+    assert counts[0] == counts[1]
+    assert counts[0][1] == 1
+
+
+def test_compiles_without_a_graph_break_and_agrees_with_eager():
+    model, codes = make_model(), make_codes()
+    compiled = torch.compile(model.losses, fullgraph=True)
+    torch.testing.assert_close(compiled(codes, 0.05), model.losses(codes, 0.05))
+
+
+NO_NEW_API = "sys.modules['torch.nn.attention'] = None"
+OLD_API = """
+import contextlib
+@contextlib.contextmanager
+def sdp_kernel(enable_flash=True, enable_math=True, enable_mem_efficient=True):
+    print("old", end=" ")
+    yield
+torch.backends.cuda.sdp_kernel = sdp_kernel
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "printed"),
+    [
+        ("", "True"),
+        (NO_NEW_API + OLD_API, "old True"),
+        (NO_NEW_API + "; del torch.backends.cuda.sdp_kernel", "True"),
+    ],
+    ids=["new", "old", "neither"],
+)
+def test_sdpa_wrapper_survives_every_api(before, printed):
+    """Pitfall 27: the present API, the one before it, and none."""
+    script = f"""
+import sys, torch
+{before}
+sys.path.insert(0, {str(ROOT)!r})
+import model
+q = torch.randn(1, 2, 5, 4)
+expected = (q @ q.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ q
+print(torch.allclose(model.causal_attention(q, q, q), expected, atol=1e-5))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == printed, done.stderr
+
+
+def test_flash_attention_is_a_kernel_the_model_can_use():
+    """The fused kernel takes the shapes and dtypes that the model gives it (the CPU has one too)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.randn(2, 2, 12, 16, dtype=torch.bfloat16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)

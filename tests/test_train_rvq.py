@@ -1,0 +1,651 @@
+"""train_rvq.py: flags, one step, refusal, evaluation, saving, resuming; in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_same_tensors, rows, run_trainer
+
+import train_rvq
+from checkpointing import FolderLock, load_checkpoint
+from model import CodesTransformer, Losses, ModelConfig
+from npq_dataset import EpochOrder, write_npq
+from reporting import Console
+from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update
+
+FRACTIONS = (train_rvq.fraction, train_rvq.fraction_or_one)
+CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds"}
+
+
+def make_run(*flags: str | Path) -> Run:
+    """A run as main sets it up."""
+    parsed, explicit = parse_flags([*TINY, *map(str, flags)])
+    Path(parsed.save_dir).mkdir(parents=True, exist_ok=True)
+    return set_up(parsed, explicit, Console(quiet=True))
+
+
+def train(*flags: str | Path, stop_at: int | None = None) -> dict[str, Any]:
+    """Train to the end, or until a signal comes in the middle of step `stop_at`; the checkpoint."""
+    run = make_run(*flags)
+    eager = run.losses
+
+    def interrupting(codes: torch.Tensor) -> Losses:
+        if run.state.progress.step + 1 == stop_at:
+            run.stop.signal = signal.SIGTERM
+        return eager(codes)
+
+    run.losses = interrupting
+    code = train_rvq.train_or_save(run)
+    assert code == (0 if run.stop.signal is None else 143)
+    return load_checkpoint(run.files.latest)
+
+
+def comparable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal after a resume: all but clocks and file names."""
+    kept = ("model", "ema", "optimizer", "scaler", "guard", "rng", "architecture", "data")
+    progress = {n: v for n, v in checkpoint["progress"].items() if n not in CLOCKS}
+    return {**{name: checkpoint[name] for name in kept}, "progress": progress}
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Copies of everything that a refused step must leave alone."""
+    state = run.state
+    return {
+        "model": {n: p.detach().clone() for n, p in state.model.state_dict().items()},
+        "ema": {n: p.clone() for n, p in state.ema.state_dict().items()},
+        "moments": [
+            {n: v.clone() for n, v in s.items()}
+            for s in state.optimizer.state_dict()["state"].values()
+        ],
+        "step": state.progress.step,
+        "lr": [g["lr"] for g in state.optimizer.param_groups],
+        "past": (list(state.guard.losses), list(state.guard.log_norms)),
+    }
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+RUN_1 = """--data "npq_out/*.npq" --ctx 1280 --batch 8 --epochs 300 --amp --save_dir rvq_ckpts
+  --eval-audio-every 5 --eval-frames 1290 --eval-temperature 1.1 --eval-outdir rvq_eval
+  --log-lr-steps 50 --quiet"""
+RUN_2 = """--data "npq_out/*.npq" --ctx 1280 --step 640 --batch 4 --accum 6 --epochs 350 --amp
+  --device cuda --d_model 768 --layers 16 --heads 12 --dropout 0.1 --lr 2e-4 --weight-decay 0.02
+  --ema 0.999 --label-smoothing 0.05 --cb-weights auto --cb-weights-auto-alpha 0.5
+  --eval-audio-every 5 --eval-frames 1290 --eval-temperature 1.1
+  --save_dir rvq_ckpts_big --log-lr-steps 50 --archive-every 10 --keep-archived 20"""
+RUN_3 = """--data "npq_out/*.npq" --ctx 512 --step 256 --batch 6 --accum 6 --epochs 250 --amp
+  --device cuda --d_model 768 --layers 16 --heads 12 --dropout 0.1 --lr 2e-4 --weight-decay 0.02
+  --fused-optim --compile --ema 0.999 --label-smoothing 0.05 --cb-weights auto
+  --cb-weights-auto-alpha 0.5 --val-every 1 --eval-audio-every 5 --eval-on-cpu
+  --save_dir rvq_ckpts_fast --tag base512 --log-lr-steps 50 --persistent-workers --prefetch 6
+  --quiet"""
+SMALLER = "--device cpu --d_model 32 --layers 1 --heads 2 --epochs 1 --ctx 32 --step 32 --batch 2"
+
+
+@pytest.mark.parametrize("command", [RUN_1, RUN_2, RUN_3], ids=["run1", "run2", "run3"])
+def test_the_users_own_commands_run_as_they_stand(command, tunes, tmp_path):
+    """With a smaller shape laid over the same flags, as on a machine without a GPU."""
+    shutil.copytree(tunes, tmp_path / "npq_out")
+    flags = shlex.split(command.replace("\n", " ")) + shlex.split(SMALLER)
+    code, output = run_trainer(*flags, timeout=200, cwd=tmp_path)
+    assert code == 0, output
+    assert "val CE per codebook" in output
+    assert len(list(tmp_path.glob("rvq_ckpts*/rvq_4cb*_best.pt"))) == 1
+    assert len(list(tmp_path.glob("rvq_ckpts*/rvq_4cb*_latest.pt"))) == 1
+    names = load_checkpoint(next(tmp_path.glob("rvq_ckpts*/*_latest.pt")))["model"]
+    assert not any("_orig_mod" in name for name in names), "pitfall 20"
+
+
+def test_defaults_are_run_3():
+    defaults, _ = parse_flags([])
+    third, given = parse_flags(shlex.split(RUN_3.replace("\n", " ")))
+    own = {"data", "device", "compile", "save_dir", "tag", "step", "quiet"}
+    assert {n: getattr(defaults, n) for n in given if n not in own} == {
+        n: getattr(third, n) for n in given if n not in own
+    }
+
+
+def test_every_flag_takes_both_spellings():
+    for action in train_rvq.build_parser()._actions:
+        name = action.dest.replace("_", "-")
+        if name == "help":
+            continue
+        value = [] if action.nargs == 0 else [str(action.choices[-1] if action.choices else "")]
+        value = value and [value[0] or ("0.5" if action.type in FRACTIONS else "3")]
+        for spelling in (f"--{name}", f"--{name.replace('-', '_')}"):
+            _, given = parse_flags(["--lr", "9", spelling, *value])
+            assert action.dest in given, spelling
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch 0", "expected a whole number >= 1, found '0'"),
+        ("--dropout 1.5", "expected a number >= 0 and < 1"),
+        ("--lr nan", "expected a number > 0"),
+        ("--resume x --no-resume", "contradict"),
+        ("--lr 1e-6", "--eta-min"),
+        ("--tag a/b", "--tag"),
+        ("--d_modl 3", "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags_end_with_code_2_and_a_remedy(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_flags(flags.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ((), 2, "--data"),
+        (("--data", "nowhere/*.npq"), 1, "no .npq file matches"),
+        (("--data", "{tunes}", "--heads", "5"), 2, "--heads 5"),
+        (("--data", "{tunes}", "--device", "cuda:7"), 2, "--device cuda:7"),
+        (("--data", "{tunes}", "--ctx", "5000"), 1, "shorter than a window"),
+        (("--data", "{tunes}", "--batch", "5000"), 2, "fewer than one step's"),
+        (("--data", "{tunes}", "--cb-weights", "1,2"), 2, "expected 4 numbers"),
+        (("--data", "{tunes}", "--resume", "{tmp}/typo.pt"), 1, "no such checkpoint"),
+    ],
+)
+def test_mistakes_get_one_message_and_write_no_run_file(
+    flags, code, message, tunes, tmp_path, capsys
+):
+    """Pitfall 15 among others."""
+    filled = [f.format(tunes=tunes, tmp=tmp_path) for f in flags]
+    save_dir = tmp_path / "run"
+    assert train_rvq.main([*TINY, "--save_dir", str(save_dir), *filled]) == code
+    assert message in capsys.readouterr().err
+    assert not list(save_dir.glob("rvq_*"))
+
+
+# --- pure pieces ---------------------------------------------------------------------------------
+
+
+def test_lr_warms_up_falls_and_never_rises_again():
+    """Pitfall 7: torch's cosine climbs again after T_max."""
+    shape = {"lr": 2e-4, "eta_min": 1e-5, "warmup_ratio": 0.01}
+    curve = [lr_at_step(s, 1000, **shape) for s in range(1, 3000)]
+    assert curve[0] == pytest.approx(2e-5)
+    assert curve[9] == pytest.approx(2e-4)
+    assert all(a < b for a, b in zip(curve[:9], curve[1:10], strict=True))
+    assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
+    assert curve[504] == pytest.approx((2e-4 + 1e-5) / 2, rel=1e-6)  # half-way down
+    assert curve[999:] == [pytest.approx(1e-5)] * 2000
+
+
+def test_codebook_weights():
+    raw = [1 + 0.5 * k / 8 for k in range(9)]
+    expected = [w * 9 / sum(raw) for w in raw]
+    assert codebook_weights("auto", 0.5, 9) == pytest.approx(expected)
+    assert codebook_weights("3,1", 0.5, 2) == [1.5, 0.5]
+    assert codebook_weights("auto", 0.5, 1) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("windows", "batch", "accum", "steps"), [(62640, 6, 6, 1740), (34520, 4, 6, 1438)]
+)
+def test_steps_per_epoch_of_the_notes(windows, batch, accum, steps):
+    order = EpochOrder(windows, batch=batch, accum=accum, seed=0)
+    assert len(order) == steps * accum
+
+
+def test_decay_is_on_matrices_alone():
+    model = CodesTransformer(ModelConfig((16,) * 3, 32, 2, 2))
+    decayed, rest = train_rvq.parameter_groups(model, 0.02)
+    names = {n for n, _ in decayed["params"]}
+    kinds = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+    assert names == {"head.weight"} | {f"blocks.{i}.{k}.weight" for i in (0, 1) for k in kinds}
+    assert rest["weight_decay"] == 0
+    assert len(names) + len(rest["params"]) == len(list(model.parameters()))
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def test_a_step_reads_the_device_once(tunes, tmp_path, monkeypatch):
+    """Pitfall 9: every .item(), bool() or copy to the host is a sync on CUDA."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path)
+    batches = iter(run.loader)
+    train_rvq.train_step(run, batches)
+    reads = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+        return lambda self, *args, **kw: (reads.append(name), original(self, *args, **kw))[1]
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    stats = train_rvq.train_step(run, batches)
+    monkeypatch.undo()
+    assert stats.refused is None
+    assert reads == ["tolist"]
+
+
+def test_a_whole_step_runs_on_meta(tunes, tmp_path):
+    """CUDA without CUDA: a tensor left on the CPU, and every host read, raise on meta."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--no-fused-optim", "--no-amp")
+    meta = torch.device("meta")
+    model = CodesTransformer(run.state.model.config).to(meta)
+    run.state = train_rvq.build_state(run.flags, model, None, meta)
+    run.device, run.weights = meta, run.weights.to(meta)
+    run.losses = lambda codes: model.losses(codes, 0.05)
+    facts = backward(run, iter(run.loader))
+    assert facts.is_meta
+    assert facts.shape == (1 + 4 + 1,)
+    update(run, 1e-3, grad_norm=2.0)
+
+
+def test_gradients_and_means_equal_one_big_batch(tunes, tmp_path):
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--dropout", "0", "--no-amp")
+    run = make_run(*flags, "--batch", "2", "--accum", "4")
+    batches = list(run.loader)[:4]
+    facts = backward(run, iter(batches))
+    split = [p.grad.clone() for p in run.state.model.parameters()]
+    run.state.optimizer.zero_grad()
+    run.flags.accum = 1
+    whole = backward(run, iter([torch.cat(batches)]))
+    torch.testing.assert_close(facts, whole, rtol=1e-4, atol=1e-5)
+    for a, p in zip(split, run.state.model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_bounds_the_update(tunes, tmp_path):
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--grad-clip", "0.01", "--no-amp")
+    norm = backward(run, iter(run.loader)).tolist()[-1]
+    assert norm > 0.01
+    update(run, 1e-3, norm)
+    grads = [p.grad for p in run.state.model.parameters()]
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-3)
+
+
+AMP = {"float32": ("--no-amp",), "bf16": (), "fp16": ("--amp-dtype", "fp16")}
+
+
+@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize("warm", [0, 3], ids=["first step", "later"])
+@pytest.mark.parametrize("fault", ["nan first", "inf last", "inf gradient"])
+def test_a_refused_step_changes_nothing(fault, warm, amp, tunes, tmp_path):
+    """Fault 9, pitfalls 3, 4 and 5: weights, moments, EMA, lr, guard; the next step is accepted."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, *AMP[amp])
+    batches = iter(run.loader)
+    for _ in range(warm):
+        train_rvq.train_step(run, batches)
+    before = snapshot(run)
+    eager, calls = run.losses, []
+
+    def poisoned(codes: torch.Tensor) -> Losses:
+        losses = eager(codes)
+        calls.append(1)
+        if fault == "nan first" and len(calls) == 1:
+            losses = Losses(losses.ce, losses.objective * math.nan)
+        if fault == "inf last" and len(calls) == 2:
+            losses = Losses(losses.ce + math.inf, losses.objective + math.inf)
+        return losses
+
+    run.losses = poisoned
+    hook = run.state.model.head.weight.register_hook(
+        lambda g: g * math.inf if fault == "inf gradient" else g
+    )
+    stats = train_rvq.train_step(run, batches)
+    hook.remove()
+    run.losses = eager
+    assert stats.refused
+    assert_same_tensors(snapshot(run), before)
+    assert run.state.progress.position == (warm + 1) * run.windows_per_step, "the windows are used"
+    assert all(p.grad is None for p in run.state.model.parameters()), (
+        "pitfall 3: no stale gradients"
+    )
+    if amp != "fp16":  # a scaler at 65536 may overflow once more
+        assert train_rvq.train_step(run, batches).refused is None
+
+
+def test_fp16_lowers_its_scale_until_steps_are_accepted(tunes, tmp_path):
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--amp-dtype", "fp16", "--epochs", "3")
+    run.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    code = train_rvq.train_or_save(run)
+    assert code == 0
+    assert run.state.scaler.get_scale() < 2.0**40
+    assert run.state.progress.panics == 0, "overflows are no panic"
+    skips = rows(tmp_path, "skip")
+    assert skips
+    assert all("overflow" in row["reason"] for row in skips)
+    assert run.state.progress.step > 3
+
+
+def test_fp16_that_overflows_for_ever_stops(tunes, tmp_path, capsys):
+    """Fault 12."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--amp-dtype", "fp16")
+    run.state.model.head.weight.register_hook(lambda g: g * math.inf)
+    assert train_rvq.train_or_save(run) == train_rvq.EXIT_GUARD
+    assert "--amp-dtype bf16" in capsys.readouterr().err
+    assert run.state.progress.step == 0
+
+
+def test_nan_for_ever_lowers_lr_three_times_and_stops(tunes, tmp_path):
+    """Fault 11: exit code 3, weights finite, every refusal logged with its windows."""
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--panic-snapshot", "--epochs", "50")
+    run = make_run(*flags)
+    eager = run.losses
+    run.losses = lambda codes: Losses(*(x * math.nan for x in eager(codes)))
+    assert train_rvq.train_or_save(run) == train_rvq.EXIT_GUARD
+    skips, panics = rows(tmp_path, "skip"), rows(tmp_path, "panic")
+    assert [row["lr_scale"] for row in panics] == [0.5, 0.25, 0.125, 0.0625]
+    assert len(skips) == 40
+    assert all(len(row["windows"]) == run.windows_per_step for row in skips)
+    assert skips[0]["loss"] is None, "JSON has no NaN"
+    assert {w["file"] for w in skips[0]["windows"]} <= {str(p) for p in tunes.iterdir()}
+    assert list(tmp_path.glob("rvq_4cb_panic_s*.pt"))
+    weights = load_checkpoint(run.files.latest)["model"]
+    assert all(p.isfinite().all() for p in weights.values())
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_train_is_the_mean_over_micro_batches(tunes, tmp_path):
+    """Pitfall 8: with a learning rate of nothing, `train` is the objective of the first weights."""
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--dropout", "0", "--no-amp", "--epochs", "1")
+    run = make_run(*flags, "--lr", "1e-30", "--eta-min", "0")
+    order = run.order.permutation(0)[: run.steps_per_epoch * run.windows_per_step]
+    with torch.no_grad():
+        losses = run.state.model.losses(run.train_windows[order].long(), 0.05)
+    expected = (losses.objective * run.weights).mean().item()
+    assert train_rvq.train_or_save(run) == 0
+    (row,) = rows(tmp_path, "epoch")
+    assert row["train"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_val_is_plain_cross_entropy_of_the_ema_weights(tunes, tmp_path):
+    train("--data", tunes, "--save_dir", tmp_path, "--epochs", "2", "--no-amp")
+    run = make_run("--data", tunes, "--save_dir", tmp_path / "other", "--no-amp")
+    checkpoint = load_checkpoint(tmp_path / "rvq_4cb_latest.pt")
+    run.state.model.load_state_dict(checkpoint["ema"])
+    every = run.val_windows[np.arange(len(run.val_windows))].long()
+    with torch.no_grad():
+        losses = run.state.model.eval().losses(every, 0.05)
+    row = rows(tmp_path, "epoch")[-1]
+    assert row["val_per_codebook"] == pytest.approx(losses.ce.tolist(), rel=1e-5)
+    assert row["val"] == pytest.approx(losses.ce.mean().item(), rel=1e-5)
+    assert row["ppl"] == pytest.approx(math.exp(row["val"]), rel=1e-6)
+    assert row["val_obj"] == pytest.approx((losses.objective * run.weights).mean().item(), rel=1e-5)
+    raw = checkpoint["model"]
+    assert not torch.equal(raw["head.weight"], checkpoint["ema"]["head.weight"])
+
+
+def test_without_validation_windows_nothing_is_best(tunes, tmp_path, capsys):
+    """Fault 21, pitfall 10: an empty validation must not become val 0.0, for ever the best."""
+    train("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", "--val_split", "0")
+    (row,) = rows(tmp_path, "epoch")
+    assert row["val"] is row["ppl"] is None
+    assert not (tmp_path / "rvq_4cb_best.pt").exists()
+    assert "val n/a" in capsys.readouterr().out
+
+
+def test_the_loss_falls_and_the_files_of_a_run_are_there(tunes, tmp_path):
+    flags = ("--archive-every", "2", "--keep-archived", "2", "--epochs", "9")
+    train("--data", tunes, "--save_dir", tmp_path, *flags)
+    vals = [row["val"] for row in rows(tmp_path, "epoch")]
+    assert len(vals) == 9
+    assert vals[-1] < vals[0] - 0.5
+    names = {p.name for p in tmp_path.glob("rvq_*")}
+    assert {
+        f"rvq_4cb_{n}" for n in ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl")
+    } < names
+    archives = sorted(n[:22] for n in names if "epoch_e" in n)
+    assert archives == ["rvq_4cb_epoch_e0006__2", "rvq_4cb_epoch_e0008__2"]
+    assert len([n for n in names if "best_e" in n]) == 2, "pitfall 16"
+    best = load_checkpoint(tmp_path / "rvq_4cb_best.pt")["progress"]
+    assert best["best_val"] == min(vals), "pitfall 14: the saved best value is the new one"
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def test_interrupted_at_every_step_ends_in_the_same_weights(tunes, tmp_path):
+    """Fault 14, pitfall 18: bit for bit, wherever it was cut."""
+    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0.2")
+    whole = comparable(train(*flags, "--save_dir", tmp_path / "whole"))
+    steps = whole["progress"]["step"]
+    assert steps > 10
+    for n in range(1, steps + 1):
+        save_dir = tmp_path / f"cut{n}"
+        train(*flags, "--save_dir", save_dir, stop_at=n)
+        assert_same_tensors(comparable(train(*flags, "--save_dir", save_dir)), whole)
+        assert (
+            rows(save_dir, "epoch")[-1]["train"] == rows(tmp_path / "whole", "epoch")[-1]["train"]
+        )
+
+
+def test_interrupted_in_validation_saves_raw_weights_as_raw(tunes, tmp_path, monkeypatch):
+    """Pitfall 19, fault 13."""
+    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
+    whole = comparable(train(*flags, tmp_path / "whole"))
+    run = make_run(*flags, tmp_path / "cut")
+    model = run.state.ema.model
+    losses = model.losses
+
+    def interrupting(*args: Any) -> Losses:
+        run.stop.signal = signal.SIGINT
+        return losses(*args)
+
+    monkeypatch.setattr(model, "losses", interrupting)
+    assert train_rvq.train_or_save(run) == 130
+    saved = load_checkpoint(run.files.latest)
+    assert_same_tensors(dict(saved["model"]), dict(run.state.model.state_dict()))
+    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
+
+
+def test_a_damaged_latest_falls_back_and_still_ends_right(tunes, tmp_path, capsys):
+    """Fault 4."""
+    flags = ("--data", tunes, "--epochs", "3", "--save_dir")
+    whole = comparable(train(*flags, tmp_path / "whole"))
+    train(*flags, tmp_path / "cut", stop_at=20)
+    latest = tmp_path / "cut" / "rvq_4cb_latest.pt"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
+    assert "rvq_4cb_latest.pt: damaged" in capsys.readouterr().err
+
+
+def test_explicit_flags_win_architecture_stays_and_the_banner_says_so(tunes, tmp_path, capsys):
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "2")
+    train(*flags, stop_at=3)
+    capsys.readouterr()
+    run = make_run(*flags, "--d_model", "64", "--weight-decay", "0.3", "--label-smoothing", "0.1")
+    said = capsys.readouterr().out
+    assert "Resuming at step 3" in said
+    assert "--d-model: saved 32, asked 64; the saved architecture stays" in said
+    assert "--weight-decay: saved 0.02, asked 0.3; asked wins" in said
+    assert run.state.model.config.d_model == 32
+    assert run.state.optimizer.param_groups[0]["weight_decay"] == 0.3, "pitfall 17"
+    assert run.flags.label_smoothing == 0.1
+
+
+def test_arch_flags_may_be_left_out_when_resuming(tunes, tmp_path):
+    train("--data", tunes, "--save_dir", tmp_path, "--tag", "base", stop_at=3)
+    parsed, explicit = parse_flags(["--save_dir", str(tmp_path)])
+    run = set_up(parsed, explicit, Console(quiet=True))
+    assert run.state.progress.step == 3
+    assert (run.flags.d_model, run.flags.batch, run.flags.tag) == (32, 4, "base")
+
+
+def test_ignore_arch_lists_what_does_not_fit(tunes, tmp_path, capsys):
+    """Fault 7."""
+    flags = ("--data", tunes, "--save_dir", tmp_path)
+    train(*flags, stop_at=3)
+    before = (tmp_path / "rvq_4cb_latest.pt").read_bytes()
+    argv = [*TINY, *map(str, flags), "--ignore-arch", "--d_model", "64"]
+    assert train_rvq.main(argv) == 1
+    said = capsys.readouterr().err
+    assert "another architecture" in said
+    assert "(128, 32) -> (256, 64)" in said
+    assert (tmp_path / "rvq_4cb_latest.pt").read_bytes() == before
+
+
+def test_a_longer_plan_does_not_raise_the_lr(tunes, tmp_path):
+    """Pitfall 7, by the whole program."""
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--log-lr-steps", "1")
+    train(*flags, "--epochs", "1")
+    train(*flags, "--epochs", "3")
+    rates = [row["lr"] for row in rows(tmp_path, "step")]
+    peak = rates.index(max(rates))
+    assert len(rates) > 20
+    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert rates[-1] == pytest.approx(1e-5)
+
+
+def test_a_finished_run_is_left_alone(tunes, tmp_path, capsys):
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
+    train(*flags)
+    before = (tmp_path / "rvq_4cb_latest.pt").read_bytes()
+    train(*flags)
+    assert "Nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "rvq_4cb_latest.pt").read_bytes() == before
+
+
+def test_other_data_is_refused_until_it_is_allowed(tunes, tmp_path, capsys):
+    """Fault 15."""
+    data = shutil.copytree(tunes, tmp_path / "data")
+    flags = ("--data", data, "--save_dir", tmp_path / "run", "--epochs", "2")
+    train(*flags, stop_at=3)
+    codes = np.random.default_rng(0).integers(64, size=(300, 4))
+    write_npq(data / "new.npq", codes, vocab_sizes=[64] * 4, frame_rate=86.13)
+    assert train_rvq.main([*TINY, *map(str, flags)]) == 1
+    assert "--allow-data-change" in capsys.readouterr().err
+    train(*flags, "--allow-data-change")
+    assert rows(tmp_path / "run", "epoch")[-1]["epoch"] == 2
+
+
+def test_renamed_and_moved_files_are_the_same_data(tunes, tmp_path):
+    flags = ("--save_dir", tmp_path / "run", "--epochs", "2")
+    train("--data", tunes, *flags, stop_at=3)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for i, path in enumerate(sorted(tunes.iterdir())):
+        shutil.copy(path, moved / f"song{9 - i}.npq")
+    resumed = comparable(train("--data", moved, *flags))
+    whole = train("--data", tunes, "--save_dir", tmp_path / "whole", "--epochs", "2")
+    assert_same_tensors(resumed, comparable(whole))
+
+
+def test_init_from_starts_a_new_run_with_another_ctx(tunes, tmp_path):
+    train("--data", tunes, "--save_dir", tmp_path / "a", "--epochs", "1")
+    first = load_checkpoint(tmp_path / "a" / "rvq_4cb_best.pt")
+    flags = ("--data", tunes, "--save_dir", tmp_path / "b", "--ctx", "64", "--epochs", "1")
+    run = make_run(*flags, "--init-from", tmp_path / "a" / "rvq_4cb_best.pt", "--batch", "2")
+    assert run.state.progress.step == 0
+    assert not run.state.optimizer.state
+    assert_same_tensors(dict(run.state.model.state_dict()), dict(first["ema"]))
+    assert train_rvq.train_or_save(run) == 0
+
+
+def test_no_resume_sets_the_earlier_run_aside(tunes, tmp_path):
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
+    train(*flags)
+    old = {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")}
+    train(*flags, "--no-resume", "--seed", "5")
+    (aside,) = tmp_path.glob("*_before_*")
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == old
+
+
+def test_fp16_and_ema_and_scaler_survive_a_resume(tunes, tmp_path):
+    flags = ("--data", tunes, "--epochs", "1", "--amp-dtype", "fp16", "--save_dir")
+    whole = comparable(train(*flags, tmp_path / "whole"))
+    train(*flags, tmp_path / "cut", stop_at=4)
+    assert whole["scaler"]["scale"] > 0
+    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
+
+
+def test_metrics_rows_hold_what_other_programs_rely_on(tunes, tmp_path):
+    train("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", stop_at=7)
+    with open(tmp_path / "rvq_4cb_metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "st')  # half a row, as a kill leaves it
+    train("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
+    lines = (tmp_path / "rvq_4cb_metrics.jsonl").read_text().splitlines()
+    good = [json.loads(line) for line in lines if not line.endswith('"st')]
+    assert len(good) == len(lines) - 1
+    by_event = {row["event"]: row for row in good}
+    step = "step epoch loss lr grad_norm frames_per_s skipped seconds".split()
+    epoch = "step epoch train val val_obj ppl val_per_codebook frames_per_s seconds skipped".split()
+    assert set(step) <= set(by_event["step"])
+    assert set(epoch) <= set(by_event["epoch"])
+    assert {"start", "resume", "save", "end"} <= set(by_event)
+    assert all(next(iter(row)) == "event" for row in good)
+
+
+def test_a_budget_in_seconds_ends_the_run_and_bends_the_schedule(tunes, tmp_path):
+    flags = (
+        "--max-seconds",
+        "2",
+        "--epochs",
+        "10000",
+        "--log-lr-steps",
+        "1",
+        "--val-every",
+        "10000",
+    )
+    checkpoint = train("--data", tunes, "--save_dir", tmp_path, *flags, "--archive-every", "0")
+    assert 2 <= checkpoint["progress"]["seconds"] < 4
+    rates = [row["lr"] for row in rows(tmp_path, "step")]
+    assert max(rates) == pytest.approx(3e-3, rel=0.05)
+    assert rates[-1] < 3e-4
+    assert len(rows(tmp_path, "epoch")) == 1, "one validation at the end"
+
+
+def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
+    """Fault 3: the save fails, training goes on, latest stays the last good one."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3", "--archive-every", "0")
+    train_rvq.save(run)
+    before = run.files.latest.read_bytes()
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        train_rvq.save(run)
+        train_rvq.save(run)
+        with pytest.raises(OSError, match="File too large"):
+            train_rvq.save(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert run.files.latest.read_bytes() == before
+    assert "is still the last good one" in capsys.readouterr().err
+    assert [p for p in os.listdir(tmp_path) if p.endswith(".saving")] == []
+
+
+def test_a_second_trainer_in_the_folder_is_refused(tunes, tmp_path, capsys):
+    """Fault 16."""
+    with FolderLock(tmp_path):
+        argv = [*TINY, "--data", str(tunes), "--save_dir", str(tmp_path)]
+        assert train_rvq.main(argv) == 1
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["eager", "compile", "reduce-overhead", "fp16"])
+def test_cuda_trains_and_resumes(mode, tunes, tmp_path):
+    extra = {
+        "eager": ("--no-compile",),
+        "compile": ("--compile",),
+        "reduce-overhead": ("--compile", "--compile-mode", "reduce-overhead"),
+        "fp16": ("--no-compile", "--amp-dtype", "fp16"),
+    }[mode]
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--device", "cuda", "--epochs", "6", *extra)
+    train(*flags, stop_at=5)
+    train(*flags)
+    vals = [row["val"] for row in rows(tmp_path, "epoch")]
+    assert vals[-1] < vals[0]
