@@ -884,8 +884,11 @@ def build_loader(
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """In a loader process: Ctrl-C reaches the whole process group, but only the trainer acts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a loader process: a group of its own, so that Ctrl-C and the like reach the trainer alone.
+
+    SIGTERM gets its default action back: with it the trainer ends its loaders.
+    """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -1102,6 +1105,8 @@ def train_or_save(run: Run) -> int:
         return train(run)
     except Exception as error:
         run.console.end_epoch()
+        if run.stop.signal is not None and run.between_steps:
+            return interrupted(run)  # the signal went to every process, and ended a loader too
         if run.between_steps and not isinstance(error, OSError):
             save(run)
             run.console.problem(f"failed; saved at step {run.state.progress.step}")

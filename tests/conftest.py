@@ -51,7 +51,7 @@ def start_trainer(*flags: str | Path, **options: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env=options.pop("env", {**os.environ, "OMP_NUM_THREADS": "1"}),
         **options,
     )
 

@@ -1,0 +1,101 @@
+"""The house: floors, flags, file map, sizes; what README, --help and code say of each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from train_rvq import build_parser
+
+FLOORS = {
+    "model": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0,
+    "sampling": 1, "stability": 1, "reporting": 1, "planning": 1,
+    "train_rvq": 2, "sample_rvq": 2, "encode_npq": 2, "ckpt_doctor": 2,
+}  # fmt: skip
+SOURCES = sorted(ROOT.glob("*.py"))
+README = (ROOT / "README.md").read_text()
+
+
+def imports_of(path) -> set[str]:
+    """Modules of this project that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names & FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_imports_point_down(path):
+    floor = FLOORS[path.stem]
+    for name in imports_of(path):
+        assert FLOORS[name] < floor, f"{path.name} (floor {floor}) imports {name}"
+
+
+def test_the_checkpoint_file_knows_no_model_and_training_no_codec_at_import():
+    assert not imports_of(ROOT / "checkpointing.py")
+    script = "import sys, train_rvq; assert 'dac' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_one_place_calls_torch_save_and_load():
+    for path in SOURCES:
+        if path.stem not in ("checkpointing", "codec"):
+            assert not re.search(r"torch\.(save|load)\(", path.read_text()), path.name
+        for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+            assert "weights_only=True" in call, path.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_functions_fit_on_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name != "build_parser":
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_every_flag_has_help_and_stands_in_the_readme():
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+        assert f"`{action.option_strings[-1 if action.dest == 'help' else 0]}" in README
+
+
+def test_help_is_readable_at_80_columns():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_rvq.py"), "--help"],
+        capture_output=True, text=True, check=True, env={"COLUMNS": "80", "PATH": "/usr/bin"},
+    )  # fmt: skip
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_every_file_stands_in_the_file_map(path):
+    assert f"`{path.name}`" in README
+
+
+def test_the_docstrings_smoke_command_runs(tmp_path):
+    doc = ast.get_docstring(ast.parse((ROOT / "train_rvq.py").read_text()))
+    command = doc[doc.index("python train_rvq.py --data demo_codes") :].split("\n\n")[0]
+    words = shlex.split(command.replace("\\\n", " "))
+    make = [sys.executable, str(ROOT / "examples" / "make_codes.py"), "demo_codes"]
+    subprocess.run([*make, "--files", "3"], cwd=tmp_path, check=True)
+    run = [sys.executable, str(ROOT / words[1]), *words[2:]]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Done at step 30" in done.stdout
+    assert (tmp_path / "smoke_ckpts" / "rvq_4cb_latest.pt").exists()
+
+
+def test_readmes_commands_are_targets_of_make():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"make ([a-z-]+)", README))
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

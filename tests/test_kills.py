@@ -1,0 +1,134 @@
+"""The trainer as a real process, stopped by real signals at arbitrary moments."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    TINY,
+    assert_same_tensors,
+    kill_group,
+    rows,
+    run_trainer,
+    start_trainer,
+    wait_for,
+)
+from test_train_rvq import comparable
+
+from checkpointing import load_checkpoint
+
+
+def flags_of(tunes: Path, save_dir: Path, workers: int, epochs: int = 8) -> list[str | Path]:
+    """A run of some seconds that saves several times a second."""
+    return [
+        *TINY,
+        *("--data", tunes, "--save_dir", save_dir, "--epochs", str(epochs)),
+        *("--num_workers", str(workers), "--save-every-minutes", "0.002", "--archive-every", "3"),
+    ]
+
+
+def steps_logged(save_dir: Path) -> int:
+    """The newest step in the metrics; 0 before there are any."""
+    files = list(save_dir.glob("*_metrics.jsonl"))
+    steps = rows(save_dir, "step") if files and files[0].read_bytes().endswith(b"\n") else []
+    return int(steps[-1]["step"]) if steps else 0
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Loader processes of a trainer."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def kill_and_resume(tunes: Path, folder: Path, workers: int, kills: int, seed: int) -> None:
+    """Invariant A: no manual step, none of the saved steps lost, the same weights in the end."""
+    code, output = run_trainer(*flags_of(tunes, folder / "whole", workers))
+    assert code == 0, output
+    whole = comparable(load_checkpoint(folder / "whole" / "rvq_4cb_latest.pt"))
+    total, rng = whole["progress"]["step"], random.Random(seed)
+    cut = folder / "cut"
+    for moment in sorted(rng.uniform(0, total) for _ in range(kills)):
+        process = start_trainer(*flags_of(tunes, cut, workers), start_new_session=True)
+        wait_for(lambda m=moment, p=process: p.poll() is not None or steps_logged(cut) >= m - 5)
+        time.sleep(rng.uniform(0, 0.3))
+        reported = [row["step"] for row in rows(cut, "save")] if steps_logged(cut) else []
+        kill_group(process)
+        if reported:
+            code, output = 0, ""
+            found = load_checkpoint(cut / "rvq_4cb_latest.pt")["progress"]["step"]
+            assert found >= reported[-1], "a step that was reported as saved is gone"
+    code, output = run_trainer(*flags_of(tunes, cut, workers))
+    assert code == 0, output
+    assert_same_tensors(comparable(load_checkpoint(cut / "rvq_4cb_latest.pt")), whole)
+    assert not list(cut.glob("*.saving")), "leftovers are removed at the next start"
+
+
+def test_killed_twice_and_resumed_with_workers(tunes, tmp_path):
+    """Fault 1."""
+    kill_and_resume(tunes, tmp_path, workers=2, kills=2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_five_times_at_random_moments(workers, seed, tunes, tmp_path):
+    """Fault 1: n = 50 kills in all."""
+    kill_and_resume(tunes, tmp_path, workers, kills=5, seed=seed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, tunes, tmp_path):
+    """Fault 13."""
+    process = start_trainer(*flags_of(tunes, tmp_path, 2, epochs=10_000), start_new_session=True)
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    os.killpg(process.pid, number)  # as a terminal does: to the loader processes too
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert f"Stopped by {signal.Signals(number).name}; saved" in output
+    assert "Traceback" not in output
+    saved = load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"]
+    assert f"at step {saved}." in output
+
+
+def test_a_second_signal_leaves_at_once_and_sigusr1_only_saves(tunes, tmp_path):
+    """Fault 13. A stopped process receives both signals together when it goes on."""
+    flags = [*flags_of(tunes, tmp_path, 0, epochs=10_000), "--save-every-minutes", "0"]
+    process = start_trainer(*flags, "--val-every", "10000", "--batch", "8")
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    saves = len(rows(tmp_path, "save"))
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: len(rows(tmp_path, "save")) > saves)
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode in (130, 143), output
+    assert "saved" not in output.splitlines()[-1]
+
+
+def test_a_killed_loader_process_ends_the_run_after_a_save(tunes, tmp_path):
+    """Fault 20."""
+    process = start_trainer(*flags_of(tunes, tmp_path, 2, epochs=10_000))
+    wait_for(lambda: steps_logged(tmp_path) >= 5 and len(children(process)) >= 2)
+    os.kill(children(process)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1, output
+    assert "killed by signal" in output
+    assert load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"] >= 5
+
+
+def test_a_compiler_that_fails_is_named_and_training_goes_on(tunes, tmp_path):
+    """`--compile` falls back to eager and says so."""
+    flags = [*TINY, "--data", tunes, "--save_dir", tmp_path, "--epochs", "1", "--compile"]
+    broken = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code, output = run_trainer(*flags, env={**broken, "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert code == 0, output
+    assert "torch.compile failed, going on without it" in output
+    assert "Done at step" in output
