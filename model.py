@@ -4,6 +4,10 @@
     logits = model(codes)                        # [B, T, K] int64 -> [B, T, K, V]
     losses = model.losses(codes, label_smoothing=0.05)
 
+    cache = KeyValueCache(model, batch=1, ctx=512)
+    logits = model.prefill(prompt, cache)        # [B, T, K], T may be 0 -> [B, K, V]
+    logits = model.step(frame, cache)            # [B, K], drawn from them -> [B, K, V]
+
 Alignment is the model's contract: logits[:, t] predicts codes[:, t] from codes[:, :t]. Nobody
 outside shifts anything.
 
@@ -115,22 +119,53 @@ class CodesTransformer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
         x = self.dropout(self.embed_past(codes))
-        rope = rotary_angles(codes.shape[1], self.config, codes.device)
+        rope = rotary_angles(torch.arange(codes.shape[1], device=codes.device), self.config)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope)
-        logits = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
-        return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
+        return self.logits_of(x)
 
     def embed_past(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] -> [B, T, D]: at frame t the summed embeddings of frame t - 1."""
-        batch, frames, k = codes.shape
-        past = (codes[:, :-1] + self.row_offset).reshape(-1, k)
+        bos = self.bos.expand(len(codes), 1, -1)
+        return torch.cat((bos, self.embed_frames(codes[:, :-1])), dim=1)
+
+    def embed_frames(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, K] -> summed embeddings [B, T, D]."""
+        rows = (codes + self.row_offset).flatten(0, 1)
         # One bag per frame: gathers and sums without the [B, T, K, D] in between.
-        summed = F.embedding_bag(past, self.embed.weight, mode="sum").view(batch, frames - 1, -1)
-        return torch.cat((self.bos.expand(batch, 1, -1), summed), dim=1)
+        return F.embedding_bag(rows, self.embed.weight, mode="sum").unflatten(0, codes.shape[:2])
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Last hidden states [B, T, D] -> [B, T, K, V]."""
+        logits: Tensor = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
+        return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
+
+    def prefill(self, prompt: Tensor, cache: KeyValueCache) -> Tensor:
+        """Fill an empty cache with BOS and a prompt; logits [B, K, V] of the frame after it.
+
+        Of a prompt [B, T, K] longer than ctx - 1 frames the last ctx - 1 count. T may be 0.
+        """
+        prompt = prompt[:, max(0, prompt.shape[1] - cache.ctx + 1) :]
+        x = self.bos.expand(len(prompt), 1, -1)
+        if prompt.shape[1]:
+            x = torch.cat((x, self.embed_frames(prompt)), dim=1)
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self._through_cache(x, positions, cache)
+
+    def step(self, frame: Tensor, cache: KeyValueCache) -> Tensor:
+        """Take in the frame [B, K] just drawn; logits [B, K, V] of the next; static shapes."""
+        return self._through_cache(self.embed_frames(frame[:, None]), cache.position, cache)
+
+    def _through_cache(self, x: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+        cache.begin(x.shape[1])
+        rope = rotary_angles(positions, self.config)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache.layer(layer))
+        cache.position += x.shape[1]
+        return self.logits_of(x[:, -1:])[:, 0]
 
     def losses(self, codes: Tensor, label_smoothing: float = 0.0) -> Losses:
         """Cross-entropy of codes [B, T, K] given their past, per codebook.
@@ -175,9 +210,9 @@ class Block(nn.Module):
         # Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.dropout(self.attn(self.norm1(x), rope))
+        x = x + self.dropout(self.attn(self.norm1(x), rope, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -197,13 +232,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(channels, eps=NORM_EPS)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, C]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
-        q = rotate(self.q_norm(q.float()), rope).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), rope).to(v.dtype)
-        return self.out(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        rotated = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
+        mixed = causal_attention(*rotated, v) if cache is None else cache.attend(*rotated, v, k)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class SquaredReluMlp(nn.Module):
@@ -225,20 +261,85 @@ class SquaredReluMlp(nn.Module):
 NORM_EPS = 1e-6
 
 
-def rotary_angles(frames: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, C / 2], float32, of frame t times base^(-2i/C) (Su et al. 2021)."""
+Rope = tuple[Tensor, Tensor]
+
+
+def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
+    """Cosines and sines [T, C / 2], float32, of position t times base^(-2i/C) (Su et al. 2021)."""
     channels = config.d_model // config.heads
-    exponent = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
-    position = torch.arange(frames, device=device, dtype=torch.float32)
-    angle = position[:, None] * config.rope_base**-exponent
+    exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
+    angle = positions.float()[:, None] * config.rope_base**-exponent
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# --- the cache of sampling -----------------------------------------------------------------------
+
+
+class KeyValueCache:
+    """Keys and values of BOS and the newest ctx - 1 frames: [L, B, H, ctx, C] each.
+
+    Past ctx frames the oldest frame gives way, but BOS stays in slot 0, turned so that it always
+    seems as far away as in training at the farthest: models lean on their first position, and fall
+    apart when it leaves (attention sinks: Xiao et al. 2023).
+    """
+
+    def __init__(
+        self, model: CodesTransformer, *, batch: int, ctx: int, dtype: torch.dtype | None = None
+    ) -> None:
+        config, weight = model.config, model.head.weight
+        channels = config.d_model // config.heads
+        shape = (config.layers, batch, config.heads, ctx, channels)
+        options = {"device": weight.device, "dtype": dtype or weight.dtype}
+        self.config, self.ctx = config, ctx
+        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        unrotated = (*shape[:3], 1, channels)
+        self.bos_keys = torch.zeros(unrotated, device=weight.device)  # float32
+        self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next input
+        self.is_empty = True
+
+    def begin(self, inputs: int) -> None:
+        """Settle where the next inputs go and what they see: all on the device, no host read."""
+        self.prefilling, self.is_empty = self.is_empty, False
+        if self.prefilling:
+            self.inputs = inputs
+            return
+        last, p = self.ctx - 1, self.position
+        self.slot = torch.where(p <= last, p, 1 + (p - 1) % last)  # [1]
+        self.seen = (torch.arange(self.ctx, device=p.device) <= p)[None]  # [1, ctx]
+        self.bos_rope = rotary_angles((p - last).clamp(min=0), self.config)
+
+    def layer(self, index: int) -> LayerCache:
+        """The part of one block."""
+        return LayerCache(self, self.keys[index], self.values[index], self.bos_keys[index])
+
+
+class LayerCache(NamedTuple):
+    """One block's keys and values [B, H, ctx, C], and its BOS key before rotation."""
+
+    cache: KeyValueCache
+    keys: Tensor
+    values: Tensor
+    bos_key: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated_k: Tensor) -> Tensor:
+        """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill."""
+        cache = self.cache
+        if cache.prefilling:
+            self.keys[:, :, : cache.inputs] = k
+            self.values[:, :, : cache.inputs] = v
+            self.bos_key.copy_(unrotated_k[:, :, :1])
+            return causal_attention(q, k, v)
+        self.keys[:, :, :1] = rotate(self.bos_key, cache.bos_rope).to(k.dtype)
+        self.keys.index_copy_(2, cache.slot, k)
+        self.values.index_copy_(2, cache.slot, v)
+        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=cache.seen)
 
 
 # --- attention kernels ---------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Drawing codes from a trained model, frame by frame, with a key-value cache.
+
+codes = generate(model, frames=1290, ctx=512, draw=Draw.of(9, temperature=0.9, top_k=200))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import CodesTransformer, KeyValueCache
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How codes are drawn from logits, for each codebook: [K] values each."""
+
+    temperature: tuple[float, ...]
+    top_k: tuple[int, ...]  # draw from the k likeliest; 0 = all
+    top_p: tuple[float, ...]  # draw from the likeliest that hold this much probability; 1 = all
+
+    @classmethod
+    def of(
+        cls,
+        num_codebooks: int,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+    ) -> Draw:
+        """Spread single values over the codebooks; raises ValueError on lists of another length."""
+        spread = []
+        for name, value in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)):
+            values = list(value) if isinstance(value, Sequence) else [value]
+            if len(values) not in (1, num_codebooks):
+                raise ValueError(
+                    f"{name}: expected 1 or {num_codebooks} values, found {len(values)}"
+                )
+            spread.append(tuple(values * (num_codebooks // len(values))))
+        draw = cls(*spread)
+        if min(draw.temperature) <= 0 or min(draw.top_k) < 0:
+            raise ValueError("expected temperature > 0 and top-k >= 0")
+        if not all(0 < p <= 1 for p in draw.top_p):
+            raise ValueError("expected 0 < top-p <= 1")
+        return draw
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits [B, K, V] -> codes [B, K] int64, on the same device, without a host read."""
+        logits = logits.float() / logits.new_tensor(self.temperature).float()[:, None]
+        if any(self.top_k) or min(self.top_p) < 1:
+            logits = self._narrow(logits)
+        probabilities = logits.softmax(-1).flatten(0, 1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        return drawn.view(logits.shape[:2])
+
+    def _narrow(self, logits: Tensor) -> Tensor:
+        """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
+        vocab = logits.shape[-1]
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(vocab, device=logits.device)
+        last = torch.tensor([k or vocab for k in self.top_k], device=logits.device)
+        share = torch.tensor(self.top_p, device=logits.device)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
+        dropped = (rank >= last[:, None]) | ((before >= share[:, None]) & (share < 1)[:, None])
+        dropped[..., 0] = False  # the likeliest always stays
+        return logits.scatter(-1, order, ordered.masked_fill(dropped, -torch.inf))
+
+
+@torch.inference_mode()
+def generate(
+    model: CodesTransformer,
+    frames: int,
+    *,
+    ctx: int,
+    draw: Draw,
+    seed: int = 0,
+    batch: int = 1,
+    prompt: Tensor | None = None,
+    compiled: bool = False,
+    on_frame: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Draw `frames` new frames after an optional prompt [T, K]; codes [B, frames, K] int64.
+
+    The model sees at most ctx frames, as in training. `compiled` compiles the one step of static
+    shape. `on_frame` is called after each frame. The model is left in evaluation mode.
+
+    Raises:
+        ValueError: a code of the prompt is not below its vocab size.
+    """
+    model.eval()
+    device, k = model.bos.device, model.config.num_codebooks
+    generator = torch.Generator(device).manual_seed(seed)
+    if prompt is None:
+        prompt = torch.empty((0, k), dtype=torch.int64)
+    if prompt.shape[1:] != (k,) or (prompt >= torch.tensor(model.config.vocab_sizes)).any():
+        raise ValueError(
+            f"prompt: expected codes [T, {k}] below {model.config.vocab_sizes}, found "
+            f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
+        )
+    cache = KeyValueCache(model, batch=batch, ctx=ctx)
+    step = torch.compile(model.step, fullgraph=True) if compiled else model.step
+    codes = torch.empty((batch, frames, k), dtype=torch.int64, device=device)
+    logits = model.prefill(prompt.to(device).expand(batch, -1, -1), cache)
+    for frame in range(frames):
+        codes[:, frame] = draw(logits, generator)
+        on_frame()
+        if frame + 1 < frames:
+            logits = step(codes[:, frame], cache)
+    return codes
