@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
 TEMPORARY_SUFFIX = ".saving"
+DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
 
 
 class CheckpointError(RuntimeError):
@@ -103,6 +104,11 @@ def verify_file(path: Path) -> None:
                 ):
                     raise CheckpointError(
                         f"{path}: entry {entry.filename!r} is compressed; refused"
+                    )
+                # torch "reads" a folder's bytes without a word, as whatever memory held before.
+                if entry.external_attr & DOS_FOLDER_BIT or entry.is_dir():
+                    raise CheckpointError(
+                        f"{path}: damaged, entry {entry.filename!r} is marked as a folder"
                     )
             if sum(entry.file_size for entry in entries) > os.path.getsize(path):
                 raise CheckpointError(f"{path}: entries overlap; refused")

@@ -254,8 +254,8 @@ class _OpenFile:
     """An open file that gives windows of its codes, and notices when it was replaced or cut.
 
     Windows are read with preadv, straight into the batch, and not copied from a memory map: where
-    every window lies in another file that is four times as fast (a map costs page faults and an
-    unmap), resident memory stays flat, and a file cut during the run is a short read instead of
+    every window lies in another file that is about three times as fast (a map costs page faults and
+    an unmap), resident memory stays flat, and a file cut during the run is a short read instead of
     a SIGBUS. `benchmarks/data_path.py` measures both.
     """
 
@@ -475,6 +475,7 @@ class Corpus:
     paths: list[str]
     files: np.ndarray[Any, Any]  # FILE_COLUMNS
     vocab_sizes: tuple[int, ...]  # V of each codebook, the largest over the files
+    side_codebooks: int  # of the K, so many at the end hold the side channel; 0 = mono
     frame_rate: float  # median over the files, frames per second
     summary: DataSummary
 
@@ -530,8 +531,8 @@ def scan_corpus(
 
     The run's K is `codebooks`, or else the K with the most hours. With `codebooks` given, files
     with more are cut to their first codebooks (an RVQ is coarse to fine; of an NPQ2 file the mid
-    channel comes first). Files with another K, another frame rate than the median or fewer than
-    `ctx` frames are dropped.
+    channel comes first). Files with other codebooks, another frame rate than the median or fewer
+    than `ctx` frames are dropped.
 
     `checked_file` remembers (JSON: path -> size, mtime, CRC) which files were read before, so that
     a resumed run does not read everything again.
@@ -548,19 +549,14 @@ def scan_corpus(
         except NpqError as error:
             bad.append(error)
 
-    wanted, cut = codebooks or _most_hours(headers), codebooks is not None
-    rates = sorted(
-        h.frame_rate
-        for h in headers
-        if h.num_codebooks == wanted or (cut and h.num_codebooks > wanted)
-    )
+    k, side = _columns_of_run(headers, codebooks)
+    rates = sorted(h.frame_rate for h in headers if _columns(h, codebooks) == (k, side))
     frame_rate = rates[len(rates) // 2] if rates else math.nan  # one that a file really has
     fitting = []
     for h in headers:
-        if h.num_codebooks < wanted or (h.num_codebooks > wanted and not cut):
-            summary.drop(
-                f"{h.num_codebooks} codebooks, the run uses {wanted} (see --codebooks)", h.hours
-            )
+        if (columns := _columns(h, codebooks)) != (k, side):
+            found, used = (f"{n - s} + {s} side" if s else str(n) for n, s in (columns, (k, side)))
+            summary.drop(f"{found} codebooks, the run uses {used} (see --codebooks)", h.hours)
         elif abs(h.frame_rate / frame_rate - 1) > FRAME_RATE_TOLERANCE:
             summary.drop(f"frame rate {h.frame_rate:.2f}, the run's is {frame_rate:.2f}", h.hours)
         elif h.num_frames < ctx:
@@ -589,19 +585,33 @@ def scan_corpus(
     if not good:
         raise BadFilesError("no usable .npq file:\n" + "\n".join(summary.lines()))
     return _corpus_of(
-        sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path)), wanted, frame_rate, summary
+        sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path)), k, side, frame_rate, summary
     )
 
 
-def _most_hours(headers: Sequence[NpqHeader]) -> int:
-    hours: Counter[int] = Counter()
+def _columns(header: NpqHeader, codebooks: int | None) -> tuple[int, int]:
+    """Codebooks that a run would take from a file, and how many of these are side codebooks."""
+    taken = min(header.num_codebooks, codebooks or header.num_codebooks)
+    mid = header.num_codebooks - header.side_codebooks
+    return taken, max(0, taken - mid)
+
+
+def _columns_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> tuple[int, int]:
+    """The columns with the most frames, among those with as many codebooks as asked for."""
+    frames: Counter[tuple[int, int]] = Counter()
     for h in headers:
-        hours[h.num_codebooks] += h.num_frames
-    return max(hours, key=lambda k: (hours[k], k), default=0)
+        columns = _columns(h, codebooks)
+        if codebooks in (None, columns[0]):
+            frames[columns] += h.num_frames
+    return max(frames, key=lambda c: (frames[c], c), default=(codebooks or 0, 0))
 
 
 def _corpus_of(
-    good: Sequence[tuple[int, NpqHeader]], k: int, frame_rate: float, summary: DataSummary
+    good: Sequence[tuple[int, NpqHeader]],
+    k: int,
+    side: int,
+    frame_rate: float,
+    summary: DataSummary,
 ) -> Corpus:
     headers = [h for _, h in good]
     files = np.array([(*_file_columns(h), crc) for crc, h in good], dtype=FILE_COLUMNS)
@@ -615,7 +625,7 @@ def _corpus_of(
     summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
     summary.layouts.update(h.layout for h in headers)
     vocab_sizes = tuple(max(sizes) for sizes in zip(*vocabularies, strict=True))
-    return Corpus([h.path for h in headers], files, vocab_sizes, frame_rate, summary)
+    return Corpus([h.path for h in headers], files, vocab_sizes, side, frame_rate, summary)
 
 
 class _CheckedFiles:

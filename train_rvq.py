@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -25,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -55,10 +57,14 @@ from npq_dataset import (
     NpqError,
     WindowDataset,
     find_npq_files,
+    map_codes,
+    read_header,
     scan_corpus,
     split_corpus,
+    write_npq,
 )
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
+from sampling import Draw, generate
 from stability import Ema, Guard
 
 PANIC_AFTER = 10  # refused steps in a row
@@ -524,6 +530,67 @@ def evaluate(run: Run) -> Validation | None:
     return Validation(sum(ce) / k, weighted, ce)
 
 
+class StopSampling(Exception):
+    """A signal came while codes were drawn."""
+
+
+def write_samples(run: Run) -> None:
+    """Draw a sample from the EMA weights; write its codes and its sound to --eval-outdir.
+
+    Sound never stops training: any failure is one line and a metrics row.
+    """
+    p, flags = run.state.progress, run.flags
+    started = time.perf_counter()
+
+    def stop_on_signal() -> None:
+        if run.stop.signal is not None:
+            raise StopSampling
+
+    try:
+        path = draw_sample(run, stop_on_signal)
+        from codec import load_codec, write_wav  # training runs where no codec can be imported
+
+        codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
+        codes = torch.from_numpy(map_codes(read_header(path)).astype(np.int64))
+        waveform = codec.decode_channels(codes, run.data["side_codebooks"])
+        write_wav(path.with_suffix(".wav"), waveform.numpy(), codec.sample_rate)
+    except StopSampling:
+        return
+    except Exception as error:  # a missing codec, a full disk, no memory left: train on
+        run.console.problem(f"evaluation audio failed, training goes on: {error}")
+        run.metrics.write("sample", step=p.step, epoch=p.epoch, error=str(error))
+        return
+    seconds = round(time.perf_counter() - started, 3)
+    run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
+    run.metrics.write("sample", step=p.step, epoch=p.epoch, file=path.name, sample_seconds=seconds)
+
+
+def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:
+    """Codes of one sample as .npq, named by run, epoch and time."""
+    p, flags, config = run.state.progress, run.flags, run.state.model.config
+    folder = Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = Draw.of(config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p)
+    codes = generate(
+        run.state.ema.model,
+        flags.eval_frames,
+        ctx=flags.ctx,
+        draw=draw,
+        seed=flags.seed + p.epoch,
+        on_frame=on_frame,
+    )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{run.files.name}_e{p.epoch:04d}__{stamp}.npq"
+    write_npq(
+        path,
+        codes[0].cpu().numpy(),
+        vocab_sizes=config.vocab_sizes,
+        frame_rate=run.data["frame_rate"],
+        side_codebooks=run.data["side_codebooks"],
+    )
+    return path
+
+
 # --- save and restore ----------------------------------------------------------------------------
 
 MAX_FAILED_SAVES = 3
@@ -785,6 +852,8 @@ def open_data(
         "ctx": flags.ctx,
         "step": flags.step,
         "seed": flags.seed,
+        "frame_rate": corpus.frame_rate,
+        "side_codebooks": corpus.side_codebooks,
     }
     return corpus, train_windows, val_windows, identity
 
@@ -886,10 +955,14 @@ def build_loader(
 def leave_signals_to_the_trainer(_: int) -> None:
     """In a loader process: a group of its own, so that Ctrl-C and the like reach the trainer alone.
 
-    SIGTERM gets its default action back: with it the trainer ends its loaders.
+    SIGTERM gets its default action back: with it the trainer ends its loaders. If the trainer is
+    killed the kernel kills them, else they could outlive it and hold the folder's lock.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def compile_losses(run: Run) -> None:
@@ -1037,6 +1110,8 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     save(run, is_best=is_best, archive=archive)
+    if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
+        write_samples(run)
     return True
 
 

@@ -1,0 +1,246 @@
+"""encode_npq.py: real audio, a real (tiny, random) DAC, and the door as a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+import torch
+from test_codec import HOP, RATE, K, V, music, save_tiny_dac
+
+import encode_npq
+from codec import load_codec, read_audio, resample
+from encode_npq import SilentError, main, to_loudness
+from npq_dataset import map_codes, read_header, write_npq
+
+DOOR = Path(encode_npq.__file__)
+
+
+@pytest.fixture(scope="module")
+def codec_path(tmp_path_factory):
+    return str(save_tiny_dac(tmp_path_factory.mktemp("codec") / "tiny.pth"))
+
+
+@pytest.fixture
+def song(tmp_path):
+    """A second of stereo at 16 kHz, to be resampled to the codec's 8 kHz."""
+    path = tmp_path / "music" / "song.wav"
+    path.parent.mkdir()
+    soundfile.write(path, music(2 * RATE, 2 * RATE, channels=2).T, 2 * RATE, subtype="FLOAT")
+    return path
+
+
+def door(*arguments):
+    command = [sys.executable, str(DOOR), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def usage_error(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- a folder, as a process ----------------------------------------------------------------------
+
+
+def test_a_folder_with_bad_files_interrupted_and_finished(tmp_path, codec_path, capsys):
+    source, out = tmp_path / "music", tmp_path / "out"
+    (source / "album").mkdir(parents=True)
+    (source / "cover.jpg").write_bytes(b"no audio, and not named as audio")
+    (source / "broken.mp3").write_bytes(os.urandom(3000))
+    soundfile.write(source / "silent.flac", np.zeros(RATE), RATE)
+    sounds = (music(RATE, RATE, channels=48) * 2**15).astype(np.int16)
+    sounds[45] = sounds[47]
+    for i, sound in enumerate(sounds):
+        folder, suffix = (source, "wav") if i % 2 else (source / "album", "flac")
+        soundfile.write(folder / f"t{i:02}.{suffix}", sound, RATE)
+    arguments = source, "--out_dir", out, "--codec", codec_path
+
+    command = [sys.executable, str(DOOR), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while "ok" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert "goes on from here" in process.stdout.read()
+    assert process.returncode == 130
+    early = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert 1 <= len(early) < 48
+    assert all(path.suffix == ".npq" for path in early)  # nothing half-written
+
+    assert main(list(map(str, arguments))) == 1
+    finished = capsys.readouterr().out
+    assert f"{48 - len(early)} files written, {len(early)} done before" in finished
+    assert f"1 silent, not encoded:\n  {source / 'silent.flac'}\n" in finished
+    assert f"{source / 'broken.mp3'}: expected audio that libsndfile reads" in finished
+    assert f"{source / 't47.wav'} = {source / 't45.wav'}" in finished
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert len(times) == 48
+    assert (out / "album" / "t08.npq") in times
+    assert early.items() <= times.items()
+    for path in times:
+        header = read_header(path)
+        assert (header.num_frames, header.vocab_sizes) == (RATE // HOP, (V,) * K)
+
+    Path(codec_path).rename(codec_path + ".gone")  # a run with nothing to do loads no codec
+    start = time.monotonic()
+    again = door(*arguments)
+    elapsed = time.monotonic() - start
+    Path(codec_path + ".gone").rename(codec_path)
+    assert again.returncode == 1
+    assert "0 files written, 48 done before" in again.stdout
+    assert "1 silent" in again.stdout
+    assert "1 FAILED" in again.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert elapsed < 30  # mostly the import of torch; the bound is wide for busy machines
+
+
+def test_info_needs_no_codec(tmp_path):
+    codes = np.tile(np.array([[0, 5], [1, 5]]), (50, 1))
+    write_npq(tmp_path / "a.npq", codes, vocab_sizes=[4, 1024], frame_rate=100, bitrate=128)
+    program = (
+        f"import sys; sys.path.insert(0, {str(DOOR.parent)!r}); import encode_npq\n"
+        f"code = encode_npq.main([{str(tmp_path)!r}, '--info'])\n"
+        "assert 'dac' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "NPQ1, 2 codebooks (mono)" in lines[0]
+    assert "100 frames at 100.0000 frames/s: 1.0 s, source 128 kbit/s" in lines[1]
+    assert lines[3].split() == ["0", "4", "2", "(", "50%)", "0.693"]  # ln 2 nats
+    assert float(lines[4].split()[-1]) == 0
+
+
+# --- there and back ------------------------------------------------------------------------------
+
+
+def test_mono_is_the_codecs_codes_of_the_resampled_downmix(tmp_path, song, codec_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert main([str(song), "--out-dir", str(out), "--codec", codec_path]) == 0
+    header = read_header(out / "song.npq")
+    codec = load_codec(codec_path)
+    waveform = torch.from_numpy(resample(*read_audio(song), RATE))
+    expected = codec.encode(waveform)[0]
+    np.testing.assert_array_equal(map_codes(header), expected.numpy())
+    assert header.layout == "NPQ1"
+    assert header.frame_rate == RATE / HOP
+    assert header.bitrate == pytest.approx(song.stat().st_size * 8 / 1000)
+
+    assert main([str(out), "--decode", "--out-dir", str(back), "--codec", codec_path]) == 0
+    samples, rate = soundfile.read(back / "song.wav", dtype="float32")
+    assert rate == RATE
+    np.testing.assert_allclose(samples, codec.decode(expected).numpy(), atol=1e-4)
+
+
+def test_stereo_is_mid_and_side(tmp_path, song, codec_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    flags = ["--stereo", "--mid_codebooks", "5", "--side-codebooks", "3", "--codec", codec_path]
+    assert main([str(song), "--out-dir", str(out), *flags]) == 0
+    header = read_header(out / "song.npq")
+    assert (header.layout, header.num_codebooks, header.side_codebooks) == ("NPQ2", 8, 3)
+    codec, codes = load_codec(codec_path), torch.from_numpy(map_codes(header).astype(np.int64))
+    left, right = resample(*read_audio(song, stereo=True), RATE)
+    mid, side = (torch.from_numpy(c) for c in ((left + right) / 2, (left - right) / 2))
+    assert (codes[:, :5] == codec.encode(mid, codebooks=5)).float().mean() > 0.99
+    assert (codes[:, 5:] == codec.encode(side, codebooks=3)).float().mean() > 0.99
+
+    assert main([str(out), "--decode", "--out-dir", str(back), "--codec", codec_path]) == 0
+    samples, _ = soundfile.read(back / "song.wav", dtype="float32")
+    mid, side = codec.decode(codes[:, :5]), codec.decode(codes[:, 5:])
+    expected = torch.stack([mid + side, mid - side], dim=1).clamp(-1, 1).numpy()
+    np.testing.assert_allclose(samples, expected, atol=1e-4)
+
+
+def test_decoding_with_another_codec_is_refused(tmp_path, codec_path, capsys):
+    path = tmp_path / "a.npq"
+    write_npq(path, np.zeros((9, 2), int), vocab_sizes=[1024] * 2, frame_rate=86.13)
+    assert main([str(path), "--decode", "--out-dir", str(tmp_path), "--codec", codec_path]) == 1
+    printed = capsys.readouterr().out
+    assert f"at most {K} codebooks of {V} at 200.00 frames/s" in printed
+    assert "found 2 codebooks of 1024 at 86.13 frames/s; name the codec" in printed
+    assert list(tmp_path.glob("*.wav")) == []
+
+
+def test_what_is_stale_damaged_or_of_another_shape_is_done_again(
+    tmp_path, song, codec_path, capsys
+):
+    def run(*flags):
+        assert main([str(song), "--out-dir", str(tmp_path), "--codec", codec_path, *flags]) == 0
+        return "1 files written" in capsys.readouterr().out
+
+    target = tmp_path / "song.npq"
+    assert run()
+    assert not run()
+    assert run("--overwrite")
+    assert run("--codebooks", "2")
+    assert not run()  # any number of codebooks will do where none is asked for
+    assert run("--stereo", "--mid-codebooks", "4")
+    assert not run("--stereo", "--mid-codebooks", "4")
+    assert run()
+    target.write_bytes(target.read_bytes()[:-1])
+    assert run()
+    os.utime(target, (0, 0))
+    assert run()
+
+
+# --- flags, names, loudness ----------------------------------------------------------------------
+
+
+def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
+    out = ("--out-dir", tmp_path / "out")
+    assert "--out-dir is missing" in usage_error(capsys, song)
+    assert "no such file" in usage_error(capsys, tmp_path / "*.flac", *out)
+    assert "need --stereo" in usage_error(capsys, song, *out, "--side-codebooks", 4)
+    assert "use --mid-codebooks" in usage_error(capsys, song, *out, "--stereo", "--codebooks", 4)
+    assert "expected 1 to 64" in usage_error(capsys, song, *out, "--codebooks", 0)
+    assert "LUFS" in usage_error(capsys, song, *out, "--loudness", 16)
+    assert "exclude" in usage_error(capsys, song, "--info", "--decode")
+    twin = song.with_suffix(".flac")
+    twin.write_bytes(song.read_bytes())
+    message = usage_error(capsys, song.parent, *out)
+    assert all(str(path) in message for path in (song, twin, tmp_path / "out" / "song.npq"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_codec_that_cannot_be_had_stops_the_run(tmp_path, song, codec_path, capsys):
+    out = ["--out-dir", str(tmp_path)]
+    assert main([str(song), *out, "--codec", "mp4"]) == 1
+    assert "expected 44khz, 24khz, 16khz, demo" in capsys.readouterr().err
+    assert main([str(song), *out, "--codec", codec_path, "--codebooks", "30"]) == 1
+    assert f"has {K} codebooks, found 30 asked for" in capsys.readouterr().err
+
+
+def test_targets_mirror_folders_and_globs(tmp_path):
+    files = [tmp_path / name for name in ("a/b/one.wav", "a/Two.MP3", "a/._Two.mp3", "x[1].flac")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    def targets(*patterns):
+        jobs = encode_npq.find_jobs(
+            list(map(str, patterns)), Path("o"), encode_npq.AUDIO_SUFFIXES, ".npq"
+        )
+        return sorted(str(job.target) for job in jobs)
+
+    assert targets(tmp_path / "a") == ["o/Two.npq", "o/b/one.npq"]
+    assert targets(tmp_path) == ["o/a/Two.npq", "o/a/b/one.npq", "o/x[1].npq"]
+    assert targets(tmp_path / "**" / "*.wav") == ["o/a/b/one.npq"]
+    assert targets(files[3], files[0], files[0]) == ["o/one.npq", "o/x[1].npq"]
+
+
+def test_loudness(tmp_path):
+    waveform = music(44_100 * 2, 44_100, channels=2)
+    louder = to_loudness(waveform, 44_100, -18)
+    assert pyloudnorm.Meter(44_100).integrated_loudness(louder.T) == pytest.approx(-18, abs=0.1)
+    assert louder.dtype == np.float32
+    assert np.abs(to_loudness(waveform, 44_100, 0)).max() == pytest.approx(1)  # peaks do not clip
+    with pytest.raises(SilentError):
+        to_loudness(waveform * 1e-4, 44_100, -18)

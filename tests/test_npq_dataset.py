@@ -1,0 +1,1084 @@
+"""npq_dataset.py: bytes packed by hand, every broken header, the split, windows, the order."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from npq_dataset import (
+    MAX_OPEN_FILES,
+    BadFilesError,
+    EpochOrder,
+    NpqError,
+    WindowDataset,
+    check_codes,
+    find_npq_files,
+    map_codes,
+    read_header,
+    scan_corpus,
+    split_corpus,
+    write_npq,
+)
+
+RATE = 86.2  # frames per second
+LETTER, DTYPE = "BHI", ("<u1", "<u2", "<u4")  # by the file's dtype_code
+
+
+# Files packed by hand, so that nothing here rests on the writer under test.
+
+
+def npq1(codes, vocab=1024, *, rate=RATE, bitrate=320.0, width=1, frames=None, k=None) -> bytes:
+    """NPQ1 as the table of the format has it; `frames` and `k` may lie."""
+    codes = np.asarray(codes)
+    vocab = [vocab] * codes.shape[1] if isinstance(vocab, int) else vocab
+    return (
+        b"NPQ1"
+        + struct.pack("<HH", 1, codes.shape[1] if k is None else k)
+        + struct.pack("<ff", rate, bitrate)
+        + struct.pack("<I", len(codes) if frames is None else frames)
+        + struct.pack(f"<{len(vocab)}I", *vocab)
+        + struct.pack("<B", width)
+        + struct.pack(f"<{codes.size}{LETTER[width]}", *codes.ravel().tolist())
+    )
+
+
+def npq2(codes, k_side, vocab=1024, *, mode=1, version=1, width=1, rate=RATE) -> bytes:
+    codes = np.asarray(codes)
+    k = codes.shape[1]
+    return (
+        b"NPQ2"
+        + struct.pack("<HB", version, mode)
+        + struct.pack("<HH", k - k_side, k_side)
+        + struct.pack("<ffI", rate, 320.0, len(codes))
+        + struct.pack(f"<{k}I", *[vocab] * k)
+        + struct.pack("<B", width)
+        + struct.pack(f"<{codes.size}{LETTER[width]}", *codes.ravel().tolist())
+    )
+
+
+def legacy_a(codes, vocab=1024, *, rate=RATE, bitrate=128.0) -> bytes:
+    codes = np.asarray(codes)
+    k = codes.shape[1]
+    head = b"NPQ1" + struct.pack("<iffi", k, rate, bitrate, len(codes))
+    vocabulary = struct.pack(f"<{k}i", *[vocab] * k)
+    return head + vocabulary + struct.pack(f"<{codes.size}H", *codes.ravel().tolist())
+
+
+def legacy_b(codes, vocab=1024, *, rate=RATE) -> bytes:
+    codes = np.asarray(codes)
+    k = codes.shape[1]
+    head = b"NPQ1" + struct.pack("<if", k, rate)
+    vocabulary = struct.pack(f"<{k}ii", *[vocab] * k, len(codes))
+    return head + vocabulary + struct.pack(f"<{codes.size}H", *codes.ravel().tolist())
+
+
+def some_codes(frames: int, k: int = 4, vocab: int = 1024, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, frames, k]).integers(vocab, size=(frames, k))
+
+
+def put(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def refusal(path) -> NpqError:
+    with pytest.raises(NpqError) as caught:
+        check_codes(read_header(path))
+    return caught.value
+
+
+# --- the format: golden bytes --------------------------------------------------------------------
+
+CODES = [[0, 1, 2], [253, 254, 255], [7, 0, 9], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_npq1_golden_bytes(tmp_path, width):
+    path = put(tmp_path / "x.npq", npq1(CODES, [256, 255, 256], width=width))
+    header = read_header(path)
+    assert (header.layout, header.num_codebooks, header.side_codebooks) == ("NPQ1", 3, 0)
+    assert (header.num_frames, header.codes_offset) == (4, 21 + 4 * 3)
+    assert header.frame_rate == struct.unpack("<f", struct.pack("<f", RATE))[0]
+    assert (header.bitrate, header.vocab_sizes) == (320.0, (256, 255, 256))
+    assert header.file_size == header.expected_size == 33 + 12 * (1, 2, 4)[width]
+    codes = map_codes(header)
+    assert codes.dtype == np.dtype(DTYPE[width])
+    assert codes.tolist() == CODES
+    assert not codes.flags.writeable
+    check_codes(header)
+
+
+def test_npq1_codes_use_their_whole_width(tmp_path):
+    big = [[0, 65_535, 2**20 - 1]]
+    header = read_header(put(tmp_path / "x.npq", npq1(big, 2**20, width=2)))
+    assert map_codes(header).tolist() == big
+    header = read_header(put(tmp_path / "y.npq", npq1([[65_535]], 65_536)))
+    assert map_codes(header).tolist() == [[65_535]]
+    check_codes(header)
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_npq2_golden_bytes(tmp_path, width):
+    header = read_header(put(tmp_path / "x.npq", npq2(CODES, 1, 256, width=width)))
+    assert (header.layout, header.num_codebooks, header.side_codebooks) == ("NPQ2", 3, 1)
+    assert header.codes_offset == 4 + 2 + 1 + 2 + 2 + 4 + 4 + 4 + 4 * 3 + 1
+    assert map_codes(header).tolist() == CODES
+
+
+def test_npq2_channel_mode_decides_about_side_codebooks(tmp_path):
+    assert read_header(put(tmp_path / "mono", npq2(CODES, 0, mode=0))).side_codebooks == 0
+    for wrong in (npq2(CODES, 1, mode=0), npq2(CODES, 0, mode=1), npq2(CODES, 1, mode=2)):
+        assert "channel mode" in str(refusal(put(tmp_path / "wrong", wrong)))
+    assert "channel mode" in str(refusal(put(tmp_path / "all side", npq2(CODES, 3))))
+    assert "version" in str(refusal(put(tmp_path / "newer", npq2(CODES, 1, version=2))))
+
+
+@pytest.mark.parametrize(
+    ("pack", "layout", "offset", "bitrate"),
+    [(legacy_a, "legacy A", 20 + 4 * 3, 128.0), (legacy_b, "legacy B", 16 + 4 * 3, 0.0)],
+)
+def test_legacy_golden_bytes(tmp_path, pack, layout, offset, bitrate):
+    header = read_header(put(tmp_path / "x.npq", pack(CODES)))
+    assert (header.layout, header.codes_offset, header.bitrate) == (layout, offset, bitrate)
+    assert map_codes(header).tolist() == CODES
+    # Only when the size fits to the byte.
+    for wrong in (pack(CODES)[:-1], pack(CODES) + b"\0"):
+        assert refusal(put(tmp_path / "y.npq", wrong)).field == "version"
+
+
+def test_the_writer_emits_golden_bytes(tmp_path):
+    codes = np.array([[1, 2], [1023, 511]])
+    write_npq(tmp_path / "1", codes, vocab_sizes=[1024, 512], frame_rate=50, bitrate=320)
+    assert (tmp_path / "1").read_bytes() == bytes.fromhex(
+        "4e505131 0100 0200 00004842 0000a043 02000000 00040000 00020000 01 01000200 ff03ff01"
+    )
+    for vocab, width in ((2**16, 2), (2**16 + 1, 4)):
+        header = write_npq(tmp_path / "w", codes, vocab_sizes=[vocab, 512], frame_rate=50)
+        assert header.dtype.itemsize == width
+    write_npq(tmp_path / "2", codes, vocab_sizes=[1024, 512], frame_rate=50, side_codebooks=1)
+    assert (tmp_path / "2").read_bytes() == bytes.fromhex(
+        "4e505132 0100 01 0100 0100 00004842 00000000 02000000 00040000 00020000 01"
+        "01000200 ff03ff01"
+    )
+
+
+# --- the format: broken files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [npq1, lambda codes: npq2(codes, 2)], ids=["NPQ1", "NPQ2"])
+def test_every_prefix_is_reported_as_truncated(tmp_path, pack):
+    """Pitfall 22, fault 17: a truncated v1 is a truncated v1, never an unknown format."""
+    whole = pack(some_codes(20, 9))
+    path = put(tmp_path / "x.npq", whole)
+    read_header(path)
+    for length in range(len(whole) - 1, -1, -1):
+        os.truncate(path, length)
+        error = refusal(path)
+        assert error.field in ("header", "size")
+        assert "truncated" in str(error)
+
+
+@pytest.mark.parametrize("pack", [legacy_a, legacy_b])
+def test_every_prefix_of_a_legacy_file_is_refused(tmp_path, pack):
+    whole = pack(some_codes(20, 9))
+    path = put(tmp_path / "x.npq", whole)
+    read_header(path)
+    for length in range(len(whole) - 1, -1, -1):
+        os.truncate(path, length)
+        refusal(path)
+
+
+def test_every_single_bit_flip_of_a_header(tmp_path):
+    """Fault 17: all 456 flips at K = 9 give NpqError or a valid file, nothing else."""
+    whole = bytearray(npq1(some_codes(20, 9)))
+    refused_at = {}
+    for bit in range(57 * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path = put(tmp_path / "x.npq", flipped)
+        try:
+            header = read_header(path)
+            check_codes(header)
+            assert header.expected_size == len(whole)
+            assert header.num_codebooks == 9
+        except NpqError:
+            refused_at.setdefault(bit // 8, set()).add(bit % 8)
+    # Magic, version, K, T and dtype code: not one flip passes.
+    assert all(len(refused_at[byte]) == 8 for byte in (*range(8), *range(16, 20), 56))
+    # Frame rate, bitrate and vocabulary hold other sane values, too.
+    assert sum(map(len, refused_at.values())) < 456
+
+
+# What NPQ1 allows, by field: (offset, struct letter, {value: allowed?})
+EXTREMES = {
+    "version": (4, "H", {0: False, 2: False, 0xFFFF: False}),
+    "K": (6, "H", {0: False, 1: False, 65: False, 0xFFFF: False}),
+    "frame rate": (8, "f", {0.0: 0, 1.0: 1, 3.4e38: 0, -1.0: 0, math.nan: 0, math.inf: 0}),
+    "bitrate": (12, "f", {0.0: 1, 1.0: 1, 3.4e38: 1, -1.0: 0, math.nan: 0, math.inf: 0}),
+    "T": (16, "I", {0: False, 1: False, 2**32 - 1: False}),
+    "first V": (20, "I", {0: 0, 1: 0, 2**16: 1, 2**16 + 1: 0, 2**32 - 1: 0}),
+    "last V": (52, "I", {0: 0, 1: 0, 2**16: 1, 2**16 + 1: 0, 2**32 - 1: 0}),
+    "dtype": (56, "B", {0: False, 2: False, 3: False, 255: False}),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_every_field_at_its_extremes(tmp_path, name):
+    """Fault 17: 0, 1, max, -1 (max, where there is no sign), NaN and infinity."""
+    offset, letter, cases = EXTREMES[name]
+    for value, allowed in cases.items():
+        content = bytearray(npq1(some_codes(20, 9)))
+        struct.pack_into(f"<{letter}", content, offset, value)
+        path = put(tmp_path / "x.npq", content)
+        if allowed:
+            check_codes(read_header(path))
+        else:
+            refusal(path)
+
+
+@pytest.mark.parametrize("pack", [legacy_a, legacy_b])
+def test_every_legacy_field_at_its_extremes(tmp_path, pack):
+    """Fault 17: each 4-byte field at 0, -1, the largest int, NaN and infinity."""
+    whole, fields = pack(some_codes(20, 9)), (20 if pack is legacy_a else 16) + 36
+    for offset in range(4, fields, 4):
+        for bits in (0, 2**32 - 1, 2**31 - 1, 0x7FC00000, 0x7F800000):
+            content = bytearray(whole)
+            struct.pack_into("<I", content, offset, bits)
+            path = put(tmp_path / "x.npq", content)
+            try:
+                header = read_header(path)
+            except NpqError:
+                continue
+            assert offset == 12  # only layout A's bitrate takes any of these
+            assert header.bitrate == 0
+
+
+def test_huge_numbers_allocate_nothing(tmp_path):
+    """Fault 17: T and K at their largest, in every layout: no allocation over 10 MB."""
+    lies = [npq1([[1]], frames=2**32 - 1), npq1([[1]], k=0xFFFF), npq1([[1]], k=64)]
+    for pack in (legacy_a, legacy_b):
+        for offset in range(4, 24, 4):
+            content = bytearray(pack(CODES))
+            struct.pack_into("<i", content, offset, 2**31 - 1)
+            lies.append(bytes(content))
+    wide = bytearray(npq2(CODES, 1))
+    struct.pack_into("<HH", wide, 7, 0xFFFF, 0xFFFF)
+    lies.append(bytes(wide))
+    truth = put(tmp_path / "sparse.npq", npq1([[1]], frames=2**32 - 1, width=0, vocab=256))
+    os.truncate(truth, 25 + 2**32 - 1)  # really 4 GiB of codes, none of them on the disk
+    tracemalloc.start()
+    try:
+        for lie in lies:
+            refusal(put(tmp_path / "x.npq", lie))
+        assert read_header(truth).num_frames == 2**32 - 1
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_codes_are_checked_in_bounded_memory(tmp_path):
+    path = put(tmp_path / "x.npq", npq1([[1]], frames=32 << 20, width=0, vocab=256))
+    os.truncate(path, 25 + (32 << 20))
+    tracemalloc.start()
+    try:
+        check_codes(read_header(path))
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_payload_one_byte_short_or_long(tmp_path):
+    """Fault 18."""
+    whole = npq1(some_codes(20, 9))
+    error = refusal(put(tmp_path / "short.npq", whole[:-1]))
+    assert error.field == "size"
+    assert "417 bytes, found 416 bytes (truncated)" in str(error)
+    error = refusal(put(tmp_path / "long.npq", whole + b"\0"))
+    assert "417 bytes, found 418 bytes (too long)" in str(error)
+
+
+@pytest.mark.parametrize("name", ["fifo", "folder", "dangling", "missing", "device", "nul\0byte"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name):
+    path = tmp_path / name
+    if name == "fifo":
+        os.mkfifo(path)
+    elif name == "folder":
+        path.mkdir()
+    elif name == "dangling":
+        path.symlink_to("nowhere")
+    elif name == "device":
+        path.symlink_to("/dev/zero")
+    started = time.monotonic()
+    error = refusal(path)
+    assert error.field == "file"
+    assert name in str(error)
+    assert time.monotonic() - started < 1
+
+
+def test_an_error_says_path_field_expected_found_and_remedy(tmp_path):
+    error = refusal(put(tmp_path / "song.flac", b"fLaC" + bytes(100)))
+    assert str(error) == (
+        f"{tmp_path}/song.flac: magic: expected NPQ1 or NPQ2, found b'fLaC'; name .npq files only"
+    )
+    again = pickle.loads(pickle.dumps(error))  # as it comes out of a loader process
+    assert (type(again), str(again)) == (NpqError, str(error))
+    assert str(NpqError(str(error))) == str(error)  # as torch rebuilds it there
+
+
+def test_a_bad_code_in_the_last_frame_of_the_last_file(tmp_path):
+    """Pitfall 23, fault 18: named with its frame and codebook, before any training."""
+    for i in range(3):
+        codes = some_codes(100_000 if i == 2 else 50, 9, seed=i)
+        if i == 2:
+            codes[-1, 8] = 1024
+        put(tmp_path / f"{i}.npq", npq1(codes))
+    with pytest.raises(BadFilesError) as caught:
+        scan_corpus(find_npq_files([tmp_path]), ctx=16)
+    assert "1 of 3 files" in str(caught.value)
+    assert f"{tmp_path}/2.npq: codes: expected 0 to 1023, found 1024" in str(caught.value)
+    assert "in frame 99999, codebook 8;" in str(caught.value)
+
+
+def test_each_codebook_has_its_own_vocabulary(tmp_path):
+    fine = [[9, 99], [0, 98]]
+    check_codes(read_header(put(tmp_path / "x.npq", npq1(fine, [10, 100]))))
+    error = refusal(put(tmp_path / "y.npq", npq1([[9, 99], [10, 0]], [10, 100])))
+    assert "found 10 in frame 1, codebook 0" in str(error)
+
+
+def test_a_map_of_a_file_that_changed_since_is_refused(tmp_path):
+    path = put(tmp_path / "x.npq", npq1(some_codes(20)))
+    header = read_header(path)
+    os.truncate(path, 100)
+    with pytest.raises(NpqError, match="changed during the run"):
+        map_codes(header)
+
+
+# --- the writer ----------------------------------------------------------------------------------
+
+
+@st.composite
+def tracks(draw):
+    k = draw(st.integers(1, 9))
+    vocab = draw(st.lists(st.integers(2, 2**20), min_size=k, max_size=k))
+    frames = draw(st.lists(st.tuples(*[st.integers(0, v - 1) for v in vocab]), min_size=1))
+    return np.array(frames), vocab, draw(st.integers(0, k - 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(tracks(), st.floats(0.125, 9_999, width=32), st.floats(0, 1e6, width=32))
+def test_write_then_read(tmp_path_factory, track, rate, bitrate):
+    codes, vocab, side = track
+    path = tmp_path_factory.getbasetemp() / "round_trip.npq"
+    written = write_npq(
+        path, codes, vocab_sizes=vocab, frame_rate=rate, bitrate=bitrate, side_codebooks=side
+    )
+    header = read_header(path)
+    assert header == written
+    assert (header.layout, header.side_codebooks) == ("NPQ2" if side else "NPQ1", side)
+    assert header.vocab_sizes == tuple(vocab)
+    assert (header.frame_rate, header.bitrate) == (rate, bitrate)
+    assert np.array_equal(map_codes(header), codes)
+    check_codes(header)
+
+
+GOOD = {"codes": np.array([[1, 2], [3, 0]]), "vocab_sizes": [1024, 4], "frame_rate": RATE}
+REFUSED = {
+    "code equal to V": {"codes": np.array([[1, 2], [3, 4]])},
+    "negative code": {"codes": np.array([[1, 2], [-1, 0]])},
+    "float codes": {"codes": np.ones((2, 2))},
+    "bool codes": {"codes": np.ones((2, 2), dtype=bool)},
+    "one dimension": {"codes": np.array([1, 2])},
+    "no frames": {"codes": np.zeros((0, 2), dtype=int)},
+    "no codebooks": {"codes": np.zeros((2, 0), dtype=int), "vocab_sizes": []},
+    "65 codebooks": {"codes": np.zeros((2, 65), dtype=int), "vocab_sizes": [4] * 65},
+    "70,000 codebooks": {"codes": np.zeros((1, 70_000), dtype=int), "vocab_sizes": [4] * 70_000},
+    "another number of sizes": {"vocab_sizes": [1024]},
+    "vocabulary of one": {"vocab_sizes": [1024, 1]},
+    "vocabulary too large": {"vocab_sizes": [1024, 2**20 + 1]},
+    "vocabulary over 32 bits": {"vocab_sizes": [1024, 2**32]},
+    "negative vocabulary": {"vocab_sizes": [1024, -4]},
+    "frame rate 0": {"frame_rate": 0.0},
+    "frame rate that a float32 rounds to 0": {"frame_rate": 1e-46},
+    "frame rate that a float32 rounds to 10,000": {"frame_rate": 9_999.9999},
+    "frame rate that no float32 holds": {"frame_rate": 1e300},
+    "frame rate NaN": {"frame_rate": math.nan},
+    "bitrate below 0": {"bitrate": -1.0},
+    "bitrate infinite": {"bitrate": math.inf},
+    "side codebooks only": {"side_codebooks": 2},
+    "too many side codebooks": {"side_codebooks": 3},
+    "side codebooks below 0": {"side_codebooks": -1},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_write_leaves_the_old_file_alone(tmp_path, case):
+    path = tmp_path / "x.npq"
+    write_npq(path, **GOOD)
+    before = path.read_bytes()
+    with pytest.raises(NpqError):
+        write_npq(path, **{**GOOD, **REFUSED[case]})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.npq"]
+
+
+def in_child(action) -> int:
+    """Run in a forked process; its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "x.npq"
+    write_npq(path, **GOOD)
+    before = path.read_bytes()
+
+    def write_over_the_limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        with pytest.raises(OSError, match="File too large"):
+            write_npq(path, some_codes(10_000), vocab_sizes=[1024] * 4, frame_rate=RATE)
+
+    assert in_child(write_over_the_limit) == 0
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.npq"]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_writer_killed_leaves_the_old_file_or_the_new(tmp_path, place, before):
+    path = tmp_path / "x.npq"
+    write_npq(path, **GOOD)
+    old, system_call = path.read_bytes(), getattr(os, place)
+
+    def deadly(*args):
+        if not before:
+            system_call(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write():
+        setattr(os, place, deadly)
+        write_npq(path, **{**GOOD, "frame_rate": 50.0})
+
+    assert in_child(write) == signal.SIGKILL
+    renamed = place == "replace" and not before
+    assert read_header(path).frame_rate == pytest.approx(50.0 if renamed else RATE)
+    assert len(path.read_bytes()) == len(old)
+    assert find_npq_files([tmp_path]) == [str(path)]  # what was left half-written is no .npq
+
+
+# --- finding and scanning ------------------------------------------------------------------------
+
+
+def test_files_are_found_by_folder_glob_and_name_each_once(tmp_path, monkeypatch):
+    a = put(tmp_path / "a.npq", b"")
+    b = put(tmp_path / "deep" / "er" / "b.npq", b"")
+    odd = put(tmp_path / "odd" / "c [live].npq", b"")
+    put(tmp_path / "notes.txt", b"")
+    (tmp_path / "link.npq").symlink_to(a)
+    assert sorted(find_npq_files([tmp_path])) == sorted([a, b, odd])
+    assert find_npq_files([a, tmp_path / "*.npq", tmp_path / "deep"]) == [a, b]
+    assert find_npq_files([f"{tmp_path}/**/b.npq"]) == [b]
+    assert find_npq_files([odd]) == [odd]
+    for nothing in (tmp_path / "none*", tmp_path / "deep" / "x.npq", tmp_path / "odd" / "[x]"):
+        with pytest.raises(FileNotFoundError, match="--data"):
+            find_npq_files([a, nothing])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_npq_files(["~/a.n*"]) == [a]
+
+
+def test_a_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
+    """Pitfall 22: nothing is dropped without a word."""
+    put(tmp_path / "a.npq", npq1(some_codes(20)))
+    (tmp_path / "b.npq").symlink_to("nowhere")
+    with pytest.raises(BadFilesError, match=r"b\.npq: file"):
+        scan_corpus(find_npq_files([tmp_path]), ctx=16)
+
+
+def mixed_folder(folder: Path) -> list[str]:
+    for i in range(5):
+        put(folder / f"good{i}.npq", npq1(some_codes(100, seed=i), rate=86.1998 + i * 3e-4))
+    put(folder / "nominal.npq", npq1(some_codes(100, seed=5), rate=44_100 / 512))
+    put(folder / "nine.npq", npq1(some_codes(40, 9)))
+    put(folder / "two.npq", npq1(some_codes(40, 2)))
+    put(folder / "slow.npq", npq1(some_codes(100, seed=6), rate=50.0))
+    put(folder / "short1.npq", npq1(some_codes(15)))
+    put(folder / "short2.npq", npq1(some_codes(15, seed=1)))
+    put(folder / "stereo.npq", npq2(some_codes(100, seed=7), 1))
+    put(folder / "old.npq", legacy_a(some_codes(100, seed=8)))
+    return find_npq_files([folder])
+
+
+def test_dropped_files_are_counted_by_reason(tmp_path):
+    """Pitfall 22, fault 19."""
+    summary = scan_corpus(mixed_folder(tmp_path), ctx=16).summary
+    assert summary.files == 7
+    assert summary.layouts == {"NPQ1": 6, "legacy A": 1}
+    assert summary.hours == pytest.approx(700 / 86.2 / 3600, rel=1e-3)
+    counts = {reason: files for reason, (files, _) in summary.dropped.items()}
+    assert counts == {
+        "9 codebooks, the run uses 4 (see --codebooks)": 1,
+        "2 codebooks, the run uses 4 (see --codebooks)": 1,
+        "3 + 1 side codebooks, the run uses 4 (see --codebooks)": 1,
+        "frame rate 50.00, the run's is 86.20": 1,
+        "shorter than a window of 16 frames": 2,
+    }
+    lines = "\n".join(summary.lines())
+    assert "7 files" in lines
+    assert "2 files, 0.00 hours: shorter than a window of 16 frames" in lines
+
+
+def test_bad_files_are_listed_or_counted_when_skipped(tmp_path):
+    """Pitfall 22."""
+    for i in range(3):
+        put(tmp_path / f"good{i}.npq", npq1(some_codes(100, seed=i)))
+    put(tmp_path / "cut1.npq", npq1(some_codes(100))[:-1])
+    put(tmp_path / "cut2.npq", npq1(some_codes(100))[:-7])
+    put(tmp_path / "code1.npq", npq1([[1024] * 4] * 20))
+    put(tmp_path / "code2.npq", npq1([[1, 1, 1, 1]] * 19 + [[1, 1, 1, 1024]]))
+    paths = find_npq_files([tmp_path])
+    with pytest.raises(BadFilesError) as caught:
+        scan_corpus(paths, ctx=16)
+    assert "4 of 7 files" in str(caught.value)
+    assert "--skip-bad-files" in str(caught.value)
+    assert all(f"{n}.npq:" in str(caught.value) for n in ("cut1", "cut2", "code1", "code2"))
+    summary = scan_corpus(paths, ctx=16, skip_bad=True).summary
+    assert summary.files == 3
+    assert summary.dropped == {"not valid: size": (2, 0.0), "not valid: codes": (2, 0.0)}
+
+
+def test_no_usable_file_is_an_error_that_says_why(tmp_path):
+    """Fault 19."""
+    path = put(tmp_path / "short.npq", npq1(some_codes(15)))
+    with pytest.raises(BadFilesError, match=r"1 files.*shorter than a window"):
+        scan_corpus([path], ctx=16)
+    with pytest.raises(BadFilesError, match=r"1 files.*4 codebooks, the run uses 12"):
+        scan_corpus([path], ctx=8, codebooks=12)
+    bad = put(tmp_path / "bad.npq", b"")
+    with pytest.raises(BadFilesError, match="not valid: header"):
+        scan_corpus([bad], ctx=16, skip_bad=True)
+    with pytest.raises(BadFilesError):
+        scan_corpus([], ctx=16)
+
+
+def test_files_of_another_k_have_no_say_in_the_frame_rate(tmp_path):
+    """Fault 19: and of two rates one is the run's, not the mean of both, which would drop all."""
+    long = put(tmp_path / "long.npq", npq1(some_codes(500)))
+    others = [put(tmp_path / f"{i}.npq", npq1(some_codes(20, 2), rate=50.0)) for i in range(5)]
+    corpus = scan_corpus([long, *others], ctx=16)
+    assert (corpus.num_codebooks, corpus.summary.files) == (4, 1)
+    slow = put(tmp_path / "slow.npq", npq1(some_codes(499), rate=50.0))
+    corpus = scan_corpus([long, slow], ctx=16)
+    assert corpus.summary.files == 1
+    assert corpus.frame_rate in (50.0, read_header(long).frame_rate)
+
+
+def test_a_tie_between_two_k_does_not_depend_on_the_order(tmp_path):
+    a = put(tmp_path / "a.npq", npq1(some_codes(50, 3)))
+    b = put(tmp_path / "b.npq", npq1(some_codes(50, 4)))
+    found = {scan_corpus(p, ctx=16).num_codebooks for p in ([a, b], [b, a])}
+    assert found == {4}
+
+
+def test_mixed_vocabularies_take_the_largest_and_say_so(tmp_path):
+    """Fault 19."""
+    a = put(tmp_path / "a.npq", npq1(some_codes(50, 2, vocab=10), [10, 1024]))
+    b = put(tmp_path / "b.npq", npq1(some_codes(50, 2, vocab=20, seed=1), [64, 20]))
+    corpus = scan_corpus([a, b], ctx=16)
+    assert corpus.vocab_sizes == (64, 1024)
+    assert any("2 different vocabularies" in note for note in corpus.summary.notes)
+
+
+def test_duplicates_are_noted(tmp_path):
+    paths = [put(tmp_path / f"{i}.npq", npq1(some_codes(50, seed=i % 3))) for i in range(5)]
+    notes = scan_corpus(paths, ctx=16).summary.notes
+    assert notes == ["2 files hold the same codes as another file"]
+    assert scan_corpus(paths[:3], ctx=16).summary.notes == []
+
+
+def test_codes_are_checked_once_per_path_size_and_time(tmp_path):
+    path, store = tmp_path / "x.npq", tmp_path / "checked.json"
+    other = put(tmp_path / "other.npq", npq1(some_codes(50, seed=1)))
+    put(path, npq1(some_codes(50)))
+    stamp = path.stat().st_mtime_ns
+    first = scan_corpus([str(path), other], ctx=16, checked_file=store)
+    # A bad code under an unchanged size and time: the scan does not see it, so it did not read it.
+    put(path, npq1([*some_codes(49).tolist(), [1024] * 4]))
+    os.utime(path, ns=(stamp, stamp))
+    again = scan_corpus([str(path), other], ctx=16, checked_file=store)
+    assert again.fingerprint() == first.fingerprint()
+    with pytest.raises(BadFilesError, match="frame 49"):
+        scan_corpus([str(path), other], ctx=16)
+    # With another time it does.
+    os.utime(path, ns=(stamp + 1, stamp + 1))
+    with pytest.raises(BadFilesError, match="frame 49"):
+        scan_corpus([str(path), other], ctx=16, checked_file=store)
+
+
+@pytest.mark.parametrize(
+    "store", [b"", b"{", b"[]", b"[1]", b"\xff", '{"PATH": 5}', '{"PATH": [1]}']
+)
+def test_a_damaged_list_of_checked_files_only_costs_time(tmp_path, store):
+    path = put(tmp_path / "x.npq", npq1(some_codes(50)))
+    content = store if isinstance(store, bytes) else store.replace("PATH", path).encode()
+    put(tmp_path / "checked.json", content)
+    corpus = scan_corpus([path], ctx=16, checked_file=tmp_path / "checked.json")
+    assert corpus.summary.files == 1
+    scan_corpus([path], ctx=16, checked_file=tmp_path / "checked.json")
+
+
+# --- the split -----------------------------------------------------------------------------------
+
+CTX = 16
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """200 files of 40 to 60 frames, enough to set whole ones aside."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(200):
+        put(folder / f"{i:03d}.npq", npq1(some_codes(40 + i % 21, seed=i)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for i, frames in enumerate((400, 300, 37, 500, 31)):
+        put(folder / f"{i}.npq", npq1(some_codes(frames, seed=i)))
+    return folder
+
+
+def frames_of(windows: WindowDataset) -> set[tuple[str, int]]:
+    """Every (file, frame) that the windows touch."""
+    places = windows.describe(np.arange(len(windows)))
+    return {(p["file"], p["frame"] + i) for p in places for i in range(windows.ctx)}
+
+
+def sides(paths: list[str], val_split: float = 0.2) -> tuple[set[bytes], set[bytes]]:
+    """Contents of the files on each side, for the rule that sets whole files aside."""
+    corpus = scan_corpus(paths, ctx=CTX)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=val_split)
+    assert "whole files" in val.rule
+    return tuple(
+        {Path(p).read_bytes() for p, n in zip(corpus.paths, s.stop - s.start, strict=True) if n}
+        for s in (train, val)
+    )
+
+
+@pytest.mark.parametrize("name", ["many", "few"])
+@pytest.mark.parametrize("stride", [5, CTX])
+def test_no_frame_is_on_both_sides(request, name, stride):
+    """Pitfall 11: neither in the spans nor in the windows that come out of them."""
+    corpus = scan_corpus(find_npq_files([request.getfixturevalue(name)]), ctx=CTX)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2)
+    assert ((train.stop <= val.start) | (val.stop <= train.start)).all()
+    assert (train.stop - train.start + val.stop - val.start == corpus.files["frames"]).all()
+    train_frames = frames_of(WindowDataset(corpus, train, ctx=CTX, stride=stride))
+    val_frames = frames_of(WindowDataset(corpus, val, ctx=CTX, stride=CTX))
+    assert train_frames
+    assert val_frames
+    assert not train_frames & val_frames
+
+
+def test_about_the_wanted_share_is_set_aside(many):
+    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
+    _, val = split_corpus(corpus, ctx=CTX, val_split=0.2)
+    assert 0.1 < (val.stop - val.start).sum() / corpus.files["frames"].sum() < 0.3
+
+
+@pytest.mark.parametrize("name", ["many", "few"])
+def test_the_split_is_the_same_under_other_names_folders_and_order(request, tmp_path, name):
+    paths = find_npq_files([request.getfixturevalue(name)])
+    moved = []
+    for i, path in enumerate(reversed(paths)):
+        moved.append(put(tmp_path / f"{i % 3}" / f"renamed{i * 7 % 211}.npq", b""))
+        shutil.copyfile(path, moved[-1])
+    assert len(set(moved)) == len(paths)
+    random = np.random.default_rng(0)
+    corpora = [scan_corpus(p, ctx=CTX) for p in (paths, moved, list(random.permutation(moved)))]
+    splits = [split_corpus(c, ctx=CTX, val_split=0.2) for c in corpora]
+    assert len({c.fingerprint() for c in corpora}) == 1
+    assert len({(train.fingerprint(), val.fingerprint()) for train, val in splits}) == 1
+    batches = [
+        WindowDataset(c, train, ctx=CTX, stride=5)[np.arange(40)]
+        for c, (train, _) in zip(corpora, splits, strict=True)
+    ]
+    assert torch.equal(batches[0], batches[1])
+    assert torch.equal(batches[0], batches[2])
+
+
+def test_a_file_keeps_its_side_when_others_are_added(many):
+    paths = find_npq_files([many])
+    train, val = sides(paths)
+    train_before, val_before = sides(paths[:120])
+    assert train_before < train
+    assert val_before < val
+
+
+def test_another_content_gives_another_fingerprint(many):
+    paths = find_npq_files([many])
+    prints = {scan_corpus(p, ctx=CTX).fingerprint() for p in (paths, paths[:-1], paths[1:])}
+    assert len(prints) == 3
+
+
+def test_few_files_each_give_their_last_frames(few):
+    corpus = scan_corpus(find_npq_files([few]), ctx=CTX)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.1)
+    assert "last frames" in val.rule
+    frames, given = corpus.files["frames"], val.stop - val.start
+    assert (val.stop == frames).all()
+    assert (train.start == 0).all()
+    assert (train.stop == val.start).all()
+    for total, tail in zip(frames.tolist(), given.tolist(), strict=True):
+        assert tail in (0, max(CTX, total // 10))
+        assert total - tail >= CTX  # 31 frames cannot give a window and keep one
+    assert given.sum() >= 0.1 * frames.sum()
+
+
+@pytest.mark.parametrize("name", ["many", "few"])
+def test_no_validation_when_none_is_asked_for(request, name):
+    corpus = scan_corpus(find_npq_files([request.getfixturevalue(name)]), ctx=CTX)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.0)
+    assert (train.stop - train.start == corpus.files["frames"]).all()
+    assert len(WindowDataset(corpus, val, ctx=CTX, stride=CTX)) == 0
+
+
+def test_equal_files_never_lie_on_both_sides(tmp_path, many):
+    """Pitfall 11: the same codes under two names, by either rule."""
+    for i in range(12):
+        put(tmp_path / f"{i}.npq", npq1(some_codes(40, seed=i // 4)))
+    corpus = scan_corpus(find_npq_files([tmp_path]), ctx=CTX)
+    for val_split in (0.05, 0.2, 0.4):
+        _, val = split_corpus(corpus, ctx=CTX, val_split=val_split)
+        assert "last frames" in val.rule
+        given = {}
+        for crc, tail in zip(corpus.files["crc"], val.stop - val.start, strict=True):
+            given.setdefault(int(crc), set()).add(int(tail))
+        assert all(len(tails) == 1 for tails in given.values())
+        assert any(tails != {0} for tails in given.values())
+    paths = find_npq_files([many])
+    copies = [shutil.copyfile(p, tmp_path / f"copy{i}") for i, p in enumerate(paths)]
+    train, val = sides([*paths, *map(str, copies)])
+    assert not train & val
+
+
+def test_a_list_names_the_validation_files(tmp_path, many):
+    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
+    listed = tmp_path / "val.txt"
+    listed.write_bytes(
+        b"\xef\xbb\xbf# held out\r\n003.npq\r\n\r\n" + os.fsencode(many / "007.npq") + b"\r\n"
+        b"  011.npq  \n" + os.fsencode(many / "sub" / ".." / "013.npq")
+    )
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
+    chosen = [os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n]
+    assert sorted(chosen) == ["003.npq", "007.npq", "011.npq", "013.npq"]
+    assert ((train.stop == 0) == (val.stop > 0)).all()
+
+
+def test_a_listed_file_that_is_not_there_is_an_error(tmp_path, many):
+    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
+    listed = tmp_path / "val.txt"
+    listed.write_text("003.npq\n3.npq\nsong.npq\n")
+    with pytest.raises(ValueError, match=r"2 listed files are not in the data: 3\.npq, song\.npq"):
+        split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
+
+
+def test_a_long_list_is_read_in_good_time(many, tmp_path):
+    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
+    corpus.paths = [
+        f"{many}/{i}/{p}" for i in range(25) for p in map(os.path.basename, corpus.paths)
+    ]
+    corpus.files = np.tile(corpus.files, 25)
+    listed = tmp_path / "val.txt"
+    listed.write_text("\n".join(f"{i:03d}.npq" for i in range(200)))
+    started = time.process_time()
+    _, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
+    assert (val.stop > 0).all()
+    assert time.process_time() - started < 2  # seconds; files x names would take minutes
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+
+def write_zoo(folder: Path) -> dict[str, np.ndarray]:
+    """A file of every kind; codes [T, 4] by path."""
+    codes = [some_codes(n, vocab=200, seed=n) for n in (16, 17, 40, 41, 100, 33)]
+    five = some_codes(50, 5, vocab=200)
+    contents = [
+        (codes[0], npq1(codes[0], 256, width=0)),
+        (codes[1], npq1(codes[1], 256, width=1)),
+        (codes[2], npq1(codes[2], 256, width=2)),
+        (five[:41, :4], npq2(five[:41], 1, 256)),
+        (codes[4], legacy_a(codes[4], 256)),
+        (codes[5], legacy_b(codes[5], 256)),
+        (five[:, :4], npq1(five, 256, width=0)),
+        (five[::-1, :4], npq2(five[::-1], 1, 256, width=2)),
+    ]
+    return {put(folder / f"{i}.npq", c): codes for i, (codes, c) in enumerate(contents)}
+
+
+@pytest.mark.parametrize("stride", [1, 7, CTX, 50])
+def test_windows_are_those_of_a_slow_loop(tmp_path, stride):
+    """u8, u16, u32, mid/side and both legacy layouts; of five codebooks the first four."""
+    truth = write_zoo(tmp_path)
+    corpus = scan_corpus(list(truth), ctx=CTX, codebooks=4)
+    assert corpus.summary.files == len(truth)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2)
+    for spans in (train, val):
+        expected, places = [], []
+        for i, path in enumerate(corpus.paths):
+            start = int(spans.start[i])
+            while start + CTX <= int(spans.stop[i]):
+                expected.append(truth[path][start : start + CTX].tolist())
+                places.append({"file": path, "frame": start})
+                start += stride
+        windows = WindowDataset(corpus, spans, ctx=CTX, stride=stride)
+        assert len(windows) == len(expected)
+        assert windows.describe(np.arange(len(windows))) == places
+        assert windows[np.arange(len(windows))].tolist() == expected
+        shuffled = np.random.default_rng(0).permutation(len(windows))[:9]
+        batch = windows[shuffled]
+        assert batch.dtype == torch.int16
+        assert batch.shape == (min(9, len(windows)), CTX, 4)
+        assert batch.tolist() == [expected[i] for i in shuffled]
+
+
+def test_mid_side_files_are_not_mixed_with_mono(tmp_path):
+    """Fault 19: the same K can mean other columns; what counts is what is left after the cut."""
+    stereo, wide, mono = some_codes(50), some_codes(40, 5), some_codes(30)
+    paths = [
+        put(tmp_path / "3+1", npq2(stereo, 1)),
+        put(tmp_path / "3+2", npq2(wide, 2)),
+        put(tmp_path / "4+0", npq1(mono)),
+    ]
+    corpus = scan_corpus(paths, ctx=CTX, codebooks=4)
+    assert (corpus.num_codebooks, corpus.side_codebooks) == (4, 1)
+    used = {os.path.basename(p) for p in corpus.paths}
+    assert used == {"3+1", "3+2"}
+    train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
+    windows = WindowDataset(corpus, train, ctx=40, stride=40)
+    expected = {"3+1": stereo[:40].tolist(), "3+2": wide[:40, :4].tolist()}
+    assert windows[np.arange(2)].tolist() == [expected[os.path.basename(p)] for p in corpus.paths]
+    corpus = scan_corpus(paths, ctx=CTX, codebooks=3)  # the mid channel alone is mono
+    assert (corpus.num_codebooks, corpus.side_codebooks, corpus.summary.files) == (3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32), (2**20, torch.int32)]
+)
+def test_batches_are_wide_enough_for_the_vocabulary(tmp_path, vocab, dtype):
+    codes = some_codes(40, 2, vocab=vocab)
+    codes[0], codes[1] = vocab - 1, 0
+    content = npq1(codes, vocab, width=1 if vocab <= 2**16 else 2)
+    corpus = scan_corpus([put(tmp_path / "x.npq", content)], ctx=40)
+    train, _ = split_corpus(corpus, ctx=40, val_split=0.0)
+    batch = WindowDataset(corpus, train, ctx=40, stride=40)[np.array([0])]
+    assert batch.dtype == dtype
+    assert batch.tolist() == [codes.tolist()]
+
+
+def all_windows(paths, *, ctx=CTX, stride=CTX) -> WindowDataset:
+    corpus = scan_corpus(paths, ctx=ctx)
+    train, _ = split_corpus(corpus, ctx=ctx, val_split=0.0)
+    return WindowDataset(corpus, train, ctx=ctx, stride=stride)
+
+
+def test_the_index_grows_with_files_and_not_with_windows(tmp_path):
+    """Pitfall 24."""
+
+    def index_bytes(frames, files):
+        folder = tmp_path / f"{frames}_{files}"
+        for i in range(files):
+            put(folder / f"{i:04d}.npq", npq1(np.full((frames, 1), i), width=0, vocab=256))
+        windows = all_windows(find_npq_files([folder]), stride=1)
+        arrays = [v.nbytes for v in vars(windows).values() if isinstance(v, np.ndarray)]
+        return len(windows), sum(arrays), len(pickle.dumps(windows))
+
+    few, few_bytes, few_pickled = index_bytes(frames=20, files=10)
+    more, more_bytes, more_pickled = index_bytes(frames=50_000, files=10)
+    assert more > 1000 * few
+    assert more_bytes == few_bytes < 10 * 200
+    assert abs(more_pickled - few_pickled) < 100
+    assert index_bytes(frames=20, files=20)[1] == 2 * few_bytes
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_the_number_of_open_files_is_bounded(tmp_path):
+    """Pitfall 21: files stay open between windows, but never more than the limit."""
+    for i in range(MAX_OPEN_FILES + 60):
+        put(tmp_path / f"{i:04d}.npq", npq1(some_codes(CTX, seed=i)))
+    windows = all_windows(find_npq_files([tmp_path]))
+    gc.collect()
+    before = open_descriptors()
+    truth = [some_codes(CTX, seed=int(Path(p).stem)).tolist() for p in windows.paths]
+    for _ in range(2):
+        for i in np.random.default_rng(0).permutation(len(windows)):
+            assert windows[np.array([i])].tolist() == [truth[i]]
+            assert open_descriptors() <= before + MAX_OPEN_FILES
+    assert open_descriptors() == before + MAX_OPEN_FILES
+    windows.open_files.clear()
+    assert open_descriptors() == before
+
+
+CHANGES = {
+    "cut": lambda path: os.truncate(path, 200),
+    "emptied": lambda path: os.truncate(path, 0),
+    "replaced": lambda path: replace(path, npq1(some_codes(60, seed=9))),
+    "replaced by a shorter one": lambda path: replace(path, npq1(some_codes(20, seed=9))),
+    "removed": os.unlink,
+    "replaced by a folder": lambda path: (os.unlink(path), os.mkdir(path)),
+    "replaced by a FIFO": lambda path: (os.unlink(path), os.mkfifo(path)),
+}
+
+
+def replace(path: str, content: bytes) -> None:
+    os.replace(put(Path(f"{path}.new"), content), path)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_before_it_is_opened_gives_a_named_error(tmp_path, change):
+    """Fault 18."""
+    path = put(tmp_path / "x.npq", npq1(some_codes(60)))
+    windows = all_windows([path])
+    CHANGES[change](path)
+    before = open_descriptors()
+    with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
+        windows[np.array([2])]
+    gc.collect()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_open_gives_an_error_or_the_old_codes(tmp_path, change):
+    """Fault 18: no SIGBUS, no half window; a replaced file's old content is still there."""
+    path = put(tmp_path / "x.npq", npq1(some_codes(60)))
+    windows = all_windows([path])
+    windows[np.array([0])]
+    CHANGES[change](path)
+    if change in ("cut", "emptied"):
+        with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
+            windows[np.array([0, 2])]
+    else:
+        assert windows[np.array([2])].tolist() == [some_codes(60)[2 * CTX : 3 * CTX].tolist()]
+
+
+def test_a_read_that_fails_gives_a_named_error(tmp_path):
+    path = put(tmp_path / "x.npq", npq1(some_codes(60)))
+    windows = all_windows([path])
+    windows[np.array([0])]
+    (file,) = windows.open_files.values()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, file.descriptor)  # reading a folder fails in the kernel
+    os.close(folder)
+    with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
+        windows[np.array([0])]
+
+
+# --- the order -----------------------------------------------------------------------------------
+
+
+def epoch_of(order: EpochOrder, epoch: int, start: int = 0) -> list[list[int]]:
+    order.epoch, order.start = epoch, start
+    batches = [b.tolist() for b in order]
+    assert len(batches) == len(order)
+    return batches
+
+
+def test_golden_permutations():
+    """Pinned: a resumed run goes on in the order that another version of numpy began."""
+    order = EpochOrder(1000, batch=1, accum=1, seed=0)
+    assert order.permutation(0)[:8].tolist() == [312, 366, 936, 406, 27, 144, 324, 854]
+    assert order.permutation(1)[:8].tolist() == [518, 727, 123, 23, 926, 364, 215, 578]
+    large = EpochOrder(100_000, batch=1, accum=1, seed=1234).permutation(7)
+    assert hashlib.sha256(large.astype("<i8").tobytes()).hexdigest()[:16] == "809694dd4a056bb0"
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    """Pitfall 18."""
+    order = EpochOrder(200, batch=4, accum=2, seed=5)
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+    assert first != second
+    np.random.seed(3)
+    torch.manual_seed(3)
+    again = EpochOrder(200, batch=4, accum=2, seed=5)
+    assert epoch_of(again, 1) == second  # without having been through epoch 0
+    assert epoch_of(again, 0) == first
+    assert epoch_of(EpochOrder(200, batch=4, accum=2, seed=6), 0) != first
+    # Other batches, same order of windows.
+    wide = EpochOrder(200, batch=8, accum=1, seed=5)
+    assert np.array_equal(np.concatenate(epoch_of(wide, 0)), np.concatenate(first))
+
+
+@pytest.mark.parametrize("windows", [0, 7, 8, 9, 100, 103, 104])
+def test_an_epoch_is_whole_groups_of_distinct_windows(windows):
+    """Pitfall 3: an optimizer step never sees a part of its micro-batches."""
+    batches = epoch_of(EpochOrder(windows, batch=4, accum=2, seed=0), 0)
+    assert len(batches) == windows // 8 * 2
+    assert all(len(b) == 4 for b in batches)
+    used = [w for b in batches for w in b]
+    assert len(set(used)) == len(used)
+    assert set(used) <= set(range(windows))
+
+
+def test_start_skips_exactly_what_was_used():
+    """Pitfall 18: after every optimizer step of an epoch."""
+    order = EpochOrder(103, batch=4, accum=2, seed=0)
+    whole = epoch_of(order, 3)
+    for steps in range(len(whole) // 2 + 1):
+        assert epoch_of(order, 3, start=steps * 8) == whole[steps * 2 :]
+
+
+# --- loader processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_processes_give_what_one_process_gives(many, method):
+    """Pitfall 24: pickled to a spawned process with files open, it stays small and works."""
+    windows = all_windows(find_npq_files([many]), stride=3)
+    order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
+    order.epoch = 2
+    expected = [windows[b] for b in order]  # opens files here, which must not travel
+    assert windows.open_files
+    loader = DataLoader(
+        windows, batch_size=None, sampler=order, num_workers=1, multiprocessing_context=method
+    )
+    found = list(loader)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_changed_file_keeps_its_name_through_a_loader_process(tmp_path):
+    """Fault 18."""
+    path = put(tmp_path / "x.npq", npq1(some_codes(60)))
+    windows = all_windows([path])
+    os.truncate(path, 200)
+    loader = DataLoader(windows, batch_size=None, sampler=[np.array([0])], num_workers=1)
+    with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
+        list(loader)
