@@ -324,6 +324,34 @@ class Codec:
             waveform[:, first * hop : first * hop + kept.shape[1]] = kept
         return waveform
 
+    def encode_channels(
+        self, waveform: torch.Tensor, mid_codebooks: int | None = None, side_codebooks: int = 0
+    ) -> torch.Tensor:
+        """Codes [T, K] of a waveform [C, N]: mono, or with side codebooks mid/side, mid first.
+
+        mid = (left + right) / 2 and side = (left - right) / 2. Errors as `encode`.
+        """
+        import torch
+
+        if not side_codebooks:
+            return self.encode(waveform.mean(0), codebooks=mid_codebooks)
+        left, right = waveform
+        both = torch.stack(((left + right) / 2, (left - right) / 2))
+        mid, side = self.encode(
+            both, codebooks=mid_codebooks and max(mid_codebooks, side_codebooks)
+        )
+        return torch.cat((mid[:, :mid_codebooks], side[:, :side_codebooks]), dim=1)
+
+    def decode_channels(self, codes: torch.Tensor, side_codebooks: int = 0) -> torch.Tensor:
+        """Waveform [1, N] of codes [T, K], or [2, N] where the last columns are side codebooks."""
+        import torch
+
+        mid = self.decode(codes[:, : codes.shape[1] - side_codebooks])
+        if not side_codebooks:
+            return mid[None]
+        side = self.decode(codes[:, codes.shape[1] - side_codebooks :])
+        return torch.stack((mid + side, mid - side))  # left, right
+
     def _chunks(self, frames: int, chunk_frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield frames [first, last) to keep, of frames [start, stop) to code.
 

@@ -233,16 +233,12 @@ class Coder:
             self.report.duplicates.append(f"{job.source} = {first}")
         if self.args.loudness is not None:
             waveform = to_loudness(waveform, rate, self.args.loudness)
-        if self.args.stereo:
-            left, right = waveform
-            waveform = np.stack([(left + right) / 2, (left - right) / 2])
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
-        k, k_side = self.args.codebooks, self.args.side_codebooks
-        mid, *side = self.codec.encode(resampled, codebooks=k and max(k, k_side)).numpy()
-        codes = np.concatenate([mid[:, :k], *(c[:, :k_side] for c in side)], axis=1)
+        k_side = self.args.side_codebooks
+        codes = self.codec.encode_channels(resampled, self.args.codebooks, k_side)
         npq.write_npq(
             job.target,
-            codes,
+            codes.numpy(),
             vocab_sizes=[self.codec.codebook_size] * codes.shape[1],
             frame_rate=self.codec.frame_rate,
             bitrate=job.source.stat().st_size * 8 / 1000 / seconds,
@@ -266,11 +262,7 @@ class Coder:
             remedy = "name the codec that made the file: --codec"
             raise npq.NpqError(job.source, "codes", wanted, shape.format(*needs), remedy)
         codes = torch.from_numpy(npq.map_codes(header).astype(np.int64))
-        waveform = codec.decode(codes[:, :mid])[None]
-        if side:
-            difference = codec.decode(codes[:, mid:])
-            waveform = torch.cat([waveform + difference, waveform - difference])  # left, right
-        write_wav(job.target, waveform.numpy(), codec.sample_rate)
+        write_wav(job.target, codec.decode_channels(codes, side).numpy(), codec.sample_rate)
         return header.num_frames / codec.frame_rate
 
 

@@ -91,6 +91,10 @@ class CodesTransformer(nn.Module):
     projections of attention and MLP start at zero: each block begins as the identity.
     """
 
+    row_offset: Tensor
+    sizes: Tensor
+    absent: Tensor | None
+
     def __init__(self, config: ModelConfig, *, grad_checkpoint: bool = False) -> None:
         super().__init__()
         self.config = config
@@ -140,7 +144,7 @@ class CodesTransformer(nn.Module):
 
     def logits_of(self, x: Tensor) -> Tensor:
         """Last hidden states [B, T, D] -> [B, T, K, V]."""
-        logits: Tensor = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
+        logits = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
         return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
 
     def prefill(self, prompt: Tensor, cache: KeyValueCache) -> Tensor:
@@ -296,9 +300,9 @@ class KeyValueCache:
         config, weight = model.config, model.head.weight
         channels = config.d_model // config.heads
         shape = (config.layers, batch, config.heads, ctx, channels)
-        options = {"device": weight.device, "dtype": dtype or weight.dtype}
         self.config, self.ctx = config, ctx
-        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        self.keys = torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
+        self.values = torch.zeros_like(self.keys)
         unrotated = (*shape[:3], 1, channels)
         self.bos_keys = torch.zeros(unrotated, device=weight.device)  # float32
         self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next input

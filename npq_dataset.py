@@ -42,6 +42,7 @@ CODE_DTYPES = (
     np.dtype("<u2"),
     np.dtype("<u4"),
 )  # indexed by the file's dtype_code
+NO_DTYPE = np.dtype("V1")  # stands for a dtype_code that does not exist
 FIXED_BYTES = 20  # the shortest fixed part of a header, common to every layout
 LONGEST_HEADER = 23 + 4 * MAX_CODEBOOKS + 1  # NPQ2 with every codebook
 CHECK_CHUNK_BYTES = 4 << 20
@@ -79,7 +80,7 @@ class NpqHeader:
     frame_rate: float  # frames per second
     bitrate: float  # kbit/s of the source file, informational
     vocab_sizes: tuple[int, ...]  # V of each codebook
-    dtype: np.dtype[Any] | None  # of a code on disk; None only before the checks
+    dtype: np.dtype[Any]  # of a code on disk
     codes_offset: int  # bytes before the first code
     file_size: int
     mtime_ns: int
@@ -129,7 +130,7 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
         )
 
     def header_of(parse: Any, layout: str) -> NpqHeader:
-        return NpqHeader(path, layout, *parse(head), status.st_size, status.st_mtime_ns)
+        return NpqHeader(path, layout, *(*parse(head), status.st_size, status.st_mtime_ns))
 
     magic, version, codebooks = struct.unpack_from("<4sHH", head)
     if magic == b"NPQ2":
@@ -158,7 +159,7 @@ class _Fields(NamedTuple):
     frame_rate: float
     bitrate: float
     vocab_sizes: tuple[int, ...]
-    dtype: np.dtype[Any] | None
+    dtype: np.dtype[Any]
     codes_offset: int
 
 
@@ -204,9 +205,9 @@ def _read_vocab_sizes(head: bytes, offset: int, letter: str, k: int) -> tuple[in
     return struct.unpack_from(f"<{k}{letter}", head.ljust(LONGEST_HEADER + 4, b"\0"), offset)
 
 
-def _read_dtype(head: bytes, offset: int) -> np.dtype[Any] | None:
+def _read_dtype(head: bytes, offset: int) -> np.dtype[Any]:
     code = head[offset] if offset < len(head) else 255
-    return CODE_DTYPES[code] if code < len(CODE_DTYPES) else None
+    return CODE_DTYPES[code] if code < len(CODE_DTYPES) else NO_DTYPE
 
 
 def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
@@ -226,7 +227,7 @@ def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
         return "frame rate", f"above 0 and below {MAX_FRAME_RATE:g}", h.frame_rate
     if not 0 <= h.bitrate < math.inf:
         return "bitrate", "finite and not negative", h.bitrate
-    if h.dtype is None:
+    if h.dtype == NO_DTYPE:
         return "dtype code", "0, 1 or 2", "another"
     largest = min(MAX_VOCAB_SIZE, 2 ** (8 * h.dtype.itemsize))
     if not all(2 <= v <= largest for v in h.vocab_sizes):
@@ -301,7 +302,7 @@ class _OpenFile:
         buffer = row if same else np.empty(shape, self.dtype)
         position = self.offset + start * self.codebooks * self.dtype.itemsize
         try:
-            found = os.preadv(self.descriptor, [buffer], position)
+            found = os.preadv(self.descriptor, [buffer.data], position)
         except OSError as error:
             raise _changed(self.path, "a readable file", error) from error
         if found != buffer.nbytes:

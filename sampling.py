@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Draw:
         top_p: float | Sequence[float] = 1.0,
     ) -> Draw:
         """Spread single values over the codebooks; raises ValueError on lists of another length."""
-        spread = []
+        spread: list[tuple[Any, ...]] = []
         for name, value in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)):
             values = list(value) if isinstance(value, Sequence) else [value]
             if len(values) not in (1, num_codebooks):

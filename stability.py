@@ -9,7 +9,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 # --- averaged weights ----------------------------------------------------------------------------
 
 
-class Ema:
+M = TypeVar("M", bound=nn.Module)
+
+
+class Ema(Generic[M]):
     """Exponential moving average of a model's weights, kept as a second model.
 
     A model of its own is evaluated as it stands: nothing is swapped into the trained weights, so
     nothing can be left swapped when an evaluation is interrupted. It costs the same memory.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.averaged: list[Tensor] = list(self.model.parameters())

@@ -318,7 +318,7 @@ class TrainState:
     """All that a resume restores, besides the random state."""
 
     model: CodesTransformer
-    ema: Ema
+    ema: Ema[CodesTransformer]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: Guard

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "examples"))
 
 from make_codes import make_tune  # noqa: E402
+
 from npq_dataset import write_npq  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
@@ -82,7 +83,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a trainer and its loader processes, as an out-of-memory killer or power cut does."""
+    """SIGKILL to a trainer; its loader processes have to notice by themselves."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -208,7 +208,8 @@ import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import model
 q = torch.randn(1, 2, 5, 4)
-expected = (q @ q.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ q
+future = torch.ones(5, 5).triu(1).bool()
+expected = (q @ q.mT / 2).masked_fill(future, -torch.inf).softmax(-1) @ q
 print(torch.allclose(model.causal_attention(q, q, q), expected, atol=1e-5))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -216,7 +217,7 @@ print(torch.allclose(model.causal_attention(q, q, q), expected, atol=1e-5))
 
 
 def test_flash_attention_is_a_kernel_the_model_can_use():
-    """The fused kernel takes the shapes and dtypes that the model gives it (the CPU has one too)."""
+    """The fused kernel takes the shapes and dtypes that the model gives it; CPUs have one too."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q = torch.randn(2, 2, 12, 16, dtype=torch.bfloat16)

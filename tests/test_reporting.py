@@ -52,7 +52,7 @@ def test_rows_are_valid_json_at_once(tmp_path):
     log = MetricsLog(tmp_path / "x_metrics.jsonl")
     log.write("epoch", val=math.nan, per=[1.0, math.inf], step=3)
     row = json.loads((tmp_path / "x_metrics.jsonl").read_text())  # before close: rows are flushed
-    assert list(row)[0] == "event"
+    assert next(iter(row)) == "event"
     assert (row["val"], row["per"], row["step"]) == (None, [1.0, None], 3)
     for step in range(2 * HISTORY_ROWS):
         log.write("step", step=step)
