@@ -237,7 +237,8 @@ class RunFiles:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics]
         found = [p for p in named if os.path.lexists(p)]
-        return found + self.archives("epoch") + self.archives("best")
+        panics = sorted(self.folder.glob(f"{self.name}_panic_s*.pt"))
+        return found + self.archives("epoch") + self.archives("best") + panics
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a save that was killed. Call with the lock held."""
