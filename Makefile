@@ -5,12 +5,14 @@ export PYTHONUNBUFFERED = 1
 
 .PHONY: demo test lint smoke test-faults test-gpu bench-data clean
 
-demo: .venv/installed  ## train a small model on generated codes and watch the loss fall
-	rm -rf demo
-	$(BIN)/python examples/make_codes.py demo/codes
-	$(BIN)/python train_rvq.py --data demo/codes --save_dir demo/run --device cpu \
-	    --d_model 64 --layers 2 --heads 2 --ctx 128 --batch 8 --accum 1 --lr 3e-3 \
-	    --epochs 4 --log-lr-steps 20 --eval-audio-every 0
+demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds and a picture
+	rm -rf demo && mkdir -p demo
+	cd examples/demo/val && ls > ../../../demo/val.txt
+	$(BIN)/python train_rvq.py --data examples/demo/train examples/demo/val --val-list demo/val.txt \
+	    --save_dir demo/run --device cpu --d_model 128 --layers 4 --heads 4 --dropout 0 \
+	    --ctx 256 --step 256 --batch 4 --accum 1 --lr 3e-3 --warmup-ratio 0.05 \
+	    --label-smoothing 0 --max-seconds 110 --eval-audio-every 0 --log-lr-steps 20
+	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest -m "not slow and not cuda"

@@ -24,9 +24,7 @@ FRAMES_PER_NOTE = 8
 FRAME_RATE = 44_100 / 512  # 86.13 frames per second
 
 
-def make_tune(
-    patterns: np.ndarray, frames: int, rng: np.random.Generator
-) -> np.ndarray:
+def make_tune(patterns: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
     """Codes [frames, K]: a random walk over the notes of `patterns` [NOTES, FRAMES_PER_NOTE, K]."""
     moves = rng.integers(-1, 2, size=frames // FRAMES_PER_NOTE + 1)
     notes = (rng.integers(NOTES) + np.cumsum(moves)) % NOTES

@@ -1,4 +1,4 @@
-"""sample_rvq.py and evaluation audio: from checkpoints to codes and sound, with the bundled codec."""
+"""sample_rvq.py and evaluation audio: from checkpoints to codes and sound."""
 
 from __future__ import annotations
 
