@@ -87,8 +87,9 @@ class CodesTransformer(nn.Module):
     """Summed codebook embeddings, pre-norm blocks with rotary positions, K heads as one product.
 
     Biases are left out throughout, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary
-    positions need no table, so any ctx can be trained or sampled with the same weights. The output
-    projections of attention and MLP start at zero: each block begins as the identity.
+    positions need no table, so any ctx can be trained or sampled with the same weights. The summed
+    embeddings are RMS-normalised before the first block: without that, gradients spike when
+    attention first forms (benchmarks/README.md).
     """
 
     row_offset: Tensor
@@ -102,6 +103,7 @@ class CodesTransformer(nn.Module):
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
+        self.embed_norm = nn.RMSNorm(d, eps=1e-8, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(d, eps=NORM_EPS)
@@ -114,15 +116,23 @@ class CodesTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights of deviation 0.02, zero output projections, gains of one."""
+        """Normal weights; gains are one already.
+
+        Outputs of blocks start at zero, so each block begins as the identity; inputs of blocks
+        keep the variance. Embeddings are normalised and the head's logits should begin even, so
+        both start small: Adam's steps have a size of their own, and turn small rows sooner.
+        """
         for name, p in self.named_parameters():
-            if p.dim() >= 2 or name == "bos":
-                is_output = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.zeros_(p) if is_output else nn.init.normal_(p, std=0.02)
+            if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                nn.init.zeros_(p)
+            elif name.endswith(("attn.qkv.weight", "mlp.up.weight")):
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name in ("embed.weight", "bos", "head.weight"):
+                nn.init.normal_(p, std=0.001)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
-        x = self.dropout(self.embed_past(codes))
+        x = self.dropout(self.embed_norm(self.embed_past(codes)))
         rope = rotary_angles(torch.arange(codes.shape[1], device=codes.device), self.config)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -164,6 +174,7 @@ class CodesTransformer(nn.Module):
         return self._through_cache(self.embed_frames(frame[:, None]), cache.position, cache)
 
     def _through_cache(self, x: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+        x = self.embed_norm(x)
         cache.begin(x.shape[1])
         rope = rotary_angles(positions, self.config)
         for layer, block in enumerate(self.blocks):

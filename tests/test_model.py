@@ -53,8 +53,8 @@ def test_logits_match_a_slow_reference():
     d, heads = CONFIG.d_model, CONFIG.heads
     c = d // heads
 
-    def norm(x, gain):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+    def norm(x, gain, eps=1e-6):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
 
     def rotate(x, frame):
         out = x.clone()
@@ -69,7 +69,7 @@ def test_logits_match_a_slow_reference():
         x = torch.empty(t, d, dtype=torch.float64)
         for f in range(t):
             past = [w["embed.weight"][i * 16 + codes[n, f - 1, i]] for i in range(k)]
-            x[f] = sum(past) if f else w["bos"]
+            x[f] = norm(sum(past) if f else w["bos"], 1, eps=1e-8)
         for layer in range(CONFIG.layers):
             p = f"blocks.{layer}."
             qkv = norm(x, w[p + "norm1.weight"]) @ w[p + "attn.qkv.weight"].T

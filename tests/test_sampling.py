@@ -22,7 +22,7 @@ def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> 
     """
     config = model.config
     x = torch.cat((model.bos.expand(len(codes), 1, -1), model.embed_frames(codes)), dim=1)
-    length = x.shape[1]
+    x, length = model.embed_norm(x), x.shape[1]
     for block in model.blocks:
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, config.heads, -1))
