@@ -10,7 +10,7 @@ demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds
 	cd examples/demo/val && ls > ../../../demo/val.txt
 	$(BIN)/python train_rvq.py --data examples/demo/train examples/demo/val --val-list demo/val.txt \
 	    --save_dir demo/run --device cpu --d_model 128 --layers 4 --heads 4 --dropout 0 \
-	    --ctx 256 --step 256 --batch 4 --accum 1 --lr 3e-3 --warmup-ratio 0.05 \
+	    --ctx 256 --step 117 --batch 4 --accum 1 --lr 3e-3 --warmup-ratio 0.05 \
 	    --label-smoothing 0 --max-seconds 110 --eval-audio-every 0 --log-lr-steps 20
 	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 

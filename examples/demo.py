@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--melody", type=Path, default=HERE / "demo" / "val" / "melody_48.npq")
     parser.add_argument("--prompt-frames", type=int, default=512, help="6 s: one phrase")
     parser.add_argument("--frames", type=int, default=1024, help="of the continuation: 12 s")
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top-p", type=float, default=0.9)
     flags = parser.parse_args()
 
     both = flags.out_dir / "both.wav"
@@ -46,7 +46,7 @@ def main() -> None:
         "--prompt": flags.melody,
         "--prompt-frames": flags.prompt_frames,
         "--frames": flags.frames,
-        "--temperature": flags.temperature,
+        "--top-p": flags.top_p,
         "--codec": "demo",
         "--out": both,
     }
@@ -73,17 +73,21 @@ def read_pitches(wave: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def describe(wave: NDArray[np.float32], corpus: dict[str, Any]) -> str:
-    """Shares of frames in the scale and of note changes on the grid, and the notes themselves."""
+    """How well scale and grid are kept, and the strongest note of each step."""
     pitches, step = read_pitches(wave), corpus["step_frames"]
     in_scale = np.isin(pitches, corpus["scale_multiples"]).mean()
     changes = np.flatnonzero(np.diff(pitches)) + 1
-    on_grid = (changes % step == 0).mean() if len(changes) else 1.0
+    # A note that ends a frame late moves all that follow, so lengths tell more than places.
+    lengths = np.diff(changes)
+    off = np.minimum(lengths % step, -lengths % step)
+    on_grid, near = (np.mean(x) if len(x) else np.nan for x in (changes % step == 0, off <= 2))
     steps = pitches[: len(pitches) // step * step].reshape(-1, step)
     notes = [int(np.bincount(frames).argmax()) for frames in steps]
-    by_chance = 1 / step
     return (
-        f"{in_scale:.1%} of frames in the scale, {on_grid:.1%} of {len(changes)} note changes on "
-        f"the grid ({by_chance:.1%} by chance)\n              notes {' '.join(map(str, notes))}"
+        f"{in_scale:.0%} of frames in the scale; of {len(changes)} note changes {on_grid:.0%} exactly "
+        f"on the grid ({1 / step:.0%} by chance);\n              {near:.0%} of note lengths within 2 "
+        f"frames (23 ms) of whole steps ({5 / step:.0%} by chance); notes by step:\n"
+        f"              {' '.join(map(str, notes))}"
     )
 
 
