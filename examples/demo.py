@@ -83,12 +83,13 @@ def describe(wave: NDArray[np.float32], corpus: dict[str, Any]) -> str:
     on_grid, near = (np.mean(x) if len(x) else np.nan for x in (changes % step == 0, off <= 2))
     steps = pitches[: len(pitches) // step * step].reshape(-1, step)
     notes = [int(np.bincount(frames).argmax()) for frames in steps]
-    return (
-        f"{in_scale:.0%} of frames in the scale; of {len(changes)} note changes {on_grid:.0%} "
-        f"exactly on the grid ({1 / step:.0%} by chance);\n              {near:.0%} of note lengths "
-        f"within 2 frames (23 ms) of whole steps ({5 / step:.0%} by chance); notes by step:\n"
-        f"              {' '.join(map(str, notes))}"
+    lines = (
+        f"{in_scale:.0%} of frames in the scale",
+        f"{on_grid:.0%} of {len(changes)} note changes on the grid ({1 / step:.0%} by chance)",
+        f"{near:.0%} of note lengths within 2 frames of whole steps ({5 / step:.0%} by chance)",
+        f"notes by step: {' '.join(map(str, notes))}",
     )
+    return "\n              ".join(lines)
 
 
 def draw(
