@@ -15,7 +15,7 @@ demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds
 	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cuda"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -400,13 +400,16 @@ def write_npq(
     if codes.min() < 0 or codes.max() >= min(vocab_sizes):
         _raise_first_bad_code(header, codes, 0)
 
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or "."
-    )
+    _write_whole(path, head + np.ascontiguousarray(codes, dtype=dtype).tobytes())
+    return read_header(path)
+
+
+def _write_whole(path: str, content: bytes) -> None:
+    folder, name = os.path.split(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
     try:
         with open(descriptor, "wb") as file:
-            file.write(head)
-            file.write(np.ascontiguousarray(codes, dtype=dtype).tobytes())
+            file.write(content)
             file.flush()
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
@@ -414,7 +417,6 @@ def write_npq(
     except BaseException:
         os.unlink(temporary)
         raise
-    return read_header(path)
 
 
 # --- the corpus: every file of a run -------------------------------------------------------------
