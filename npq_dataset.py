@@ -544,14 +544,7 @@ def scan_corpus(
         BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use.
     """
     summary = DataSummary()
-    headers: list[NpqHeader] = []
-    bad: list[NpqError] = []
-    for path in paths:
-        try:
-            headers.append(read_header(path))
-        except NpqError as error:
-            bad.append(error)
-
+    headers, bad = _read_headers(paths)
     k, side = _columns_of_run(headers, codebooks)
     rates = sorted(h.frame_rate for h in headers if _columns(h, codebooks) == (k, side))
     frame_rate = rates[len(rates) // 2] if rates else math.nan  # one that a file really has
@@ -576,19 +569,35 @@ def scan_corpus(
             bad.append(error)
     checked.save()
     if bad and not skip_bad:
-        listed = "\n".join(f"  {error}" for error in bad[:10]) + (
-            "\n  ..." if len(bad) > 10 else ""
-        )
-        raise BadFilesError(
-            f"{len(bad)} of {len(paths)} files are not valid .npq:\n{listed}\n"
-            "Mend or remove them, or pass --skip-bad-files to train without them."
-        )
+        raise BadFilesError(_listing(bad, len(paths)))
     for refused in bad:
         summary.drop(f"not valid: {refused.field}")
     if not good:
         raise BadFilesError("no usable .npq file:\n" + "\n".join(summary.lines()))
     return _corpus_of(
         sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path)), k, side, frame_rate, summary
+    )
+
+
+def _read_headers(paths: Sequence[str]) -> tuple[list[NpqHeader], list[NpqError]]:
+    headers: list[NpqHeader] = []
+    bad: list[NpqError] = []
+    for path in paths:
+        try:
+            headers.append(read_header(path))
+        except NpqError as error:
+            bad.append(error)
+    return headers, bad
+
+
+def _listing(bad: Sequence[NpqError], files: int) -> str:
+    lines = [f"  {error}" for error in bad[:10]] + ["  ..."] * (len(bad) > 10)
+    return "\n".join(
+        (
+            f"{len(bad)} of {files} files are not valid .npq:",
+            *lines,
+            "Mend or remove them, or pass --skip-bad-files to train without them.",
+        )
     )
 
 
