@@ -166,16 +166,20 @@ class CodesTransformer(nn.Module):
         x = self.bos.expand(len(prompt), 1, -1)
         if prompt.shape[1]:
             x = torch.cat((x, self.embed_frames(prompt)), dim=1)
-        positions = torch.arange(x.shape[1], device=x.device)
-        return self._through_cache(x, positions, cache)
+        cache.begin(x.shape[1])
+        return self._through_cache(x, torch.arange(x.shape[1], device=x.device), cache)
 
     def step(self, frame: Tensor, cache: KeyValueCache) -> Tensor:
-        """Take in the frame [B, K] just drawn; logits [B, K, V] of the next; static shapes."""
+        """Take in the frame [B, K] just drawn; logits [B, K, V] of the next."""
+        cache.begin(1)
+        return self.advance(frame, cache)
+
+    def advance(self, frame: Tensor, cache: KeyValueCache) -> Tensor:
+        """`step` after `cache.begin(1)`: static shapes and tensors alone, so it can be compiled."""
         return self._through_cache(self.embed_frames(frame[:, None]), cache.position, cache)
 
     def _through_cache(self, x: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         x = self.embed_norm(x)
-        cache.begin(x.shape[1])
         rope = rotary_angles(positions, self.config)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache.layer(layer))
@@ -317,18 +321,22 @@ class KeyValueCache:
         unrotated = (*shape[:3], 1, channels)
         self.bos_keys = torch.zeros(unrotated, device=weight.device)  # float32
         self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next input
-        self.is_empty = True
+        self.host_position = 0  # the same; known without reading the device
+        self.is_full = False
 
     def begin(self, inputs: int) -> None:
         """Settle where the next inputs go and what they see: all on the device, no host read."""
-        self.prefilling, self.is_empty = self.is_empty, False
+        self.prefilling = self.host_position == 0
+        self.is_full = self.host_position >= self.ctx
+        self.host_position += inputs
         if self.prefilling:
-            self.inputs = inputs
             return
         last, p = self.ctx - 1, self.position
         self.slot = torch.where(p <= last, p, 1 + (p - 1) % last)  # [1]
-        self.seen = (torch.arange(self.ctx, device=p.device) <= p)[None]  # [1, ctx]
-        self.bos_rope = rotary_angles((p - last).clamp(min=0), self.config)
+        if self.is_full:
+            self.bos_rope = rotary_angles(p - last, self.config)
+        else:
+            self.seen = (torch.arange(self.ctx, device=p.device) <= p)[None]  # [1, ctx]
 
     def layer(self, index: int) -> LayerCache:
         """The part of one block."""
@@ -347,14 +355,16 @@ class LayerCache(NamedTuple):
         """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill."""
         cache = self.cache
         if cache.prefilling:
-            self.keys[:, :, : cache.inputs] = k
-            self.values[:, :, : cache.inputs] = v
+            self.keys[:, :, : k.shape[2]] = k
+            self.values[:, :, : k.shape[2]] = v
             self.bos_key.copy_(unrotated_k[:, :, :1])
             return causal_attention(q, k, v)
-        self.keys[:, :, :1] = rotate(self.bos_key, cache.bos_rope).to(k.dtype)
         self.keys.index_copy_(2, cache.slot, k)
         self.values.index_copy_(2, cache.slot, v)
-        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=cache.seen)
+        if cache.is_full:
+            self.keys[:, :, :1] = rotate(self.bos_key, cache.bos_rope).to(k.dtype)
+        seen = None if cache.is_full else cache.seen
+        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen)
 
 
 # --- attention kernels ---------------------------------------------------------------------------

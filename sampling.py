@@ -102,12 +102,15 @@ def generate(
             f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
         )
     cache = KeyValueCache(model, batch=batch, ctx=ctx)
-    step = torch.compile(model.step, fullgraph=True) if compiled else model.step
+    # Compiled twice at most: before the cache is full, and after.
+    advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
     codes = torch.empty((batch, frames, k), dtype=torch.int64, device=device)
     logits = model.prefill(prompt.to(device).expand(batch, -1, -1), cache)
     for frame in range(frames):
-        codes[:, frame] = draw(logits, generator)
+        drawn = draw(logits, generator)
+        codes[:, frame] = drawn
         on_frame()
         if frame + 1 < frames:
-            logits = step(codes[:, frame], cache)
+            cache.begin(1)
+            logits = advance(drawn, cache)
     return codes
