@@ -284,18 +284,21 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
-    """Cosines and sines [T, C / 2], float32, of position t times base^(-2i/C) (Su et al. 2021)."""
+    """Factors of `rotate`, [T, C] float32 each: the angle of pair i at t is t * base^(-2i/C).
+
+    Rotary position embedding (Su et al. 2021).
+    """
     channels = config.d_model // config.heads
     exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
-    angle = positions.float()[:, None] * config.rope_base**-exponent
-    return angle.cos(), angle.sin()
+    angle = positions.float()[:, None] * config.rope_base**-exponent  # [T, C / 2]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # --- the cache of sampling -----------------------------------------------------------------------

@@ -52,9 +52,13 @@ class Draw:
         logits = logits.float() / logits.new_tensor(self.temperature).float()[:, None]
         if any(self.top_k) or min(self.top_p) < 1:
             logits = self._narrow(logits)
-        probabilities = logits.softmax(-1).flatten(0, 1)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
-        return drawn.view(logits.shape[:2])
+        # One uniform number per code, looked up in the summed probabilities. It is scaled by the
+        # last sum, which strays from 1, and kept off 0, so that an entry without probability is
+        # never hit.
+        summed = logits.softmax(-1).cumsum(-1)
+        uniform = torch.rand(logits.shape[:2], generator=generator, device=logits.device)
+        target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
+        return torch.searchsorted(summed, target)[..., 0]
 
     def _narrow(self, logits: Tensor) -> Tensor:
         """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
