@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,11 +117,6 @@ def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool
         f"{row['frames_per_s']:.0f} frames/s | {duration(wall)}, total {duration(total)}{star}",
         f"      val CE per codebook {per_codebook}",
     ]
-
-
-def versus(names: Sequence[tuple[str, object, object]], winner: str) -> list[str]:
-    """Lines for flags that differ from the saved run: name, saved value, value asked for."""
-    return [f"         --{n}: saved {saved}, asked {asked}; {winner}" for n, saved, asked in names]
 
 
 # --- metrics -------------------------------------------------------------------------------------
