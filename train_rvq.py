@@ -627,7 +627,7 @@ def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
     try:
         path = run.files.save(
             checkpoint_of(run),
-            best_epoch=max(p.epoch, 1) if is_best else None,
+            best_epoch=p.best_epoch if is_best else None,
             archive_epoch=p.epoch if archive else None,
             keep_archived=run.flags.keep_archived,
         )
