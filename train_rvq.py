@@ -834,7 +834,10 @@ def open_data(
         checked_file=os.path.join(flags.save_dir, ".checked_files.json"),
     )
     split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
-    train, val = split_corpus(corpus, **split)
+    try:
+        train, val = split_corpus(corpus, **split)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--val-list: {error}; name a text file of validation files") from error
     train_windows = WindowDataset(corpus, train, ctx=flags.ctx, stride=flags.step)
     # Validation windows do not overlap: each frame counts once.
     val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
@@ -968,7 +971,8 @@ def leave_signals_to_the_trainer(_: int) -> None:
 def compile_losses(run: Run) -> None:
     """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
     state, flags = run.state, run.flags
-    eager = run.losses
+    eager, scaler = run.losses, state.scaler
+    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
     run.losses = torch.compile(eager, mode=flags.compile_mode, fullgraph=True)
     run.compiled = True
     started = time.perf_counter()
@@ -984,9 +988,8 @@ def compile_losses(run: Run) -> None:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         run.console.problem(f"torch.compile failed, going on without it ({reason})")
     finally:
+        state.scaler = scaler
         state.optimizer.zero_grad(set_to_none=True)
-        if state.scaler.is_enabled():
-            state.scaler.update()
 
 
 # --- the loop ------------------------------------------------------------------------------------

@@ -159,6 +159,8 @@ def test_wrong_flags_end_with_code_2_and_a_remedy(flags, message, capsys):
         (("--data", "{tunes}", "--batch", "5000"), 2, "fewer than one step's"),
         (("--data", "{tunes}", "--cb-weights", "1,2"), 2, "expected 4 numbers"),
         (("--data", "{tunes}", "--resume", "{tmp}/typo.pt"), 1, "no such checkpoint"),
+        (("--data", "{tunes}", "--val-list", "{tmp}/typo.txt"), 2, "--val-list"),
+        (("--data", "{tunes}", "--val-list", __file__), 2, "listed files are not in the data"),
     ],
 )
 def test_mistakes_get_one_message_and_write_no_run_file(
