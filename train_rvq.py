@@ -1160,8 +1160,9 @@ def stopped_by_guard(run: Run) -> int:
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
     run.console.problem(
         f"Stopped by the guard: {run.guard_stop}. {run.files.latest} holds the weights after the "
-        f"last accepted step. Look at the refused windows in {run.files.metrics}, lower --lr, and "
-        "run the same command again."
+        f"last accepted step. Look at the refused windows in {run.files.metrics}, then run the "
+        f"same command again: lr stays scaled by {run.state.progress.lr_scale:g}, and --lr sets "
+        "another peak."
     )
     return EXIT_GUARD
 
