@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checkpointing import (
+    BackgroundSaver,
     CheckpointError,
     FolderLock,
     RunFiles,
@@ -347,6 +349,9 @@ class Run:
     stop: StopRequest
     started: float = dataclasses.field(default_factory=time.perf_counter)
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
+    saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
+    saving: Saving | None = None  # the save in flight
+    best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
     failed_saves: int = 0
     guard_stop: str | None = None  # why the guard ends the run
     between_steps: bool = True  # False while weights, moments and counters disagree
@@ -388,6 +393,19 @@ class Run:
         pace = p.epoch_seconds / max(p.epoch_steps + p.epoch_refused, 1)
         left = max(0, self.planned_steps - p.step) * pace
         return min(left, self.flags.max_seconds - p.seconds) if self.flags.max_seconds else left
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A save in flight: of which moment, and what to do again if it fails."""
+
+    written: Future[Path]
+    step: int
+    epoch: int
+    is_best: bool
+    archive: bool
+    started: float
+    stall: float  # seconds that training waited
 
 
 class StopRequest:
@@ -619,29 +637,74 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
-    """Save `latest` and, as asked, `best` and archives. A failing disk is survived three times."""
+    """Begin to save `latest` and, as asked, `best` and archives; the writing goes on beside.
+
+    A failing disk is survived: three failures in a row raise OSError here or in `check_save`.
+    """
+    check_save(run, wait=True)
     p = run.state.progress
     started = time.perf_counter()
     run.last_save = started
     run.stop.save = False
+    write = functools.partial(
+        run.files.save,
+        best_epoch=p.best_epoch if is_best else None,
+        archive_epoch=p.epoch if archive else None,
+        keep_archived=run.flags.keep_archived,
+        tell=run.console.problem,
+    )
+    written = run.saver.start(checkpoint_of(run), write)
+    stall = time.perf_counter() - started
+    run.saving = Saving(written, p.step, p.epoch, is_best, archive, started, stall)
+
+
+def check_save(run: Run, *, wait: bool = False) -> Saving | None:
+    """Report the save in flight if it has ended, or wait for it; returns it if it failed.
+
+    Raises:
+        OSError: it failed, as did MAX_FAILED_SAVES in a row.
+    """
+    saving, p = run.saving, run.state.progress
+    if saving is None or not (wait or saving.written.done()):
+        return None
+    run.saving = None
     try:
-        path = run.files.save(
-            checkpoint_of(run),
-            best_epoch=p.best_epoch if is_best else None,
-            archive_epoch=p.epoch if archive else None,
-            keep_archived=run.flags.keep_archived,
-        )
+        path = saving.written.result()
     except OSError as error:
         run.failed_saves += 1
         run.console.problem(
-            f"save at step {p.step} failed ({error}); {run.files.latest} is still the last good one"
+            f"save at step {saving.step} failed ({error}); {run.files.latest} is still the last "
+            "good one"
         )
         if run.failed_saves >= MAX_FAILED_SAVES:
             raise
-        return
+        p.best_val, p.best_epoch = run.best_on_disk  # the next validation may find one again
+        return saving
     run.failed_saves = 0
-    seconds = round(time.perf_counter() - started, 3)
-    run.metrics.write("save", step=p.step, epoch=p.epoch, file=path.name, save_seconds=seconds)
+    run.best_on_disk = p.best_val, p.best_epoch
+    seconds = round(time.perf_counter() - saving.started, 3)
+    run.metrics.write(
+        "save",
+        step=saving.step,
+        epoch=saving.epoch,
+        file=path.name,
+        save_seconds=seconds,
+        stall_seconds=round(saving.stall, 4),
+    )
+    return None
+
+
+def finish_save(run: Run) -> None:
+    """At the end of a run: wait until the newest save is on the disk; if it fails, save again.
+
+    Raises:
+        OSError: MAX_FAILED_SAVES in a row failed.
+    """
+    p = run.state.progress
+    best = p.best_val, p.best_epoch
+    while failed := check_save(run, wait=True):
+        p.best_val, p.best_epoch = best
+        save(run, is_best=failed.is_best, archive=failed.archive)
 
 
 def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
@@ -732,6 +795,7 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=torch.tensor(weights, device=device),
         loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
+        best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
     if checkpoint is not None:
         run.metrics.history = checkpoint["history"]
@@ -1015,6 +1079,9 @@ def take_steps(run: Run) -> bool:
     """Step through what is left of the epoch, the run, or the time; True when the epoch is done."""
     p, order = run.state.progress, run.order
     order.epoch, order.start = p.epoch, p.position
+    if run.flags.num_workers and not run.flags.persistent_workers:
+        # A process forked now would hold the half-written file open, and its space, for an epoch.
+        check_save(run, wait=True)
     batches = iter(run.loader)
     done = p.position // run.windows_per_step
     run.console.start_epoch(p.epoch + 1, run.flags.epochs, done, run.steps_per_epoch)
@@ -1031,6 +1098,7 @@ def take_steps(run: Run) -> bool:
             report_step(run, stats)
         else:
             handle_refusal(run, stats)
+        check_save(run)
         minutes = (time.perf_counter() - run.last_save) / 60
         if run.stop.save or 0 < run.flags.save_every_minutes < minutes:
             save(run)
@@ -1103,6 +1171,7 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         if result is None:
             return False
         p.validated_step = p.step
+        check_save(run, wait=True)  # if it fails, the best value is not what it was
         is_best = result.val < p.best_val  # never true for NaN
         if is_best:
             p.best_val, p.best_epoch = result.val, epoch
@@ -1146,6 +1215,7 @@ def interrupted(run: Run) -> int:
     """Save where a signal stopped the run, and say how to go on."""
     number_ = run.stop.signal or signal.SIGTERM
     save(run)
+    finish_save(run)
     step = run.state.progress.step
     run.console.line(
         f"Stopped by {signal.Signals(number_).name}; saved {run.files.latest} at step {step}. "
@@ -1157,6 +1227,7 @@ def interrupted(run: Run) -> int:
 def stopped_by_guard(run: Run) -> int:
     """Keep the last good state, and say what to look at."""
     save(run)
+    finish_save(run)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
     run.console.problem(
         f"Stopped by the guard: {run.guard_stop}. {run.files.latest} holds the weights after the "
@@ -1168,8 +1239,9 @@ def stopped_by_guard(run: Run) -> int:
 
 
 def finished(run: Run) -> int:
-    """Say what there is."""
+    """See the last save to its end, and say what there is."""
     p = run.state.progress
+    finish_save(run)
     run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
     run.console.line(
         f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
@@ -1188,6 +1260,7 @@ def train_or_save(run: Run) -> int:
             return interrupted(run)  # the signal went to every process, and ended a loader too
         if run.between_steps and not isinstance(error, OSError):
             save(run)
+            finish_save(run)
             run.console.problem(f"failed; saved at step {run.state.progress.step}")
         if isinstance(error, torch.OutOfMemoryError):
             run.console.problem(
@@ -1196,6 +1269,8 @@ def train_or_save(run: Run) -> int:
             )
         raise
     finally:
+        with contextlib.suppress(OSError):
+            check_save(run, wait=True)
         run.metrics.close()
 
 

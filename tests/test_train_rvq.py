@@ -622,6 +622,7 @@ def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
     """Fault 3: the save fails, training goes on, latest stays the last good one."""
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3", "--archive-every", "0")
     train_rvq.save(run)
+    train_rvq.finish_save(run)
     before = run.files.latest.read_bytes()
     import resource
 
@@ -631,8 +632,9 @@ def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
     try:
         train_rvq.save(run)
         train_rvq.save(run)
+        train_rvq.save(run)
         with pytest.raises(OSError, match="File too large"):
-            train_rvq.save(run)
+            train_rvq.check_save(run, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
