@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import errno
 import multiprocessing
 import os
@@ -13,6 +14,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import threading
 import time
 import tracemalloc
 import types
@@ -29,6 +32,7 @@ from checkpointing import (
     FORMAT_VERSION,
     REQUIRED_KEYS,
     STATE_KEYS,
+    BackgroundSaver,
     CheckpointError,
     FolderLock,
     RunFiles,
@@ -41,6 +45,7 @@ from checkpointing import (
     run_name,
     save_checkpoint,
     set_rng_state,
+    size_of,
     verify_file,
 )
 
@@ -430,6 +435,137 @@ def test_a_clock_set_back_changes_no_order(files, monkeypatch):
     assert [step_of(p) for p in files.others()[:2]] == [4, 3]
 
 
+# --- in the background ---------------------------------------------------------------------------
+
+
+def test_what_is_written_is_the_state_of_the_moment_and_not_of_the_writing(files):
+    """Weights, counters and history change while the thread has yet to write."""
+    saver, go_on, state = BackgroundSaver(), threading.Event(), tiny(1)
+    truth = content(copy.deepcopy(state))
+    written = saver.start(state, lambda c: go_on.wait(30) and files.save(c))
+    state["model"]["w"].zero_()
+    state["optimizer"]["state"][0]["step"] += 1
+    state["progress"]["step"] = 99
+    state["history"].append({"epoch": 2})
+    go_on.set()
+    assert written.result(30) == files.latest
+    loaded = load_checkpoint(files.latest)
+    assert content({key: loaded[key] for key in state}) == truth
+
+
+def test_the_copys_memory_is_used_again_until_shapes_change(files):
+    saver, seen = BackgroundSaver(), []
+    for step, rows in ((1, 5), (2, 5), (3, 6)):
+        state = {**tiny(step), "model": {"w": torch.full((rows, 7), float(step))}}
+        saver.start(state, lambda c: seen.append(c["model"]["w"]) or files.save(c)).result(30)
+        assert torch.equal(load_checkpoint(files.latest)["model"]["w"], state["model"]["w"])
+    assert seen[0].data_ptr() == seen[1].data_ptr()
+    assert seen[2].shape == (6, 7)
+
+
+def test_a_copy_of_a_view_is_saved_without_the_tensor_behind_it(files):
+    state = {**tiny(1), "model": {"w": torch.ones(1_000_000)[:3]}}
+    BackgroundSaver().start(state, files.save).result(30)
+    assert files.latest.stat().st_size < 100_000
+
+
+def test_an_error_in_the_background_comes_with_the_result(files):
+    (files.folder / f".{files.latest.name}.saving").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        BackgroundSaver().start(tiny(1), files.save).result(30)
+
+
+def test_the_size_of_a_checkpoint_is_foreseen(files):
+    """Never too small, and not much too large."""
+    for count in (1, 1000, 300_000):
+        state = {**tiny(1), "model": {"w": torch.ones(count)}}
+        files.save(state)
+        assert files.latest.stat().st_size < size_of(state) < files.latest.stat().st_size + 80_000
+
+
+# --- a disk that gets full -----------------------------------------------------------------------
+
+
+def large(step: int) -> dict:
+    """About 0.4 MB."""
+    return {**tiny(step), "model": {"w": torch.full((100_000,), float(step))}}
+
+
+def test_the_oldest_archives_make_room_and_only_as_many_as_needed(small_disk):
+    """Fault 3, pitfall 16: on a real disk of 3 MB that keeps up to six of these files."""
+    files, said = RunFiles(small_disk("3m"), NAME), []
+    files.save(large(1), best_epoch=1, archive_epoch=1)  # `best` holds on to these bytes
+    for epoch in range(2, 20):
+        files.save(large(epoch), archive_epoch=epoch, keep_archived=100, tell=said.append)
+        assert step_of(files.latest) == epoch
+        assert step_of(files.previous) == epoch - 1
+        assert step_of(files.best) == 1
+    left = [step_of(p) for p in files.archives("epoch")]
+    assert left[0] == 1, "removing it would have freed nothing"
+    assert left[1:] == list(range(left[1], 20))
+    assert len(left) >= 5
+    assert len(said) == left[1] - 2, "one at a time"
+    assert re.search(r"0\.\d MB free, 0\.5 MB needed; removed 1 old archives \(0\.4 MB\)", said[0])
+    assert "t_epoch_e0002__" in said[0]
+    assert not hidden(files.folder)
+
+
+def test_archives_stay_where_all_of_them_would_not_do(small_disk):
+    """Fault 3: the message has the figures, and nothing was given up for it."""
+    files = RunFiles(small_disk("3m"), NAME)
+    for epoch in range(1, 4):
+        files.save(large(epoch), best_epoch=epoch, archive_epoch=epoch)
+    before = tree(files.folder)
+    huge = {**tiny(9), "model": {"w": torch.ones(1_000_000)}}
+    with pytest.raises(
+        OSError, match=r"4\.1 MB needed, 1\.\d MB free and 0\.4 MB in arch"
+    ) as caught:
+        files.save(huge)
+    assert caught.value.errno == errno.ENOSPC
+    assert tree(files.folder) == before
+
+
+def test_both_kinds_of_archives_go_by_age(small_disk):
+    """An archive of both kinds frees its bytes when both names are gone."""
+    files, said = RunFiles(small_disk("3m"), NAME), []
+    for epoch in range(1, 5):
+        files.save(large(epoch), best_epoch=epoch, archive_epoch=epoch)
+    for epoch in range(5, 9):
+        files.save(large(epoch), keep_archived=100, tell=said.append)
+    files.save(large(9), archive_epoch=9, tell=said.append)
+    files.make_room(shutil.disk_usage(files.folder).free + 300_000, said.append)
+    assert "removed 2 old archives (0.4 MB)" in said[-1]
+    assert "best_e0001__" in said[-1]
+    assert "epoch_e0001__" in said[-1]
+    assert [step_of(p) for p in files.archives("epoch")] == [2, 3, 4, 9]
+
+
+def test_copies_in_place_of_links_are_counted(small_disk, monkeypatch):
+    """Once the file system has shown that it has no links, a best save takes four times as much."""
+    monkeypatch.setattr(os, "link", no_links)
+    files = RunFiles(small_disk("4m"), NAME)
+    for step in (1, 2):
+        files.save(large(step))
+    before = tree(files.folder)
+    (files.folder / "filler").write_bytes(bytes(2_300_000))
+    with pytest.raises(OSError, match=r"1\.9 MB needed, 1\.\d MB free"):
+        files.save(large(3), best_epoch=3)
+    assert {**tree(files.folder), "filler": 0} == {**before, "filler": 0}
+
+
+def test_a_read_only_disk_is_an_os_error(small_disk):
+    """Fault 3: a real EROFS."""
+    folder = small_disk("3m")
+    files = prepared(folder / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    before = tree(files.folder)
+    with pytest.raises(OSError, match="Read-only file system"):
+        save_third(files)
+    assert tree(files.folder) == before
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+    assert_sound(files, {2})
+
+
 # --- saves that fail -----------------------------------------------------------------------------
 
 
@@ -566,6 +702,16 @@ def test_a_device_without_space_is_an_os_error(files):
     with pytest.raises(OSError, match="No space left") as caught:
         files.save(tiny(2))
     assert caught.value.errno == errno.ENOSPC
+    assert_sound(files, {1})
+
+
+def test_a_failing_write_is_an_os_error(files):
+    """Fault 3: a real EIO; the first page of a process's memory cannot be written."""
+    files.save(tiny(1))
+    (files.folder / f".{files.latest.name}.saving").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.save(tiny(2))
+    assert caught.value.errno == errno.EIO
     assert_sound(files, {1})
 
 

@@ -113,6 +113,27 @@ def test_a_second_signal_leaves_at_once_and_sigusr1_only_saves(tunes, tmp_path):
     assert "saved" not in output.splitlines()[-1]
 
 
+def test_a_disk_that_hangs_stops_neither_training_nor_the_second_signal(tunes, tmp_path):
+    """Fault 13, saving: to open a FIFO that nobody reads takes for ever, as on a dead network disk.
+
+    A thousand steps an epoch: the next save, which waits, is far away.
+    """
+    flags = [*flags_of(tunes, tmp_path, 0, epochs=10_000), "--save-every-minutes", "0"]
+    process = start_trainer(*flags, "--step", "1", "--batch", "1", "--accum", "1")
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    os.mkfifo(tmp_path / ".rvq_4cb_latest.pt.saving")
+    process.send_signal(signal.SIGUSR1)
+    step = steps_logged(tmp_path)
+    wait_for(lambda: steps_logged(tmp_path) >= step + 50)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the save
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143, output
+    assert "saved" not in output
+
+
 def test_a_killed_loader_process_ends_the_run_after_a_save(tunes, tmp_path):
     """Fault 20."""
     process = start_trainer(*flags_of(tunes, tmp_path, 2, epochs=10_000))
