@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import stat
+import struct
 import sys
 import threading
 import zipfile
@@ -174,6 +175,12 @@ def verify_file(path: Path) -> None:
                     )
             if sum(entry.file_size for entry in entries) > os.path.getsize(path):
                 raise CheckpointError(f"{path}: entries overlap; refused")
+            # Where two readers could differ on what is in a file, torch could read what the loop
+            # above and the CRC-32s below never saw.
+            if len({entry.filename.lower() for entry in entries}) < len(entries):
+                raise CheckpointError(f"{path}: damaged, two entries have one name")
+            if not entries or not _has_one_directory(path, archive.start_dir, len(entries)):
+                raise CheckpointError(f"{path}: damaged, its directory is not where it says it is")
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
@@ -184,6 +191,35 @@ def verify_file(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong")
+
+
+def _has_one_directory(path: Path, start: int, count: int) -> bool:
+    """Whether a zip's directory begins at `start`, has `count` entries and nothing else after it.
+
+    The end of a zip is the record END, before it END64 and its locator if there are those; each
+    says where the directory is, and readers differ on which they believe and where they look.
+    """
+    end, end64, locator = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), "<4sLQL"
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - end.size - 20 - end64.size))
+        tail = file.read()
+    fields = end.unpack(tail[-end.size :])
+    found = [fields[4], fields[5], fields[6]]  # entries, bytes, start
+    finish, comment = size - end.size, fields[7]
+    sixty_four = tail[-end.size - 20 : -end.size]
+    if sixty_four[:4] == b"PK\x06\x07":
+        finish -= 20 + end64.size
+        wide = end64.unpack(tail[: end64.size])
+        said = struct.unpack(locator, sixty_four)
+        if wide[0] != b"PK\x06\x06" or said[1:] != (0, finish, 1):
+            return False
+        full = [0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF]  # stands for "see END64"
+        if any(a not in (b, c) for a, b, c in zip(found, wide[7:], full, strict=True)):
+            return False
+        found = list(wide[7:])
+    right = found == [count, finish - start, start]
+    return fields[0] == b"PK\x05\x06" and comment == 0 and right
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,8 +4,8 @@
 
 A step of fixed work runs over and over; its median without a save is what a step should take. The
 stall of a save is the time that its start took plus what the steps beside it took longer than that.
-Where all processor cores are busy, it holds the processor time of the writing, too; a forked process
-that writes the same shows how much: it shares processors and disk, and no interpreter lock.
+Where all processor cores are busy it holds the processor time of the writing, too; a forked
+process that writes the same shows how much: it shares processors and disk, but no interpreter lock.
 """
 
 from __future__ import annotations

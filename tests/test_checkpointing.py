@@ -19,6 +19,7 @@ import threading
 import time
 import tracemalloc
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -328,6 +329,43 @@ def test_a_flipped_bit_in_a_tensor_is_always_found(tmp_path):
         with pytest.raises(CheckpointError, match="CRC-32"):
             verify_file(path)
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["w"], tiny(1)["model"]["w"])
+
+
+def test_a_second_directory_behind_the_first_is_refused(tmp_path):
+    """Fault 4: zipfile takes the one, torch the other, and no checksum of its entries is looked at.
+
+    Found by benchmarks/fuzz_files.py at example 736,769: a flipped byte, and the end written twice.
+    """
+    path = tmp_path / "x.pt"
+    save_checkpoint(tiny(1), path)
+    whole, truth = path.read_bytes(), content(load_checkpoint(path))
+    start = whole.index(tiny(1)["model"]["w"].numpy().tobytes())
+    broken = bytearray(whole)
+    broken[start] ^= 1
+    silent = 0
+    for at in range(len(whole) - 1200, len(whole), 11):
+        path.write_bytes(bytes(broken) + whole[at:])
+        with contextlib.suppress(Exception):  # torch alone takes many of them
+            loaded = torch.load(path, weights_only=True)
+            silent += content(loaded) != truth
+        with pytest.raises(CheckpointError, match=r"x\.pt: "):
+            load_checkpoint(path)
+    assert silent > 10
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    """Fault 4: zipfile checks the last one, torch may read the first, whatever its case."""
+    path = tmp_path / "x.pt"
+    save_checkpoint(tiny(1), path)
+    for name in ("archive/data.pkl", "archive/DATA.pkl"):
+        twice = tmp_path / "twice.pt"
+        shutil.copy(path, twice)
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with zipfile.ZipFile(twice, "a") as second:
+                second.writestr(name, archive.read("archive/data.pkl"))
+        with pytest.raises(CheckpointError, match="one name"):
+            load_checkpoint(twice)
 
 
 # --- a run's files -------------------------------------------------------------------------------
