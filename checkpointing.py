@@ -36,6 +36,7 @@ FORMAT = "rvq-checkpoint"
 FORMAT_VERSION = 1
 STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
+WEIGHTS_KEYS = {"ema", "architecture"}  # what a new run can start from
 TEMPORARY_SUFFIX = ".saving"
 DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
 SAVING_NICENESS = 10  # a tenth of the share of a processor that training gets where both want it
@@ -222,8 +223,12 @@ def _has_one_directory(path: Path, start: int, count: int) -> bool:
     return fields[0] == b"PK\x05\x06" and comment == 0 and right
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, needed: set[str] = REQUIRED_KEYS
+) -> dict[str, Any]:
     """Verify and read a checkpoint, tensors on the CPU. Never runs code from the file.
+
+    `needed` are the parts that it must have; without an argument all that a resume takes.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, of another program, or of a newer version.
@@ -245,8 +250,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: format version {version}, this program reads up to "
             f"{FORMAT_VERSION}; use the newer program that wrote it"
         )
-    if missing := REQUIRED_KEYS - set(checkpoint):
-        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}")
+    if missing := needed - set(checkpoint):
+        remedy = "" if missing & WEIGHTS_KEYS else f"; start anew with --init-from {path}"
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}{remedy}")
     return checkpoint
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from checkpointing import (
+    WEIGHTS_KEYS,
     BackgroundSaver,
     CheckpointError,
     FolderLock,
@@ -957,7 +958,7 @@ def build_model(
     """The model of the checkpoint, of --init-from, or of the flags, in that order."""
     initial = None
     if checkpoint is None and flags.init_from:
-        initial = load_checkpoint(flags.init_from)
+        initial = load_checkpoint(flags.init_from, needed=WEIGHTS_KEYS)
     saved = checkpoint or initial
     if saved is not None and not flags.ignore_arch:
         config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})

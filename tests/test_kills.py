@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import (
+    ROOT,
     TINY,
     assert_same_tensors,
     kill_group,
@@ -134,6 +137,45 @@ def test_a_disk_that_hangs_stops_neither_training_nor_the_second_signal(tunes, t
     assert "saved" not in output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_a_run_starts_up_changes_none_of_its_files(number, tunes, tmp_path):
+    """Fault 13: before the first step there is nothing to save; the next start goes on."""
+    flags = [*flags_of(tunes, tmp_path, 2, epochs=4), "--save-every-minutes", "0"]
+    assert run_trainer(*flags, "--max-steps", "3")[0] == 0
+    before = (tmp_path / "rvq_4cb_latest.pt").read_bytes()
+    for seconds in (0.05, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0):
+        process = start_trainer(*flags, "--max-steps", "3")
+        time.sleep(seconds)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode in (0, -number, 128 + number), output
+        assert (tmp_path / "rvq_4cb_latest.pt").read_bytes() == before
+    assert run_trainer(*flags)[0] == 0
+
+
+def test_a_signal_during_a_save_waits_for_it_and_saves_the_present_step(tunes, tmp_path):
+    """Fault 13: a FIFO holds the save until it is read; it cannot be synced, so that save fails."""
+    flags = [*flags_of(tunes, tmp_path, 0, epochs=10_000), "--save-every-minutes", "0"]
+    process = start_trainer(*flags, "--step", "1", "--batch", "1", "--accum", "1")
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    hole = tmp_path / ".rvq_4cb_latest.pt.saving"
+    os.mkfifo(hole)
+    process.send_signal(signal.SIGUSR1)
+    step = steps_logged(tmp_path)
+    wait_for(lambda: steps_logged(tmp_path) >= step + 10)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    subprocess.run(["cat", str(hole)], stdout=subprocess.DEVNULL, check=True)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, output
+    assert "failed ([Errno 22]" in output
+    saved = load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"]
+    assert saved >= step + 10
+    assert f"saved {tmp_path / 'rvq_4cb_latest.pt'} at step {saved}." in output
+
+
 def test_a_killed_loader_process_ends_the_run_after_a_save(tunes, tmp_path):
     """Fault 20."""
     process = start_trainer(*flags_of(tunes, tmp_path, 2, epochs=10_000))
@@ -154,3 +196,14 @@ def test_a_compiler_that_fails_is_named_and_training_goes_on(tunes, tmp_path):
     assert code == 0, output
     assert "torch.compile failed, going on without it" in output
     assert "Done at step" in output
+
+
+@pytest.mark.slow
+def test_the_kill_soak_counts_kills_and_ends(tunes, tmp_path):
+    """Fault 1: as anybody would run it on codes of their own."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "kill_soak.py"), "--runs", "5"]
+    script += ["--data", str(tunes), "--folder", str(tmp_path), "--fork", "--flags=--max-steps 40"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"0 lost of \d+ kills: below \d+\.\d\d% with 95 % confidence", done.stdout)
+    assert list(tmp_path.iterdir()) == []

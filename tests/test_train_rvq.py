@@ -24,7 +24,7 @@ import torch
 from conftest import TINY, assert_same_tensors, rows, run_trainer
 
 import train_rvq
-from checkpointing import FolderLock, load_checkpoint
+from checkpointing import FolderLock, load_checkpoint, save_checkpoint
 from model import CodesTransformer, Losses, ModelConfig
 from npq_dataset import EpochOrder, write_npq
 from reporting import Console
@@ -402,6 +402,21 @@ def test_without_validation_windows_nothing_is_best(tunes, tmp_path, capsys):
     assert "val n/a" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [math.nan, 800.0], ids=["NaN", "over 709"])
+def test_a_validation_that_means_nothing_is_no_best_and_no_crash(value, tunes, tmp_path, capsys):
+    """Fault 21, pitfall 10: exp(800) raises, and NaN is never the best."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "2")
+    model = run.state.ema.model
+    eager = model.losses
+    run.state.progress.best_val = 5.0
+    model.losses = lambda *args: Losses(*(x * 0 + value for x in eager(*args)))
+    assert train_rvq.train_or_save(run) == 0
+    assert [row["ppl"] for row in rows(tmp_path, "epoch")] == [None, None]
+    assert not run.files.best.exists()
+    assert load_checkpoint(run.files.latest)["progress"]["best_val"] == 5.0
+    assert "ppl n/a" in capsys.readouterr().out
+
+
 def test_the_loss_falls_and_the_files_of_a_run_are_there(tunes, tmp_path):
     flags = ("--archive-every", "2", "--keep-archived", "2", "--epochs", "9")
     train("--data", tunes, "--save_dir", tmp_path, *flags)
@@ -534,6 +549,70 @@ def test_other_data_is_refused_until_it_is_allowed(tunes, tmp_path, capsys):
     assert "--allow-data-change" in capsys.readouterr().err
     train(*flags, "--allow-data-change")
     assert rows(tmp_path / "run", "epoch")[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("workers", [("0", "2"), ("2", "0")], ids="->".join)
+def test_other_workers_give_the_same_result(workers, tunes, tmp_path):
+    """Fault 15."""
+    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
+    whole = comparable(train(*flags, tmp_path / "whole"))
+    train(*flags, tmp_path / "cut", "--num_workers", workers[0], stop_at=5)
+    resumed = comparable(train(*flags, tmp_path / "cut", "--num_workers", workers[1]))
+    assert_same_tensors(resumed, whole)
+
+
+def test_another_batch_with_as_many_windows_a_step_gives_the_same_steps(tunes, tmp_path, capsys):
+    """Fault 15: the same windows in the same order; sums in another order, so not bit for bit."""
+    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0", "--no-amp", "--save_dir")
+    whole = train(*flags, tmp_path / "whole")
+    train(*flags, tmp_path / "cut", stop_at=5)
+    resumed = train(*flags, tmp_path / "cut", "--batch", "2", "--accum", "4")
+    assert "--batch: saved 4, asked 2; asked wins" in capsys.readouterr().out
+    assert resumed["progress"]["step"] == whole["progress"]["step"]
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-2, atol=1e-3)
+
+
+def test_another_accumulation_in_the_middle_of_an_epoch_uses_no_window_twice(tunes, tmp_path):
+    """Fault 15: 5 steps of 8 windows, then of 12; what does not fill a step is left over."""
+    flags = ("--data", tunes, "--epochs", "2", "--save_dir", tmp_path)
+    train(*flags, stop_at=5)
+    run = make_run(*flags, "--accum", "3")
+    used, eager = [], run.train_windows.__class__.__getitem__
+    order = run.order.permutation(0)
+    assert run.state.progress.position == 40
+    run.order.start = 40
+    for windows in run.order:
+        used += windows.tolist()
+        assert eager(run.train_windows, windows).shape[0] == len(windows)
+    assert used == order[40 : 40 + 24].tolist()
+    assert train_rvq.train_or_save(run) == 0
+    assert run.state.progress.step == 5 + 2 + 5
+
+
+def test_with_every_checkpoint_bad_nothing_is_overwritten(tunes, tmp_path, capsys):
+    """Fault 5: no fresh start either."""
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "2")
+    train(*flags)
+    for path in tmp_path.glob("rvq_*.pt"):
+        os.truncate(path, path.stat().st_size // 2)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")}
+    assert train_rvq.main([*TINY, *map(str, flags)]) == 1
+    said = capsys.readouterr().err
+    assert "nothing was changed" in said
+    assert "rvq_4cb_best.pt" in said
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")} == before
+
+
+def test_a_checkpoint_without_moments_can_start_a_new_run_alone(tunes, tmp_path, capsys):
+    """Fault 7: the error names what is missing and the flag."""
+    checkpoint = train("--data", tunes, "--save_dir", tmp_path / "a", "--epochs", "1")
+    del checkpoint["optimizer"]
+    save_checkpoint(checkpoint, tmp_path / "poor.pt")
+    flags = (*TINY, "--data", str(tunes), "--save_dir", str(tmp_path / "b"), "--epochs", "1")
+    assert train_rvq.main([*flags, "--resume", str(tmp_path / "poor.pt")]) == 1
+    assert f"lacks optimizer; start anew with --init-from {tmp_path}" in capsys.readouterr().err
+    assert train_rvq.main([*flags, "--init-from", str(tmp_path / "poor.pt")]) == 0
 
 
 def test_renamed_and_moved_files_are_the_same_data(tunes, tmp_path):
