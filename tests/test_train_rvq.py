@@ -756,6 +756,24 @@ def test_training_goes_on_while_a_save_is_written(tunes, tmp_path, monkeypatch):
     assert run.state.progress.step == 4
 
 
+def test_a_save_is_reported_at_the_next_step(tunes, tmp_path):
+    """Not at the next save, which may be a quarter of an hour away."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", "--accum", "1")
+    eager, reported = run.losses, []
+
+    def asking(codes: torch.Tensor) -> Losses:
+        step = run.state.progress.step
+        run.stop.save |= step == 2
+        if step == 4 and run.saving is not None:
+            run.saving.written.result()
+        reported.append(len(rows(tmp_path, "save")))
+        return eager(codes)
+
+    run.losses = asking
+    assert train_rvq.train_or_save(run) == 0
+    assert reported[6:] == [1] * 10
+
+
 def test_a_save_waits_for_the_one_before_it(tunes, tmp_path, monkeypatch):
     run = make_run("--data", tunes, "--save_dir", tmp_path)
     go_on = held_disk(monkeypatch)
@@ -794,16 +812,18 @@ def test_every_end_of_a_run_waits_for_its_save(end, tunes, tmp_path, monkeypatch
 
 
 def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
-    """Or `best` would keep another epoch's weights for ever; the next that is better is kept."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3")
-    hole = tmp_path / ".rvq_4cb_latest.pt.saving"
-    hole.symlink_to("/dev/full")
+    """Or `best` would keep another epoch's weights for ever; the next one may be kept."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "4")
+    model, vals = run.state.ema.model, iter([1.0, 3.0, 2.0, 2.5])
+    eager = model.losses
+    model.losses = lambda *args: Losses(*(x * 0 + v for v in [next(vals)] for x in eager(*args)))
+    (tmp_path / ".rvq_4cb_latest.pt.saving").symlink_to("/dev/full")
     assert train_rvq.train_or_save(run) == 0
     assert "No space left on device" in capsys.readouterr().err
-    vals = [row["val"] for row in rows(tmp_path, "epoch")]
-    best = load_checkpoint(run.files.best)["progress"]
-    assert best["best_val"] == min(vals[1:])
-    assert [row["step"] for row in rows(tmp_path, "save")] == [16, 24]
+    assert [row["val"] for row in rows(tmp_path, "epoch")] == [1, 3, 2, 2.5]
+    assert load_checkpoint(run.files.best)["progress"]["best_val"] == 2
+    assert load_checkpoint(run.files.latest)["progress"]["best_epoch"] == 3
+    assert [row["step"] for row in rows(tmp_path, "save")] == [16, 24, 32]
 
 
 @pytest.mark.parametrize("end", ["signal", "finish"])
