@@ -118,6 +118,7 @@ def main() -> None:
                 cost = save_once(kind, files, saver, state, step)
                 if number:  # the first is a trial: it pays for the pages of the copy
                     costs[kind].append(cost)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         assert load_checkpoint(files.latest)["progress"]["step"] == state["progress"]["step"]
     for kind, measured in costs.items():
         durations = [c.duration for c in measured]
@@ -127,7 +128,6 @@ def main() -> None:
         print(f"  stall    {spread([c.stall for c in measured], 1e3, '.0f')} ms")
         print(f"  share    {spread([c.stall / c.duration for c in measured], 100, '.1f')} %")
         print(f"  slowest step {spread([c.slowest for c in measured], 1e3, '.0f')} ms")
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"peak memory grew by {grown:.0f} MiB")
 
 
