@@ -154,6 +154,7 @@ def test_a_signal_while_a_run_starts_up_changes_none_of_its_files(number, tunes,
     assert run_trainer(*flags)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_save_waits_for_it_and_saves_the_present_step(tunes, tmp_path):
     """Fault 13: a FIFO holds the save until it is read; it cannot be synced, so that save fails."""
     flags = [*flags_of(tunes, tmp_path, 0, epochs=10_000), "--save-every-minutes", "0"]
