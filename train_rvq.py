@@ -406,7 +406,7 @@ class Saving:
     is_best: bool
     archive: bool
     started: float
-    stall: float  # seconds that training waited
+    stall: float  # seconds that training waited, for the save before it too
 
 
 class StopRequest:
@@ -642,6 +642,7 @@ def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
 
     A failing disk is survived: three failures in a row raise OSError here or in `check_save`.
     """
+    began = time.perf_counter()
     check_save(run, wait=True)
     p = run.state.progress
     started = time.perf_counter()
@@ -655,7 +656,7 @@ def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
         tell=run.console.problem,
     )
     written = run.saver.start(checkpoint_of(run), write)
-    stall = time.perf_counter() - started
+    stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, started, stall)
 
 

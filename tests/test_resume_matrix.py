@@ -20,9 +20,9 @@ def cut_and_compare(tunes, folder, cuts, epochs: int, *flags: str) -> int:
     return len(moments)
 
 
-def test_cut_here_and_there_with_workers_accumulation_and_no_amp(tunes, tmp_path):
+def test_cut_in_the_second_epoch_with_workers_accumulation_and_no_amp(tunes, tmp_path):
     flags = ("--num_workers", "2", "--accum", "3", "--no-amp")
-    assert cut_and_compare(tunes, tmp_path, slice(1, None, 4), 2, *flags) == 3
+    assert cut_and_compare(tunes, tmp_path, slice(6, 7), 2, *flags) == 1
 
 
 @pytest.mark.slow
