@@ -53,6 +53,8 @@ def train(*flags: str | Path, stop_at: int | None = None) -> dict[str, Any]:
 
     run.losses = interrupting
     code = train_rvq.train_or_save(run)
+    if run.loader._iterator is not None:  # left to the garbage collector it takes ten seconds
+        run.loader._iterator._shutdown_workers()
     assert code == (0 if run.stop.signal is None else 143)
     return load_checkpoint(run.files.latest)
 
