@@ -235,11 +235,7 @@ def load_checkpoint(
     """
     path = Path(path)
     verify_file(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile pickle can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
+    checkpoint = _unpickle(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
     version = checkpoint.get("version")
@@ -254,6 +250,23 @@ def load_checkpoint(
         remedy = "" if missing & WEIGHTS_KEYS else f"; start anew with --init-from {path}"
         raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}{remedy}")
     return checkpoint
+
+
+def map_tensors(path: Path) -> Any:
+    """Whatever a verified file holds, its tensors mapped from disk and not read.
+
+    Raises:
+        CheckpointError: refused by the safe reader.
+    """
+    return _unpickle(path, mmap=True)
+
+
+def _unpickle(path: Path, **options: Any) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # a damaged or hostile pickle can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
 
 
 # --- the files of a run --------------------------------------------------------------------------

@@ -1,0 +1,979 @@
+"""What is wrong with a run: checks over the summaries of its checkpoints and its metrics.
+
+    findings = [f for check in CHECKS for f in check(Run(name, summaries, History(rows)))]
+
+Each check is a function that takes a run and yields findings; CHECKS lists them. A finding belongs
+to one file or, found in the metrics, to a step. Provable limits come first; the others compare a
+tensor with its own past and with what Adam's step size allows, and are calibrated on healthy runs
+(benchmarks/README.md).
+
+Steps are optimizer steps, losses nats per code, k numbers codebooks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import datetime
+import enum
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ckpt_summary import Parameter, Summary, moment_bound
+
+
+class Level(enum.IntEnum):
+    """How bad a finding is; a file is as bad as its worst finding."""
+
+    INFO = 0
+    WARN = 1
+    SUSPECT = 2
+    OVERFIT = 3
+    DIVERGED = 4
+    DEAD = 5
+    INCOMPATIBLE = 6
+    CORRUPT = 7
+    UNSAFE = 8
+
+
+class Cause(enum.Enum):
+    """What a finding points to; decides the remedy."""
+
+    FILE = "damaged or foreign file"
+    INSTABILITY = "instability"
+    LEARNING_RATE = "learning rate"
+    OPTIMIZER = "optimizer state"
+    EMA = "averaged weights"
+    SCALER = "fp16 loss scale"
+    OVERFITTING = "overfitting"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found."""
+
+    check: str  # id in the table of README.md, such as "F1"
+    level: Level
+    cause: Cause
+    text: str
+    path: str | None = None  # the file it was found in; None: in the metrics
+    step: int | None = None  # first step at which it is known to hold
+    after: int | None = None  # last step at which it is known not to
+    where: str = ""  # tensor or codebook
+    value: float = math.nan
+    baseline: float = math.nan
+    n: int = 0  # values behind the baseline
+
+
+# --- the metrics ---------------------------------------------------------------------------------
+
+
+class History:
+    """Rows of `*_metrics.jsonl`, without the steps that a resume or a rollback took back."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.rewinds: list[tuple[int, float]] = []  # step gone back to, and when
+        for row in rows:
+            step = row.get("step")
+            if not isinstance(step, int):
+                continue
+            if row.get("event") in ("start", "resume", "rollback"):
+                to = int(row.get("to_step", step))
+                if any(r["step"] > to for r in self.rows):
+                    self.rewinds.append((to, float(row.get("time") or 0.0)))
+                self.rows = [r for r in self.rows if r["step"] <= to]
+            self.rows.append(row)
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Rows of an event, in order of steps."""
+        return [r for r in self.rows if r.get("event") == event]
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """Rows of single steps."""
+        return self.of("step")
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """Rows of validations."""
+        return self.of("epoch")
+
+    @cached_property
+    def _lr(self) -> tuple[list[int], list[float]]:
+        pairs = [(r["step"], r["lr"]) for r in self.steps if isinstance(r.get("lr"), float)]
+        return [s for s, _ in pairs], [lr for _, lr in pairs]
+
+    def mean_lr(self, first: int, last: int) -> float:
+        """Mean learning rate of the steps in (first, last]; NaN where no row is near."""
+        steps, lrs = self._lr
+        low, high = bisect.bisect_right(steps, first), bisect.bisect_right(steps, last)
+        if high - low >= 2:
+            return float(np.mean(lrs[low:high]))
+        if not steps or not steps[0] <= last <= steps[-1]:
+            return math.nan
+        return float(np.interp((first + last) / 2, steps, lrs))
+
+    def is_abandoned(self, summary: Summary) -> bool:
+        """Whether a file is of steps that a later resume or rollback took back."""
+        saved = _timestamp(summary.saved_at) or summary.modified
+        return any((summary.step or 0) > step and saved < time for step, time in self.rewinds)
+
+
+def _timestamp(text: str) -> float:
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        return 0.0
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The files of one run and its metrics."""
+
+    name: str
+    summaries: list[Summary]
+    history: History
+    probes: dict[str, Any] = field(default_factory=dict)  # by path: what ckpt_probe.py found
+
+    @cached_property
+    def readable(self) -> list[Summary]:
+        """Files that could be read and belong to the run's present course, by step."""
+        found = [s for s in self.summaries if s.problem is None]
+        found = [s for s in found if not self.history.is_abandoned(s)]
+        return sorted(found, key=lambda s: (s.step or 0, s.saved_at, s.kind))
+
+    @cached_property
+    def series(self) -> list[Summary]:
+        """One file for each moment: what can be compared with its neighbours.
+
+        The older script keeps averaged weights in its best files: only its other files count.
+        """
+        chosen: dict[tuple[int, float], Summary] = {}
+        for summary in self.readable:
+            if summary.step is None or (summary.style != "own" and "best" in summary.kind):
+                continue
+            if summary.kind in ("panic", "quarantine"):
+                continue
+            moment = (summary.step, float(summary.progress.get("seconds") or 0.0))
+            chosen.setdefault(moment, summary)
+        return [chosen[moment] for moment in sorted(chosen)]
+
+    def previous(self, summary: Summary) -> Summary | None:
+        """The file before this one in the series."""
+        earlier = [s for s in self.series if (s.step or 0) < (summary.step or 0)]
+        return earlier[-1] if earlier else None
+
+    def mean_lr(self, first: int, last: int, after: Summary) -> float:
+        """Mean learning rate over (first, last]: from the metrics, the schedule, or the file."""
+        found = self.history.mean_lr(first, last)
+        if math.isfinite(found):
+            return found
+        planned = [scheduled_lr(after, step) for step in np.linspace(first + 1, last, 9)]
+        if all(map(math.isfinite, planned)):
+            return float(np.mean(planned))
+        saved = [s.optimizer.get("lr", math.nan) for s in self.readable if s.step is not None]
+        return max((lr for lr in saved if math.isfinite(lr)), default=math.nan)
+
+
+def scheduled_lr(summary: Summary, step: float) -> float:
+    """Learning rate that a file's own flags plan for a step: warm-up, cosine, eta_min; or NaN."""
+    flags, progress = summary.flags, summary.progress
+    total = progress.get("schedule_steps")
+    if summary.style != "own" or not total or flags.get("max_seconds"):
+        return math.nan
+    if flags.get("schedule", "cosine") != "cosine":
+        return math.nan
+    lr, floor = float(flags.get("lr", math.nan)), float(flags.get("eta_min", math.nan))
+    warmup = float(flags.get("warmup_ratio", 0.0)) * total
+    scale = float(progress.get("lr_scale", 1.0))
+    if step < warmup:
+        return scale * lr * step / warmup
+    done = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
+    return scale * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+Check = Callable[[Run], Iterator[Finding]]
+
+
+def _in_file(
+    summary: Summary, check: str, level: Level, cause: Cause, text: str, **facts: Any
+) -> Finding:
+    return Finding(check, level, cause, text, path=summary.path, step=summary.step, **facts)
+
+
+# --- files: container, keys, steps ---------------------------------------------------------------
+
+
+def check_container(run: Run) -> Iterator[Finding]:
+    """I1, I2: what could not be read, and why."""
+    for s in run.summaries:
+        if s.problem is None:
+            continue
+        unsafe = s.problem.kind == "unsafe"
+        level = Level.UNSAFE if unsafe else Level.CORRUPT
+        if s.problem.kind == "foreign":
+            level = Level.INCOMPATIBLE
+        yield _in_file(s, "I2" if unsafe else "I1", level, Cause.FILE, s.problem.text)
+
+
+def check_keys(run: Run) -> Iterator[Finding]:
+    """I3: keys and shapes against the architecture and among each other."""
+    for s in run.readable:
+        if s.misfits:
+            more = f" and {len(s.misfits) - 3} more" if len(s.misfits) > 3 else ""
+            text = "; ".join(s.misfits[:3]) + more
+            yield _in_file(s, "I3", Level.INCOMPATIBLE, Cause.FILE, text)
+
+
+def check_steps(run: Run) -> Iterator[Finding]:
+    """I4: epoch in the name, Adam's own count of steps, files of one moment that differ."""
+    for s in run.readable:
+        if s.name_epoch is not None and s.epoch is not None and s.style == "own":
+            best = s.progress.get("best_epoch") if s.kind == "best archive" else s.epoch
+            if best != s.name_epoch:
+                text = f"its name says epoch {s.name_epoch}, it holds epoch {best}"
+                yield _in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
+        counts = sorted({p.adam_step for p in s.parameters if math.isfinite(p.adam_step)})
+        if len(counts) > 1:
+            text = f"Adam has taken {counts[0]:.0f} to {counts[-1]:.0f} steps on its tensors"
+            yield _in_file(s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text)
+        elif counts and s.style == "own" and counts[0] != s.step:
+            text = f"Adam has taken {counts[0]:.0f} steps, the run {s.step}"
+            yield _in_file(
+                s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text, value=counts[0], baseline=s.step
+            )
+    yield from _same_moment(run)
+
+
+def _same_moment(run: Run) -> Iterator[Finding]:
+    chosen = {(s.step, s.progress.get("seconds")): s for s in reversed(run.readable)}
+    for s in run.readable:
+        first = chosen[s.step, s.progress.get("seconds")]
+        if s.style != "own" or first is s or s.progress.get("seconds") is None:
+            continue
+        pairs = zip(s.parameters, first.parameters, strict=False)
+        changed = [a.name for a, b in pairs if (a.sample, a.bad) != (b.sample, b.bad)]
+        if changed:
+            text = f"{len(changed)} tensors differ from {first.name} of the same step: {changed[0]}"
+            yield _in_file(s, "I4", Level.SUSPECT, Cause.FILE, text, where=changed[0])
+
+
+# --- weights and moments: absolute limits --------------------------------------------------------
+
+PART_NAMES = {"raw": "weights", "ema": "EMA", "m": "first moments", "v": "second moments"}
+
+
+def check_finite(run: Run) -> Iterator[Finding]:
+    """F1: NaN and Inf, the first bad tensor in network order."""
+    for s in run.readable:
+        bad = [(p, part, n) for p in s.parameters for part, n in p.bad.items()]
+        if not bad:
+            continue
+        parts = sorted({part for _, part, _ in bad}, key=list(PART_NAMES).index)
+        first = min((b for b in bad if b[1] == parts[0]), key=lambda b: b[0].place)
+        total = sum(n for _, _, n in bad)
+        text = (
+            f"{total} values are NaN or Inf in {', '.join(PART_NAMES[p] for p in parts)}; first in "
+            f"the network: {first[0].name}"
+        )
+        cause = Cause.INSTABILITY if "raw" in parts else Cause.OPTIMIZER
+        if parts == ["ema"]:
+            cause = Cause.EMA
+        yield _in_file(s, "F1", Level.DEAD, cause, text, where=first[0].name, value=total)
+    for s in run.readable:
+        if s.scale is not None and not math.isfinite(s.scale):
+            text = f"GradScaler's scale is {s.scale}"
+            yield _in_file(s, "F1", Level.DEAD, Cause.SCALER, text, value=s.scale)
+
+
+def check_moments(run: Run) -> Iterator[Finding]:
+    """F2, F3: what no sequence of gradients can produce."""
+    for s in run.readable:
+        negative = [p for p in s.parameters if p.v_negative]
+        if negative:
+            p = negative[0]
+            text = f"{p.v_negative} second moments of {p.name} are negative"
+            yield _in_file(s, "F2", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+        over = [p for p in s.parameters if p.m_over_bound]
+        if over:
+            p = max(over, key=lambda p: p.m_over_bound)
+            bound = moment_bound(*s.optimizer["betas"])
+            text = (
+                f"{p.m_over_bound} elements of {p.name} have abs(m) > {bound:.3g} sqrt(v), which "
+                f"no gradients can make ({len(over)} tensors)"
+            )
+            yield _in_file(s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+
+
+def check_updates(run: Run) -> Iterator[Finding]:
+    """O1, O2, O3: the step that Adam takes."""
+    seen: dict[str, list[float]] = {}
+    for s in run.series:
+        for p in _matrices(s):
+            yield from _check_update(s, p, seen.setdefault(p.name, []))
+    for s in run.series:
+        lr = s.optimizer.get("lr", math.nan)
+        large = [(lr * p.update_rms / p.rms, p) for p in _matrices(s) if p.rms > 1e-2]
+        worst = max(large, key=lambda pair: pair[0], default=None)
+        if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
+            text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
+            yield _in_file(
+                s, "O3", Level.WARN, Cause.LEARNING_RATE, text, where=worst[1].name, value=worst[0]
+            )
+
+
+def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Finding]:
+    if not math.isfinite(p.update_rms) or p.adam_step < 10:
+        return
+    if p.v_zero == 1.0:
+        text = f"no gradient ever reached {p.name}, or its moments were cleared"
+        yield _in_file(s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=0.0)
+        return
+    usual = float(np.median(past)) if past else 0.229
+    # Rows of an embedding that are never drawn have no moments and take no steps.
+    rms = p.update_rms / math.sqrt(max(1 - p.v_zero, 1e-3))
+    # A tensor that is pushed one way step after step comes near 1, and does so early in a run.
+    if rms > 0.6 and len(past) >= 3 and rms > 2.5 * usual:
+        text = f"RMS of Adam's step on {p.name} is {rms:.2f}; noise alone gives 0.23"
+        yield _in_file(
+            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=rms,
+            baseline=usual, n=len(past),
+        )  # fmt: skip
+    elif rms < 0.03 and rms < usual / 4:
+        text = f"RMS of Adam's step on {p.name} is {rms:.3f}: it hardly moves"
+        yield _in_file(
+            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=rms,
+            baseline=usual, n=len(past),
+        )  # fmt: skip
+    else:
+        past.append(rms)
+    if p.v_tiny > 0.01:
+        text = f"{p.v_tiny:.0%} of {p.name}'s second moments lie below eps: eps sets their step"
+        yield _in_file(s, "O1", Level.WARN, Cause.OPTIMIZER, text, where=p.name, value=p.v_tiny)
+
+
+def _matrices(summary: Summary) -> list[Parameter]:
+    """Tensors with enough elements for statistics."""
+    return [p for p in summary.parameters if math.prod(p.shape) >= 512 and not p.bad]
+
+
+def _peak_lr(run: Run, summary: Summary) -> float:
+    saved = [s.optimizer.get("lr", math.nan) for s in run.readable]
+    return max([float(summary.flags.get("lr") or 0.0), *[x for x in saved if math.isfinite(x)]])
+
+
+def check_scale(run: Run) -> Iterator[Finding]:
+    """O4: a loss scale that has collapsed."""
+    for s in run.readable:
+        if s.scale is None or not math.isfinite(s.scale) or s.scale >= 128:
+            continue
+        level = Level.SUSPECT if s.scale < 1 else Level.WARN
+        text = f"GradScaler's scale is down to {s.scale:g}: fp16 gradients overflow at every scale"
+        # Below 128 small gradients vanish; below 1 all of them do.
+        yield _in_file(s, "O4", max(level, Level.SUSPECT), Cause.SCALER, text, value=s.scale)
+
+
+# --- weights against their past ------------------------------------------------------------------
+
+NOISE_STEPS = 19  # steps over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
+
+
+def travel(lr: float, update_rms: float, steps: float) -> float:
+    """Distance that a tensor covers in so many steps when its gradients are noise.
+
+    Updates of lr * update_rms each, alike within NOISE_STEPS: a straight line at first, a random
+    walk after. Healthy tensors cover 0.2 to 4 of it.
+    """
+    return lr * update_rms * math.sqrt(steps * min(steps, NOISE_STEPS))
+
+
+@dataclass
+class _Past:
+    """Values of one quantity of one tensor that were judged healthy, as logarithms."""
+
+    values: list[float] = field(default_factory=list)
+
+    def z(self, value: float) -> float:
+        """Robust z of a value; floor of the deviation: a factor of 1.25."""
+        centre = float(np.median(self.values))
+        spread = 1.4826 * float(np.median(np.abs(np.array(self.values) - centre)))
+        return (math.log(value) - centre) / max(spread, math.log(1.25))
+
+    def centre(self) -> float:
+        return math.exp(float(np.median(self.values)))
+
+
+def check_displacement(run: Run) -> Iterator[Finding]:
+    """G1, G2: how far tensors moved between files, against the learning rate and their past.
+
+    After a leap a file is compared with the last good one too: where that shows no leap the file
+    between was bad alone; where a file only goes on from a bad one it is as bad.
+    """
+    pasts: dict[str, _Past] = {}
+    good: Summary | None = None
+    bad: Summary | None = None
+    for s in run.series:
+        if not s.parameters or any(p.bad.get("raw") for p in s.parameters):
+            continue
+        leap = _leap(run, good, s, pasts) if good else None
+        follows = bad is not None and _leap(run, bad, s, {}) is None
+        if leap is not None or follows:
+            text = f"goes on from {bad.name}, which had left its past" if bad else ""
+            yield leap or _in_file(
+                s, "G1", Level.SUSPECT, Cause.INSTABILITY, text, after=good.step if good else None
+            )
+            bad = s
+        else:
+            good, bad = s, None
+
+
+def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
+    """The worst of the tensors that moved too far from a file to a later one; it names how many."""
+    before = {p.name: p for p in a.parameters}
+    steps = (b.step or 0) - (a.step or 0)
+    lr = run.mean_lr(a.step or 0, b.step or 0, b)
+    found: list[tuple[float, Finding]] = []
+    for p in b.parameters:
+        old = before.get(p.name)
+        if old is not None and old.shape == p.shape and not old.bad and not p.bad and steps > 0:
+            found += _judge_move(a, b, old, p, lr, steps, pasts.setdefault(p.name, _Past()))
+    for check in ("G2", "G1"):
+        of_check = [f for f in found if f[1].check == check]
+        if of_check:
+            return _with_others(max(of_check, key=lambda f: f[0])[1], len(of_check) - 1)
+    return None
+
+
+def _with_others(finding: Finding, others: int) -> Finding:
+    if not others:
+        return finding
+    text = f"{finding.text} (and {others} more tensors)"
+    return Finding(**{**finding.__dict__, "text": text})
+
+
+def _judge_move(
+    a: Summary, b: Summary, old: Parameter, new: Parameter, lr: float, steps: int, past: _Past
+) -> Iterator[tuple[float, Finding]]:
+    difference = np.subtract(new.sample, old.sample)
+    moved, furthest = float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
+    furthest = max(furthest, abs(new.largest - old.largest))
+    update = np.nanmax([old.update_rms, new.update_rms, 0.0])
+    facts = {"after": a.step, "where": new.name}
+    betas = b.optimizer.get("betas") or [0.9, 0.999]
+    decay = b.optimizer.get("weight_decay", 0.0)
+    # Of the largest lr on the way: the mean times a factor that covers warm-up and cosine.
+    reach = 2 * lr * steps * (moment_bound(*betas) + decay * max(old.largest, new.largest))
+    if math.isfinite(reach) and furthest > 1.1 * reach + 1e-6:
+        text = (
+            f"{new.name} moved by up to {furthest:.3g} in {steps} steps; Adam at lr {lr:.2g} can "
+            f"move a weight by {reach:.2g} at most"
+        )
+        yield (
+            furthest / reach,
+            _in_file(
+                b,
+                "G2",
+                Level.DIVERGED,
+                Cause.INSTABILITY,
+                text,
+                value=furthest,
+                baseline=reach,
+                **facts,
+            ),
+        )
+        return
+    usual = travel(lr, update, steps)
+    if not usual or not math.isfinite(usual) or math.prod(new.shape) < 512:
+        return
+    pace = moved / usual
+    straight = lr * update * steps / usual  # the pace of a straight line
+    if moved == 0:
+        text = f"{new.name} has not moved at all in {steps} steps"
+        yield 1.0, _in_file(b, "G1", Level.SUSPECT, Cause.OPTIMIZER, text, value=0.0, **facts)
+        return
+    n = len(past.values)
+    ratio = pace / past.centre() if n >= 3 else math.nan
+    leap = pace > 3 * straight and pace > 6
+    burst = n >= 3 and ratio > 4 and past.z(pace) > 6 and pace > 2
+    if leap or burst:
+        grown = new.rms / max(old.rms, 1e-12) - 1
+        text = (
+            f"{new.name} moved {pace:.1f} times what noise at lr {lr:.2g} explains in {steps} "
+            f"steps, RMS {old.rms:.3g} -> {new.rms:.3g} ({grown:+.0%})"
+        )
+        if n >= 3:
+            text += f", before {past.centre():.2g} (z {past.z(pace):.0f})"
+        baseline = past.centre() if n >= 3 else straight
+        yield pace, _in_file(
+            b, "G1", Level.SUSPECT, Cause.INSTABILITY, text, value=pace, baseline=baseline, n=n,
+            **facts,
+        )  # fmt: skip
+    else:
+        past.values.append(math.log(pace))
+
+
+def check_average(run: Run) -> Iterator[Finding]:
+    """G3: raw weights against their EMA, in size and in direction."""
+    pasts: dict[str, _Past] = {}
+    for s in run.series:
+        decay = float(s.flags.get("ema") or math.nan)
+        if s.style != "own" or not math.isfinite(decay) or not s.step:
+            continue
+        if s.ema_equals_raw and decay > 0:
+            text = "the EMA equals the raw weights: it is not averaging, or one overwrote the other"
+            yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text)
+            continue
+        window = 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
+        lr = run.mean_lr(max(0, round(s.step - 2 * window)), s.step, s)
+        found = [
+            f for p in _matrices(s)
+            for f in _judge_average(run, s, p, lr, window, pasts.setdefault(p.name, _Past()))
+        ]  # fmt: skip
+        if found:
+            yield _with_others(max(found, key=lambda f: f[0])[1], len(found) - 1)
+        yield from _check_direction(s)
+
+
+def _judge_average(
+    run: Run, s: Summary, p: Parameter, lr: float, window: float, past: _Past
+) -> Iterator[tuple[float, Finding]]:
+    usual = travel(lr, p.update_rms, window)
+    if not usual or not math.isfinite(usual) or not math.isfinite(p.ema_distance):
+        return
+    apart = p.ema_distance / usual
+    straight = lr * p.update_rms * window / usual
+    n = len(past.values)
+    far = apart > 3 * straight and apart > 5
+    burst = n >= 3 and apart > 4 * past.centre() and past.z(apart) > 6 and apart > 2
+    near = n >= 3 and apart < past.centre() / 20 and apart < 0.02
+    if far or burst or near:
+        what = "near" if near else "far from"
+        text = (
+            f"{p.name} is {what} its EMA: {p.ema_distance / max(p.rms, 1e-12):.1%} of its size, "
+            f"{apart:.3g} times what {window:.0f} steps at lr {lr:.2g} explain"
+        )
+        before = run.previous(s)
+        facts = {"where": p.name, "value": apart, "n": n, "after": before.step if before else None}
+        if n >= 3:
+            facts["baseline"] = past.centre()
+        yield apart, _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
+    elif apart > 0:
+        past.values.append(math.log(apart))
+
+
+def _check_direction(s: Summary) -> Iterator[Finding]:
+    """Raw minus EMA is the sum of the latest updates, so it points where Adam goes.
+
+    For n elements of noise the cosine has deviation 1 / sqrt(n).
+    """
+    z = [
+        p.update_cos * math.sqrt(math.prod(p.shape))
+        for p in _matrices(s)
+        if math.isfinite(p.update_cos)
+    ]
+    if len(z) < 3:
+        return
+    pooled = sum(z) / math.sqrt(len(z))
+    if pooled < -12 and sum(x < -2 for x in z) > 2 * len(z) / 3:
+        text = (
+            "Adam's steps lead from the raw weights towards the EMA and not away from it "
+            f"(z {pooled:.0f} over {len(z)} tensors): raw and EMA are exchanged"
+        )
+        yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, value=pooled, baseline=0.0)
+
+
+def check_attention(run: Run) -> Iterator[Finding]:
+    """G4, G6: bounds of attention logits, gains of the norms."""
+    gains: dict[str, float] = {}
+    for s in run.series:
+        for p in s.parameters:
+            if len(p.shape) != 1 or p.bad or not p.name.endswith("weight"):
+                continue
+            before = gains.get(p.name)
+            doubled = before is not None and p.rms > 2 * before and p.rms > 2
+            is_query = p.place.role in ("attn.q_norm", "attn.k_norm")
+            if (p.largest > 10 and p.place.role != "bos") or doubled:
+                text = f"gains of {p.name}: RMS {p.rms:.3g}, largest {p.largest:.3g}"
+                if is_query:
+                    text += "; the attention logits that they bound can run away"
+                yield _in_file(
+                    s, "G4" if is_query else "G6", Level.SUSPECT, Cause.INSTABILITY, text,
+                    where=p.name, value=p.largest, baseline=before or 1.0,
+                )  # fmt: skip
+            gains[p.name] = p.rms
+    yield from _logit_growth(run)
+
+
+def _logit_growth(run: Run) -> Iterator[Finding]:
+    """Of models without QK-norm, whose logits nothing else bounds."""
+    for a, b in zip(run.series, run.series[1:], strict=False):
+        if "qk_norm" in str(b.architecture) or any("q_norm" in p.name for p in b.parameters):
+            continue
+        before = {p.name: p.logit_bounds for p in a.parameters if p.logit_bounds}
+        for p in b.parameters:
+            pairs = list(zip(before.get(p.name, []), p.logit_bounds, strict=False))
+            head, ratio = max(
+                ((h, y / max(x, 1e-9)) for h, (x, y) in enumerate(pairs)),
+                key=lambda pair: pair[1], default=(0, 0.0),
+            )  # fmt: skip
+            if ratio > 3:
+                text = (
+                    f"{p.name}: the bound of head {head}'s attention logits grew {ratio:.1f} fold"
+                )
+                yield _in_file(
+                    b, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=p.name, value=ratio,
+                    after=a.step,
+                )  # fmt: skip
+
+
+def check_ranks(run: Run) -> Iterator[Finding]:
+    """G5: matrices that collapse towards one direction."""
+    for a, b in zip(run.series, run.series[1:], strict=False):
+        before = {p.name: p.stable_rank for p in a.parameters}
+        for p in b.parameters:
+            old = before.get(p.name, math.nan)
+            # The head and outputs of blocks start at zero and find their rank in the first epochs.
+            if p.stable_rank < 0.5 * old and old > 6 and p.place.role not in ("head", "embed"):
+                level = Level.SUSPECT if p.stable_rank < 1.5 else Level.INFO
+                text = f"stable rank of {p.name} fell from {old:.1f} to {p.stable_rank:.1f}"
+                yield _in_file(
+                    b, "G5", level, Cause.INSTABILITY, text, where=p.name, value=p.stable_rank,
+                    baseline=old, after=a.step,
+                )  # fmt: skip
+
+
+def check_codebooks(run: Run) -> Iterator[Finding]:
+    """G7, G8: rows of heads and embeddings, by codebook."""
+    for s in run.readable:
+        for p in s.parameters:
+            typical = float(np.median([r.median for r in p.rows])) if p.rows else 0.0
+            for r in p.rows:
+                yield from _judge_rows(run, s, p, r, typical)
+
+
+def _judge_rows(run: Run, s: Summary, p: Parameter, r: Any, typical: float) -> Iterator[Finding]:
+    facts = {"where": f"{p.name} codebook {r.codebook}"}
+    before = run.previous(s)
+    old = None
+    if before is not None:
+        twin = next((q for q in before.parameters if q.name == p.name), None)
+        old = next((x for x in twin.rows if x.codebook == r.codebook), None) if twin else None
+        facts["after"] = before.step  # type: ignore[assignment]
+    size = p.shape[0] // max(len(p.rows), 1)
+    if r.zero:
+        # Never exactly zero by training: rows start at random.
+        text = f"{r.zero} of {size} rows of codebook {r.codebook} in {p.name} are zero: dead codes"
+        yield _in_file(
+            s, "G8", Level.SUSPECT, Cause.INSTABILITY, text, value=r.zero,
+            baseline=old.zero if old else math.nan, **facts,
+        )  # fmt: skip
+    elif old is not None and r.low < 0.3 * old.low:
+        text = (
+            f"the shortest rows of codebook {r.codebook} in {p.name} shrank to norm {r.low:.2g}, "
+            f"before {old.low:.2g}"
+        )
+        yield _in_file(
+            s, "G8", Level.SUSPECT, Cause.INSTABILITY, text, value=r.low, baseline=old.low, **facts
+        )
+    far = len(p.rows) >= 3 and not 0.2 < r.median / max(typical, 1e-12) < 5
+    jumped = old is not None and not 0.4 < r.median / max(old.median, 1e-12) < 4
+    settled = old is not None and old.median > 0.05
+    if (far and (old is None or jumped)) or (jumped and settled):
+        ground = old.median if old else typical
+        text = (
+            f"rows of codebook {r.codebook} in {p.name} have norm {r.median:.3g}, "
+            f"{'before' if old else 'elsewhere'} {ground:.3g}"
+        )
+        yield _in_file(
+            s,
+            "G7",
+            Level.SUSPECT,
+            Cause.INSTABILITY,
+            text,
+            value=r.median,
+            baseline=ground,
+            **facts,
+        )
+
+
+# --- learning rate, best value -------------------------------------------------------------------
+
+
+def check_learning_rate(run: Run) -> Iterator[Finding]:
+    """S1: the saved and the logged learning rate against the schedule."""
+    for s in run.readable:
+        lr, planned = s.optimizer.get("lr", math.nan), scheduled_lr(s, s.step or 0)
+        if not s.step or not math.isfinite(planned) or s.kind in ("panic", "quarantine"):
+            continue
+        if abs(lr - planned) > 0.01 * planned + 1e-12:
+            level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
+            text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
+            yield _in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
+    yield from _check_logged_lr(run)
+    yield from _check_saved_lr(run)
+
+
+def _check_logged_lr(run: Run) -> Iterator[Finding]:
+    """Within one process lr rises in the warm-up alone; a restart may raise it by its flags."""
+    flags: dict[str, Any] = {}
+    peak, lowest = 0.0, math.inf
+    for row in run.history.rows:
+        if row["event"] in ("start", "resume"):
+            asked, had = float((row.get("flags") or {}).get("lr") or 0.0), float(flags.get("lr", 0))
+            if had and asked > 3 * had:
+                text = f"a restart raised --lr from {had:g} to {asked:g} at step {row['step']}"
+                yield Finding(
+                    "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=row["step"] + 1,
+                    after=row["step"], value=asked, baseline=had,
+                )  # fmt: skip
+            flags = row.get("flags") or {}
+            peak, lowest = 0.0, math.inf
+        lr = row.get("lr")
+        if row["event"] != "step" or not isinstance(lr, float):
+            continue
+        planned = float(flags.get("lr") or math.inf)
+        rose = lowest < 0.9 * peak and lr > 1.1 * lowest
+        if lr > 1.05 * planned or rose:
+            against = planned if lr > 1.05 * planned else lowest
+            what = "the flags allow" if lr > 1.05 * planned else "it had fallen to"
+            text = f"lr {lr:.3g} at step {row['step']}, {what} {against:.3g}"
+            yield Finding(
+                "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=row["step"], value=lr,
+                baseline=against, after=_row_before(run.history, row["step"]),
+            )  # fmt: skip
+            return
+        peak, lowest = max(peak, lr), min(lowest, lr) if peak > lr else lowest
+
+
+def _row_before(history: History, step: int) -> int | None:
+    earlier = [r["step"] for r in history.steps if r["step"] < step]
+    return earlier[-1] if earlier else None
+
+
+def _check_saved_lr(run: Run) -> Iterator[Finding]:
+    """Files of the older script carry no schedule: lr that rises after it had fallen."""
+    peak, lowest, before = 0.0, math.inf, None
+    for s in run.series:
+        lr = s.optimizer.get("lr", math.nan)
+        epochs = s.flags.get("epochs")
+        if s.style == "own" or not math.isfinite(lr):
+            continue
+        if lowest < 0.9 * peak and lr > 1.1 * lowest:
+            text = f"lr rose to {lr:.3g} after it had fallen to {lowest:.3g}"
+            if epochs and s.epoch is not None and s.epoch > epochs:
+                text += f"; epoch {s.epoch} lies beyond the plan of {epochs}"
+            yield _in_file(
+                s, "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, value=lr, baseline=lowest,
+                after=before,
+            )  # fmt: skip
+        peak, before = max(peak, lr), s.step
+        lowest = min(lowest, lr) if peak > lr else lowest
+
+
+def check_best(run: Run) -> Iterator[Finding]:
+    """S2: the best value can only fall."""
+    best, before = math.inf, None
+    for s in run.series:
+        if math.isfinite(s.best_val):
+            if s.best_val > best + 1e-9:
+                text = f"best val is {s.best_val:.4f}, an earlier file has {best:.4f}"
+                yield _in_file(
+                    s, "S2", Level.WARN, Cause.FILE, text, value=s.best_val, baseline=best,
+                    after=before,
+                )  # fmt: skip
+            best = min(best, s.best_val)
+        before = s.step
+
+
+# --- the metrics ---------------------------------------------------------------------------------
+
+
+def check_guessing(run: Run) -> Iterator[Finding]:
+    """H1: a codebook predicted worse than by guessing."""
+    sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
+    if _overfits(run.history):
+        return
+    before = None
+    for row in run.history.epochs:
+        values = row.get("val_per_codebook") or []
+        for k, (value, size) in enumerate(zip(values, sizes, strict=False)):
+            limit = math.log(max(size, 2)) + 0.1
+            if value is None or value > limit:
+                said = "not finite" if value is None else f"{value:.3f}"
+                text = f"val CE of codebook {k} is {said}, guessing gives {limit - 0.1:.3f}"
+                yield Finding(
+                    "H1", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=before,
+                    where=f"codebook {k}", value=value if value is not None else math.inf,
+                    baseline=limit - 0.1,
+                )  # fmt: skip
+                return
+        before = row["step"]
+
+
+def check_validation(run: Run) -> Iterator[Finding]:
+    """H2, H4: val well above its best, twice in a row: overfitting or instability."""
+    epochs = [r for r in run.history.epochs if isinstance(r.get("val"), float)]
+    if len(epochs) < 4:
+        return
+    overfits = _overfits(run.history)
+    vals = [r["val"] for r in epochs]
+    noise = 1.4826 * float(np.median(np.abs(np.diff(vals) - np.median(np.diff(vals)))))
+    margin = max(0.1, 6 * noise / math.sqrt(2)) if not overfits else 0.1
+    best, best_step = math.inf, 0
+    for i, (row, value) in enumerate(zip(epochs, vals, strict=True)):
+        later = vals[i + 1] if i + 1 < len(vals) else value
+        if min(value, later) > best + margin:
+            if overfits:
+                text = (
+                    f"val {vals[-1]:.3f} has left its best {best:.3f} of step {best_step} smoothly "
+                    "while train still falls: overfitting, not instability"
+                )
+                level, cause, check = Level.OVERFIT, Cause.OVERFITTING, "H4"
+            else:
+                text = f"val {value:.3f} is {value - best:.2f} above its best {best:.3f}"
+                level, cause, check = Level.SUSPECT, Cause.INSTABILITY, "H2"
+            after = epochs[i - 1]["step"] if check == "H2" else best_step
+            yield Finding(
+                check, level, cause, text, step=row["step"], after=after, value=value,
+                baseline=best, n=i,
+            )  # fmt: skip
+            return
+        if value < best:
+            best, best_step = value, row["step"]
+
+
+def _overfits(history: History) -> bool:
+    """Whether val rises smoothly over the last third while train falls."""
+    rows = [
+        r for r in history.epochs
+        if isinstance(r.get("val"), float) and isinstance(r.get("train"), float)
+    ]  # fmt: skip
+    vals = [r["val"] for r in rows]
+    if len(rows) < 5:
+        return False
+    low = int(np.argmin(vals))
+    after = rows[low:]
+    if len(after) < 4 or after[-1]["val"] < vals[low] + 0.1:
+        return False
+    rises = np.diff([r["val"] for r in after])
+    train_falls = after[-1]["train"] <= after[0]["train"]
+    # A blow-up is a jump; overfitting spreads its rise over many validations.
+    smooth = rises.max() < 0.6 * rises[rises > 0].sum() and (rises > 0).mean() >= 0.6
+    return bool(train_falls and smooth)
+
+
+def check_steps_of_training(run: Run) -> Iterator[Finding]:
+    """H3: losses and gradient norms that leave their past, steps that the guard refused."""
+    rows = run.history.steps
+    losses = [r["loss"] for r in rows]
+    for i, row in enumerate(rows):
+        past = [x for x in losses[max(0, i - 40) : i] if isinstance(x, float)]
+        if len(past) < 8:
+            continue
+        value, after = losses[i], rows[i - 1]["step"]
+        centre = float(np.median(past))
+        spread = max(1.4826 * float(np.median(np.abs(np.array(past) - centre))), 0.02 * centre)
+        stays = all(not isinstance(x, float) or x > centre + 6 * spread for x in losses[i : i + 3])
+        if not isinstance(value, float) or (value > centre + 8 * spread and stays):
+            said = f"{value:.3f}" if isinstance(value, float) else "not finite"
+            text = f"loss jumps to {said} at step {row['step']} from about {centre:.3f}, and stays"
+            yield Finding(
+                "H3", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=after,
+                value=value if isinstance(value, float) else math.inf, baseline=centre, n=len(past),
+            )  # fmt: skip
+            break
+    yield from _check_gradient_norms(run)
+    yield from _check_refusals(run)
+
+
+def _check_gradient_norms(run: Run) -> Iterator[Finding]:
+    rows = [r for r in run.history.steps if isinstance(r.get("grad_norm"), float)]
+    norms = [r["grad_norm"] for r in rows]
+    for i in range(12, len(rows)):
+        centre = float(np.median(norms[max(0, i - 60) : i]))
+        if min(norms[i : i + 3]) > 10 * centre and i + 3 <= len(norms):
+            text = (
+                f"gradient norm rises to {norms[i]:.3g} at step {rows[i]['step']} and stays there"
+            )
+            yield Finding(
+                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=rows[i]["step"],
+                after=rows[i - 1]["step"], value=norms[i], baseline=centre, n=min(i, 60),
+            )  # fmt: skip
+            return
+
+
+def _check_refusals(run: Run) -> Iterator[Finding]:
+    skips, total = run.history.of("skip"), max([1, *(r["step"] for r in run.history.rows)])
+    bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
+    for event in ("panic", "rollback"):
+        for row in run.history.of(event)[:1]:
+            first = min([r["step"] for r in bad] or [row["step"]])
+            text = f"{event} at step {row['step']}: the guard refused one step after another"
+            yield Finding(
+                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=row["step"], after=first - 1,
+                value=len(bad),
+            )  # fmt: skip
+    if len(bad) >= 10 and len(bad) > 0.01 * total:
+        text = f"the guard refused {len(bad)} of {total} steps, first at step {bad[0]['step']}"
+        yield Finding(
+            "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=bad[0]["step"],
+            after=bad[0]["step"] - 1, value=len(bad) / total, baseline=0.01,
+        )  # fmt: skip
+
+
+def check_probe(run: Run) -> Iterator[Finding]:
+    """P1: models run on real windows: against guessing, and against the files before."""
+    best: dict[str, float] = {}
+    activations: dict[str, float] = {}
+    for s in (s for s in run.readable if s.path in run.probes):
+        answer = run.probes[s.path]
+        if not isinstance(answer, dict):
+            yield _in_file(s, "P1", Level.WARN, Cause.FILE, f"the probe failed: {answer.text}")
+            continue
+        for part, figures in answer.items():
+            yield from _judge_probe(run, s, part, figures, best)
+            largest, before = max(figures["activations"]), activations.get(part)
+            if before is not None and largest > 5 * before:
+                text = f"activations of the {part} model reach {largest:.3g}, before {before:.3g}"
+                yield _in_file(
+                    s, "P1", Level.SUSPECT, Cause.INSTABILITY, text, value=largest, baseline=before
+                )
+            activations[part] = min(largest, before or math.inf)
+
+
+def _judge_probe(
+    run: Run, s: Summary, part: str, figures: dict[str, Any], best: dict[str, float]
+) -> Iterator[Finding]:
+    weights = "raw weights" if part == "raw" else "EMA"
+    cause = Cause.INSTABILITY if part == "raw" else Cause.EMA
+    for k, (ce, size) in enumerate(zip(figures["ce"], s.vocab_sizes, strict=True)):
+        if not ce <= math.log(size) + 0.1:
+            text = f"{weights}: CE of codebook {k} is {ce:.3f}, guessing gives {math.log(size):.3f}"
+            yield _in_file(
+                s, "P1", Level.DIVERGED, cause, text, where=f"codebook {k}", value=ce,
+                baseline=math.log(size),
+            )  # fmt: skip
+            return
+    mean_ce, known = float(np.mean(figures["ce"])), best.get(part, math.inf)
+    if mean_ce > known + max(0.1, 0.1 * known):
+        text = (
+            f"{weights}: CE {mean_ce:.3f} on the probe's windows, an earlier file has {known:.3f}"
+        )
+        yield _in_file(s, "P1", Level.SUSPECT, cause, text, value=mean_ce, baseline=known)
+    best[part] = min(known, mean_ce)
+
+
+CHECKS: tuple[Check, ...] = (
+    check_container, check_keys, check_steps, check_finite, check_moments, check_updates,
+    check_scale, check_displacement, check_average, check_attention, check_ranks, check_codebooks,
+    check_learning_rate, check_best, check_guessing, check_validation, check_steps_of_training,
+    check_probe,
+)  # fmt: skip

@@ -1,0 +1,268 @@
+r"""Tell what is wrong with a training run from its checkpoints, and the command that saves it.
+
+    python ckpt_doctor.py rvq_ckpts                       # a folder, files or globs
+    python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
+    python ckpt_doctor.py rvq_ckpts --probe-data "npq_out/*.npq"
+    python ckpt_doctor.py --compare rvq_ckpts/rvq_9cb_previous.pt rvq_ckpts/rvq_9cb_latest.pt
+
+Files are only read, each in a child process with limits; no pickle is run and nothing is written
+but the reports that are asked for. The metrics beside the checkpoints are found by themselves.
+
+exit codes: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead,
+4 corrupt or unsafe, 5 nothing usable, 130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import functools
+import glob
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from ckpt_checks import History, Run
+from ckpt_compare import compare, comparison_lines
+from ckpt_diagnosis import Diagnosis, Verdict, diagnose
+from ckpt_probe import probe
+from ckpt_report import as_csv, as_html, as_json, terminal_lines
+from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of, summarize
+from npq_dataset import BadFilesError, NpqError
+
+
+class ExitCode(enum.IntEnum):
+    """How the doctor ends; the same numbers stand in --help and the README."""
+
+    HEALTHY = 0
+    SUSPECT = 1
+    USAGE = 2
+    DIVERGED = 3
+    CORRUPT = 4
+    NOTHING = 5
+    INTERRUPTED = 130
+
+
+EXIT_CODES = {
+    Verdict.HEALTHY: ExitCode.HEALTHY,
+    Verdict.SUSPECT: ExitCode.SUSPECT,
+    Verdict.OVERFITTING: ExitCode.SUSPECT,
+    Verdict.DIVERGED: ExitCode.DIVERGED,
+    Verdict.DEAD: ExitCode.DIVERGED,
+    Verdict.CORRUPT: ExitCode.CORRUPT,
+    Verdict.UNSAFE: ExitCode.CORRUPT,
+    Verdict.NOTHING: ExitCode.NOTHING,
+}
+SUFFIXES = (".pt", ".pth", ".ckpt")
+MAX_METRICS = 256 << 20  # bytes read of a metrics file, from its end
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    head, _, tail = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head,
+        epilog=tail,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("paths", nargs="*", metavar="PATH", help="folders, checkpoints or globs")
+    add("--metrics", metavar="FILE", help="the run's *_metrics.jsonl, if it lies elsewhere")
+    add("--probe-data", nargs="+", metavar="GLOB", help=".npq files to run the models on")
+    add("--probe-windows", type=int, default=8, metavar="N", help="windows of it (default 8)")
+    add("--compare", nargs=2, metavar=("A", "B"), help="what changed from one file to another")
+    add("--json", metavar="FILE", help="write everything that was found; - for standard output")
+    add("--csv", metavar="FILE", help="write a row for each file and tensor")
+    add("--html", metavar="FILE", help="write one page with pictures")
+    # fmt: on
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read, diagnose, report; returns the exit code."""
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    if bool(flags.paths) == bool(flags.compare):
+        parser.error("name checkpoints to diagnose, or two to --compare")
+    try:
+        if flags.compare:
+            return show_comparison(*flags.compare)
+        diagnoses = [diagnose(run) for run in read_runs(parser, flags)]
+        report(flags, diagnoses)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was changed", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (NpqError, BadFilesError, FileNotFoundError) as error:
+        parser.error(f"--probe-data: {error}")
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}; name another file for the report")
+    return max((EXIT_CODES[d.verdict] for d in diagnoses), key=_gravity)
+
+
+def _gravity(code: ExitCode) -> int:
+    order = (ExitCode.HEALTHY, ExitCode.SUSPECT, ExitCode.CORRUPT, ExitCode.DIVERGED)
+    return order.index(code) if code in order else len(order)
+
+
+# --- files to runs -------------------------------------------------------------------------------
+
+
+def read_runs(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list[Run]:
+    """Every file that was named, summarised and sorted into the runs that wrote them."""
+    paths = find_checkpoints(parser, flags.paths)
+    summaries = summarize_all(paths)
+    runs = []
+    for name, members in group_by_run(summaries).items():
+        run = Run(name, members, History(metrics_rows(parser, flags.metrics, name, members)))
+        if flags.probe_data:
+            run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
+        runs.append(run)
+    return runs
+
+
+def find_checkpoints(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Paths of folders' checkpoints, of globs and of files, each once, in the order named."""
+    found: dict[str, None] = {}
+    for word in words:
+        if os.path.isdir(word):
+            names = sorted(n for n in os.listdir(word) if n.endswith(SUFFIXES))
+            matches = [os.path.join(word, n) for n in names if not n.startswith(".")]
+            missing = f"{word}: no checkpoint in this folder (*{', *'.join(SUFFIXES)})"
+        else:
+            matches = [word] if os.path.lexists(word) else sorted(glob.glob(word))
+            missing = f"{word}: no such file; name checkpoints, a folder or a glob"
+        if not matches:
+            parser.error(missing)
+        found.update(dict.fromkeys(os.path.normpath(m) for m in matches))
+    return list(found)
+
+
+def summarize_all(paths: Iterable[str]) -> list[Summary]:
+    """Summaries with a progress bar; hard links of one file are read once."""
+    paths = list(paths)
+    sizes = {path: os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths}
+    known: dict[tuple[int, int], Summary] = {}
+    summaries = []
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
+        done = 0
+        for path in paths:
+            bar.set_description(os.path.basename(path)[-40:])
+            identity = _identity(path)
+            twin = known.get(identity) if identity else None
+            if twin is None:
+                twin = summarize(path, functools.partial(_advance, bar, done))
+            if identity:
+                known[identity] = twin
+            kind, name_epoch = kind_of(path)
+            summaries.append(dataclasses.replace(twin, path=path, kind=kind, name_epoch=name_epoch))
+            done += sizes[path]
+            _advance(bar, done, 0)
+    return summaries
+
+
+def _advance(bar: tqdm[NoReturn], done: int, read: int) -> None:
+    bar.update(done + read - bar.n)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def group_by_run(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
+    """Files by folder and name of their run; strangers join the only run of their folder."""
+    runs: dict[str, list[Summary]] = {}
+    strangers: list[Summary] = []
+    endings = "|".join(
+        pattern.removeprefix(".*").removesuffix(r"\.pt") for pattern, _ in FILE_KINDS
+    )
+    for summary in summaries:
+        told = re.fullmatch(rf"(.+?)(?:{endings})\.pt", summary.name)
+        if told is None:
+            strangers.append(summary)
+        else:
+            folder = os.path.dirname(summary.path)
+            runs.setdefault(os.path.join(folder, told[1]), []).append(summary)
+    for summary in strangers:
+        folder = os.path.dirname(summary.path)
+        homes = [name for name in runs if os.path.dirname(name) == folder]
+        home = homes[0] if len(homes) == 1 else folder or "."
+        runs.setdefault(home, []).append(summary)
+    return runs
+
+
+def metrics_rows(
+    parser: argparse.ArgumentParser, given: str | None, name: str, members: list[Summary]
+) -> list[dict[str, Any]]:
+    """Rows of the metrics file; without one the newest checkpoint's own tail of it."""
+    path = Path(given or f"{name}_metrics.jsonl")
+    if path.is_file():
+        return read_metrics(path)
+    if given:
+        parser.error(f"--metrics {given}: no such file")
+    newest = max((s for s in members if s.history), key=lambda s: s.step or 0, default=None)
+    return newest.history if newest else []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a *_metrics.jsonl; lines that are cut or are no JSON objects are passed over."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - MAX_METRICS))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
+    """The terminal's tables, and the files that were asked for."""
+    if flags.json == "-":
+        print(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for diagnosis in diagnoses:
+            print("\n".join(terminal_lines(diagnosis, colour=colour)), flush=True)
+    if flags.json and flags.json != "-":
+        Path(flags.json).write_text(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
+    if flags.csv:
+        Path(flags.csv).write_text(as_csv(diagnoses), newline="")
+    if flags.html:
+        title = ", ".join(d.run.name for d in diagnoses)
+        Path(flags.html).write_text(as_html(diagnoses, title), encoding="utf-8")
+
+
+def show_comparison(a: str, b: str) -> int:
+    """Print what changed from file a to file b."""
+    result = compare(a, b)
+    if isinstance(result, Problem):
+        print(f"{result.text}", file=sys.stderr)
+        return ExitCode.CORRUPT
+    print("\n".join(comparison_lines(result)))
+    return ExitCode.HEALTHY
+
+
+if __name__ == "__main__":
+    sys.exit(main())

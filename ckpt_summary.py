@@ -1,0 +1,793 @@
+"""One checkpoint file as numbers: read without running it, a tensor at a time, in a child process.
+
+    summary = summarize("rvq_ckpts/rvq_9cb_latest.pt")
+    summary.problem          # why the file could not be read, or None
+    summary.parameters[0]    # norms, counts and distances of one tensor, raw, EMA and moments
+
+The child may allocate little more than its file takes, write nothing and run for minutes, so a
+hostile or broken file costs one row of a report. What it hands back is JSON, never a pickle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import math
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickletools
+import re
+import resource
+import signal
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from checkpointing import FORMAT, REQUIRED_KEYS, CheckpointError, map_tensors, verify_file
+from model import CodesTransformer, ModelConfig
+
+SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
+CHUNK = 1 << 22  # elements at a time; the child's own memory is a few of these
+SILENCE = 120.0  # seconds without a sign of life after which a child is given up
+
+ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
+
+
+class Problem(NamedTuple):
+    """Why a file could not be read."""
+
+    kind: ProblemKind
+    text: str
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of one codebook in an embedding or a head: norms [V], and how far they lean."""
+
+    codebook: int
+    median: float  # of the rows' norms
+    low: float  # that one row in twenty stays below
+    largest: float
+    zero: int  # rows of zeros
+    drift: float  # norm of the mean row, in units of the rows' root mean square norm
+
+
+@dataclasses.dataclass
+class Parameter:
+    """One tensor of the model with its average and its moments. NaN stands for "not there"."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    bad: dict[str, int]  # non-finite values in "raw", "ema", "m" and "v"
+    rms: float = math.nan
+    largest: float = math.nan
+    ema_rms: float = math.nan
+    ema_distance: float = math.nan  # RMS of raw - EMA
+    m_rms: float = math.nan
+    v_root: float = math.nan  # root of the mean second moment
+    v_negative: int = 0
+    m_over_bound: int = 0  # elements where abs(m) > C sqrt(v), which no gradients can produce
+    v_zero: float = math.nan  # share of second moments that are zero: no gradient ever came
+    v_tiny: float = math.nan  # share, of those that are not, whose root is below eps
+    update_rms: float = math.nan  # of Adam's step before lr
+    update_cos: float = math.nan  # between raw - EMA and the way that Adam goes
+    adam_step: float = math.nan
+    stable_rank: float = math.nan  # squared Frobenius norm over squared spectral norm
+    sample: list[float] = dataclasses.field(default_factory=list)
+    rows: list[Rows] = dataclasses.field(default_factory=list)
+    logit_bounds: list[float] = dataclasses.field(default_factory=list)  # of each attention head
+
+    @property
+    def place(self) -> Place:
+        """Where in the network it stands."""
+        return place_of(self.name)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What the doctor knows of one file."""
+
+    path: str
+    kind: str  # latest, previous, best, archive, best archive, panic, quarantine, other
+    name_epoch: int | None  # that the file's name tells
+    size: int = 0
+    modified: float = 0.0
+    problem: Problem | None = None
+    style: str = "unknown"  # "own", "old": of the script before this project, or "unknown"
+    step: int | None = None
+    epoch: int | None = None
+    saved_at: str = ""
+    best_val: float = math.nan
+    vocab_sizes: list[int] = dataclasses.field(default_factory=list)
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    misfits: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)  # lr, betas, eps, decay
+    scale: float | None = None  # of the GradScaler
+    ema_equals_raw: bool = False
+    parameters: list[Parameter] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return os.path.basename(self.path)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: sorts in the order in which a forward pass meets it."""
+
+    stage: int
+    layer: int
+    part: int
+    codebook: int
+    role: str
+
+
+BLOCK_PARTS = (
+    *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.out"),
+    *("norm2", "mlp.up", "mlp.down"),
+)
+OLD_PARTS = {"mlp.0": "mlp.up", "mlp.3": "mlp.down"}
+STAGES = (("embed", "embeds"), ("bos",), ("pos",), ("blocks",), ("norm", "ln_f"), ("head", "heads"))
+
+
+def place_of(name: str) -> Place:
+    """Place of a parameter by its name, in this project's models and in the older script's."""
+    words = name.removeprefix("_orig_mod.").split(".")
+    stage = next((i for i, names in enumerate(STAGES) if words[0] in names), len(STAGES))
+    kind = ".bias" if words[-1] == "bias" else ""
+    if words[0] == "blocks" and len(words) > 2 and words[1].isdigit():
+        inner = ".".join(words[2:-1])
+        inner = OLD_PARTS.get(inner, inner)
+        part = BLOCK_PARTS.index(inner) if inner in BLOCK_PARTS else len(BLOCK_PARTS)
+        return Place(stage, int(words[1]), part, -1, inner + kind)
+    codebook = int(words[1]) if len(words) > 2 and words[1].isdigit() else -1
+    role = STAGES[stage][0] if stage < len(STAGES) else name
+    return Place(stage, -1, 0, codebook, role + kind)
+
+
+FILE_KINDS = (
+    (r".*_latest\.pt", "latest"),
+    (r".*_previous\.pt", "previous"),
+    (r".*_best_e\d+__.*\.pt", "best archive"),
+    (r".*_epoch_e\d+__.*\.pt", "archive"),
+    (r".*_best\.pt", "best"),
+    (r".*_panic_s\d+\.pt", "panic"),
+    (r".*_quarantine_s\d+\.pt", "quarantine"),
+    (r".*_step_s\d+\.pt", "step"),
+)
+
+
+def kind_of(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Kind of a checkpoint by its file name, and the epoch that the name tells."""
+    name = os.path.basename(path)
+    kind = next((k for pattern, k in FILE_KINDS if re.fullmatch(pattern, name)), "other")
+    told = re.search(r"_e(\d+)__", name)
+    return kind, int(told[1]) if told else None
+
+
+# --- the parent: a child process per file --------------------------------------------------------
+
+
+def summarize(
+    path: str | os.PathLike[str], report: Callable[[int], None] = lambda _: None
+) -> Summary:
+    """Summary of a file, made by a child process; never raises for what a file holds.
+
+    `report` is told the bytes that were read so far, as the child goes on.
+    """
+    answer = in_child(_read_in_child, str(path), report)
+    if isinstance(answer, Problem):
+        summary = _blank(str(path))
+        summary.problem = answer
+        return summary
+    return _from_json(answer)
+
+
+def in_child(
+    work: Callable[..., Any],
+    path: str,
+    report: Callable[[int], None] = lambda _: None,
+    *arguments: Any,
+) -> Any | Problem:
+    """Run `work(path, tell, *arguments)` in a child with limits; its JSON answer or a Problem.
+
+    The child is forked: the parent never computes with tensors, so there are no threads to lose.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, work, path, *arguments), daemon=True)
+    sys.stdout.flush()
+    child.start()
+    theirs.close()
+    try:
+        while ours.poll(SILENCE):
+            message = json.loads(ours.recv_bytes())
+            if "bytes" in message:
+                report(message["bytes"])
+            elif "problem" in message:
+                return Problem(*message["problem"])
+            else:
+                return message["answer"]
+        return Problem("corrupt", f"not read within {SILENCE:.0f} seconds of silence; given up")
+    except EOFError:
+        child.join()
+        code = child.exitcode or 0
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Problem("corrupt", f"the process that read it died ({reason})")
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+
+
+def _child(
+    connection: multiprocessing.connection.Connection,
+    work: Callable[..., Any],
+    path: str,
+    *arguments: Any,
+) -> None:
+    def tell(number_of_bytes: int) -> None:
+        connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
+    try:
+        _limit_this_process(path)
+        message = {"answer": work(path, tell, *arguments)}
+    except _Unreadable as error:
+        message = {"problem": error.problem}
+    except CheckpointError as error:
+        message = {"problem": Problem("corrupt", str(error).removeprefix(f"{path}: "))}
+    except MemoryError:
+        message = {"problem": Problem("corrupt", "needs far more memory than its size; refused")}
+    except Exception as error:  # a hostile file can make anything fail
+        first = (str(error).splitlines() or [""])[0]
+        message = {"problem": Problem("corrupt", f"{type(error).__name__}: {first}"[:300])}
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _limit_this_process(path: str) -> None:
+    """No files written, no core, memory by the file's size, minutes of computing."""
+    size = os.path.getsize(path)
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * mmap.PAGESIZE
+    # Threads and torch's first use reserve address space without using it.
+    _lower(resource.RLIMIT_AS, mapped + 3 * size + (6 << 30))
+    _lower(resource.RLIMIT_CPU, 120 + size // 5_000_000)
+    _lower(resource.RLIMIT_FSIZE, 0)
+    _lower(resource.RLIMIT_CORE, 0)
+
+
+def _lower(limit: int, value: int) -> None:
+    _, hard = resource.getrlimit(limit)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, hard))
+
+
+def _blank(path: str) -> Summary:
+    kind, name_epoch = kind_of(path)
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return Summary(path, kind, name_epoch)
+    return Summary(path, kind, name_epoch, facts.st_size, facts.st_mtime)
+
+
+def _from_json(answer: dict[str, Any]) -> Summary:
+    parameters = [
+        Parameter(**{**p, "rows": [Rows(**r) for r in p["rows"]]}) for p in answer.pop("parameters")
+    ]
+    return Summary(**answer, parameters=parameters)
+
+
+# --- the child: container, pickle, tensors -------------------------------------------------------
+
+SAFE_GLOBALS = re.compile(
+    r"torch\._utils\._rebuild_(tensor_v2|parameter|parameter_with_state)"
+    r"|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.(Size|device)"
+    r"|torch\.(b?float\d*|double|half|u?int\d*|long|short|bool|float8_\w+)"
+    r"|collections\.(OrderedDict|defaultdict)"
+    r"|argparse\.Namespace"  # cfg of older scripts: only attributes are set
+)
+
+
+class _Unreadable(Exception):
+    def __init__(self, kind: ProblemKind, text: str) -> None:
+        self.problem = Problem(kind, text)
+
+
+def _read_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any]:
+    return dataclasses.asdict(read_summary(path, tell))
+
+
+def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Summary:
+    """Summary of a file, read in this process.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or refused by the safe reader.
+    """
+    summary = _blank(path)
+    content = open_safely(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise _Unreadable("foreign", "not a checkpoint: no dictionary with `model`")
+    if content.get("format") == FORMAT:
+        _describe_own(summary, content)
+    else:
+        _describe_old(summary, content)
+    states = _optimizer_states(content.get("optimizer", content.get("opt")), content["model"])
+    _note_misfits(summary, content, states)
+    average = content.get("ema")
+    average = average if isinstance(average, dict) else {}
+    done = 0
+    for name, raw in content["model"].items():
+        if isinstance(raw, Tensor) and raw.is_floating_point():
+            ema, state = average.get(name), states.get(name, {})
+            tensors = [t for t in (raw, ema, *state.values()) if isinstance(t, Tensor)]
+            summary.parameters.append(_measure(name, raw, ema, state, summary))
+            for tensor in tensors:
+                forget_pages(tensor)
+                done += tensor.numel() * tensor.element_size()
+            tell(done)
+    summary.parameters.sort(key=lambda p: p.place)
+    moved = [p for p in summary.parameters if math.isfinite(p.ema_distance)]
+    summary.ema_equals_raw = bool(moved) and all(p.ema_distance == 0 for p in moved)
+    return summary
+
+
+def open_safely(path: str) -> Any:
+    """What a checkpoint file holds, tensors mapped from disk, after its container and pickle pass.
+
+    Raises:
+        CheckpointError: missing, damaged, or refused by the safe reader.
+    """
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise _Unreadable("corrupt", _not_a_zip(path))
+    verify_file(Path(path))
+    refuse_unsafe_pickle(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = map_tensors(Path(path))
+    _check_storages(path, content)
+    return content
+
+
+def _not_a_zip(path: str) -> str:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head.strip(b"\0"):
+        return "nothing but zero bytes" if head else "empty"
+    if head.startswith(b"PK"):
+        return "cut off: a zip archive without its end"
+    return "not a zip archive; a checkpoint of torch < 1.6, or no checkpoint"
+
+
+def refuse_unsafe_pickle(path: str) -> None:
+    """Read the opcodes of a checkpoint's pickle, without running one, and refuse foreign names.
+
+    A pickle can call any function that it names; these names are its GLOBAL opcodes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        pickles = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
+        if len(pickles) != 1:
+            raise _Unreadable("unsafe", f"expected one pickle inside, found {len(pickles)}")
+        if pickles[0].file_size > 256 << 20:
+            raise _Unreadable("unsafe", "its pickle is larger than 256 MB")
+        data = archive.read(pickles[0])
+    named = {n for n in pickle_globals(data) if not SAFE_GLOBALS.fullmatch(n)}
+    if named:
+        listed = ", ".join(sorted(named)[:5])
+        raise _Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
+
+
+def pickle_globals(data: bytes) -> Iterator[str]:
+    """Dotted names that a pickle would import, from its opcodes."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    last = ""
+    for op, argument, _ in pickletools.genops(data):
+        if op.name == "STACK_GLOBAL":
+            # Where the two names did not come as plain strings nothing is known: that is unsafe.
+            yield ".".join(strings[-2:]) if len(strings) >= 2 else "a name that is computed"
+        elif op.name in ("GLOBAL", "INST"):
+            yield str(argument).replace(" ", ".")
+        elif op.name in ("EXT1", "EXT2", "EXT4"):
+            yield f"extension {argument}"
+        elif isinstance(argument, str) and op.name != "PERSID":
+            strings.append(argument)
+            last = argument
+        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(argument or 0)] = last
+        elif op.name == "MEMOIZE":
+            memo[len(memo)] = last
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            strings.append(memo.get(int(argument or 0), "?"))
+
+
+def _check_storages(path: str, content: Any) -> None:
+    """The sizes that the pickle tells must be those of the zip's entries: mapping checks none."""
+    told = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(content)}
+    with zipfile.ZipFile(path) as archive:
+        stored = Counter(e.file_size for e in archive.infolist() if "/data/" in e.filename)
+    surplus = Counter(n for n in told.values() if n) - stored
+    if surplus:
+        raise _Unreadable("corrupt", f"a tensor of {min(surplus)} bytes has no entry of that size")
+    for tensor in _tensors(content):
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise _Unreadable("corrupt", "a tensor claims more elements than are stored")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Let the kernel drop a mapped tensor's pages, or a whole file would count as memory in use."""
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+        )
+
+
+# --- what the checkpoint says of itself ----------------------------------------------------------
+
+
+def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
+    summary.style = "own"
+    missing = sorted(REQUIRED_KEYS - set(content))
+    summary.misfits += [f"lacks `{key}`" for key in missing]
+    progress, flags = _dict(content.get("progress")), _dict(content.get("flags"))
+    architecture = _dict(content.get("architecture"))
+    summary.step, summary.epoch = _whole(progress.get("step")), _whole(progress.get("epoch"))
+    summary.saved_at = str(content.get("saved_at", ""))
+    summary.best_val = _real(progress.get("best_val"))
+    summary.vocab_sizes = [_whole(v) or 0 for v in architecture.get("vocab_sizes", [])]
+    summary.architecture, summary.flags = plain(architecture), plain(flags)
+    summary.progress = plain(progress)
+    history = content.get("history")
+    summary.history = [plain(r) for r in history if isinstance(r, dict)] if history else []
+    summary.optimizer = _optimizer_settings(content.get("optimizer"))
+    summary.scale = _scale(content.get("scaler"))
+
+
+def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
+    """The plain dictionary of the script that this project replaces, as far as it goes."""
+    known = {"opt", "global_step", "vocab_sizes", "cfg"} & set(content)
+    summary.style = "old" if known else "unknown"
+    cfg = content.get("cfg")
+    summary.flags = plain(vars(cfg) if isinstance(cfg, argparse.Namespace) else _dict(cfg))
+    summary.step = _whole(content.get("global_step"))
+    summary.epoch = _whole(content.get("epoch"))
+    summary.saved_at = str(content.get("saved_at", ""))
+    summary.best_val = _real(content.get("best_val"))
+    sizes = content.get("vocab_sizes")
+    summary.vocab_sizes = [_whole(v) or 0 for v in sizes] if isinstance(sizes, list) else []
+    summary.optimizer = _optimizer_settings(content.get("opt", content.get("optimizer")))
+    summary.scale = _scale(content.get("scaler"))
+
+
+def _optimizer_settings(state: Any) -> dict[str, Any]:
+    groups = _dict(state).get("param_groups")
+    if not isinstance(groups, list) or not groups or not isinstance(groups[0], dict):
+        return {}
+    return {
+        "lr": max(_real(g.get("lr")) for g in groups),
+        "initial_lr": max(_real(g.get("initial_lr")) for g in groups),
+        "betas": [_real(b) for b in groups[0].get("betas", ())],
+        "eps": _real(groups[0].get("eps")),
+        "weight_decay": max(_real(g.get("weight_decay")) for g in groups),
+    }
+
+
+def _scale(state: Any) -> float | None:
+    state = _dict(state)
+    return _real(state["scale"]) if "scale" in state else None
+
+
+def _optimizer_states(state: Any, model: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Moments by parameter name; without names in the file, by the order of the parameters."""
+    state = _dict(state)
+    moments, groups = _dict(state.get("state")), state.get("param_groups")
+    if not isinstance(groups, list):
+        return {}
+    names: dict[Any, str] = {}
+    for group in groups:
+        names.update(zip(group.get("params", []), group.get("param_names", []), strict=False))
+    if not names:
+        indices = sorted(i for g in groups for i in g.get("params", []))
+        named = [n for n, t in model.items() if isinstance(t, Tensor) and t.is_floating_point()]
+        if len(indices) == len(named):
+            names = dict(zip(indices, named, strict=True))
+    return {names[i]: s for i, s in moments.items() if i in names and isinstance(s, dict)}
+
+
+def _note_misfits(
+    summary: Summary, content: dict[str, Any], states: dict[str, dict[str, Tensor]]
+) -> None:
+    """Keys and shapes: against the saved architecture, EMA and moments against the model."""
+    model = {n: t for n, t in content["model"].items() if isinstance(t, Tensor)}
+    shapes = {n: tuple(t.shape) for n, t in model.items()}
+    summary.misfits += [f"raw {n} is no tensor" for n in content["model"] if n not in model]
+    if summary.style == "own" and summary.architecture:
+        try:
+            summary.misfits += _differences("raw", shapes, _expected_shapes(summary.architecture))
+        except (ValueError, TypeError, RuntimeError) as error:
+            summary.misfits.append(f"architecture builds no model: {error}")
+    ema = content.get("ema")
+    if isinstance(ema, dict) and ema:
+        found = {n: tuple(t.shape) for n, t in ema.items() if isinstance(t, Tensor)}
+        summary.misfits += _differences("EMA", found, shapes)
+    if any(name.startswith("_orig_mod.") for name in model):
+        summary.misfits.append("names begin with _orig_mod.: a compiled module was saved")
+    if not states and (summary.step or 0) > 0:
+        summary.misfits.append("no optimizer state")
+    for name, state in states.items():
+        for key, moment in state.items():
+            fits = not moment.dim() or name not in shapes or moment.shape == shapes[name]
+            if isinstance(moment, Tensor) and not fits:
+                summary.misfits.append(f"optimizer {key} of {name} is {tuple(moment.shape)}")
+    if states and (lost := sorted(shapes.keys() - states.keys())) and summary.style == "own":
+        summary.misfits.append(f"no optimizer state for {', '.join(lost[:3])}")
+
+
+def _expected_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    with _Unfilled():
+        model = CodesTransformer(ModelConfig.from_dict(architecture))
+    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights unfilled: memory that is never touched costs nothing.
+
+    The meta device would do, but filling a tensor there imports the compiler, for seconds.
+    """
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("normal_", "kaiming_uniform_", "zeros_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _differences(
+    what: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        f"{what} {n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}"
+        for n in sorted(found.keys() | expected.keys())
+        if found.get(n) != expected.get(n)
+    ]
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _real(value: Any) -> float:
+    """A number as float, a 0-dim tensor too; NaN for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _whole(value: Any) -> int | None:
+    real = _real(value)
+    return int(real) if math.isfinite(real) else None
+
+
+def plain(value: Any) -> Any:
+    """JSON's types alone; anything else as text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)[:200]
+
+
+# --- one tensor ----------------------------------------------------------------------------------
+
+
+def moment_bound(beta1: float, beta2: float) -> float:
+    """Largest possible abs(m) / sqrt(v) of Adam, before bias correction (Cauchy-Schwarz).
+
+    m = (1 - b1) sum b1^i g_i and v = (1 - b2) sum b2^i g_i^2; writing b1^i = (b1 / sqrt b2)^i
+    sqrt(b2)^i gives m^2 <= v (1 - b1)^2 / ((1 - b2) (1 - b1^2 / b2)). Infinite if b1^2 >= b2.
+    """
+    if not 0 <= beta1 * beta1 < beta2 < 1:
+        return math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
+
+
+def _measure(
+    name: str, raw: Tensor, ema: Any, state: dict[str, Tensor], summary: Summary
+) -> Parameter:
+    parameter = Parameter(name, list(raw.shape), str(raw.dtype).removeprefix("torch."), {})
+    fits = isinstance(ema, Tensor) and ema.shape == raw.shape
+    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    has_moments = m is not None and v is not None and m.shape == v.shape == raw.shape
+    parameter.adam_step = _real(state.get("step"))
+    _measure_elements(
+        parameter,
+        raw.reshape(-1),
+        ema.reshape(-1) if fits else None,
+        (m.reshape(-1), v.reshape(-1)) if has_moments and m is not None and v is not None else None,
+        summary.optimizer,
+    )
+    stride = max(1, raw.numel() // SAMPLE)
+    parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].float().tolist()
+    if parameter.bad.get("raw") or not raw.numel():
+        return parameter
+    matrix = raw.detach()
+    if matrix.dim() == 2 and min(matrix.shape) >= 16:
+        parameter.stable_rank = _stable_rank(matrix)
+    place = parameter.place
+    if place.role in ("embed", "head") and matrix.dim() == 2:
+        parameter.rows = _rows_of_codebooks(matrix, place.codebook, summary.vocab_sizes)
+    if place.role == "attn.qkv" and matrix.dim() == 2:
+        heads = _whole(summary.architecture.get("heads", summary.flags.get("heads"))) or 0
+        parameter.logit_bounds = _logit_bounds(matrix, heads)
+    return parameter
+
+
+class _Sums:
+    """Sums over a tensor's elements, in double precision, filled a chunk at a time."""
+
+    def __init__(self) -> None:
+        self.values: Counter[str] = Counter()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.values[name] += float(tensor)  # type: ignore[assignment]
+
+    def rms(self, name: str, count: int) -> float:
+        return math.sqrt(max(self.values[name], 0.0) / max(count, 1))
+
+
+def _measure_elements(
+    parameter: Parameter,
+    raw: Tensor,
+    ema: Tensor | None,
+    moments: tuple[Tensor, Tensor] | None,
+    settings: dict[str, Any],
+) -> None:
+    sums, count = _Sums(), raw.numel()
+    bad: Counter[str] = Counter()
+    largest = 0.0
+    for first in range(0, count, CHUNK):
+        span = slice(first, first + CHUNK)
+        w = finite_chunk(raw[span], "raw", bad)
+        largest = max(largest, float(w.abs().max()))
+        sums.add("w", w.square().sum())
+        d = None
+        if ema is not None:
+            e = finite_chunk(ema[span], "ema", bad)
+            d = w - e
+            sums.add("e", e.square().sum())
+            sums.add("d", d.square().sum())
+        if moments is not None:
+            m, v = (
+                finite_chunk(moments[0][span], "m", bad),
+                finite_chunk(moments[1][span], "v", bad),
+            )
+            _add_moments(parameter, sums, m, v, d, settings)
+    parameter.bad = dict(bad)
+    parameter.rms, parameter.largest = sums.rms("w", count), largest
+    if ema is not None:
+        parameter.ema_rms, parameter.ema_distance = sums.rms("e", count), sums.rms("d", count)
+    if moments is not None and count:
+        values = sums.values
+        parameter.m_rms, parameter.v_root = sums.rms("m", count), sums.rms("v", count)
+        parameter.v_zero = values["zero"] / count
+        parameter.v_tiny = values["tiny"] / max(count - values["zero"], 1)
+        parameter.update_rms = sums.rms("u", count)
+        norms = math.sqrt(max(values["d"] * values["u"], 0.0))
+        parameter.update_cos = values["du"] / norms if norms else math.nan
+
+
+def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
+    """A chunk in double precision, its non-finite values counted and replaced by zero."""
+    chunk = chunk.detach().double()
+    finite = torch.isfinite(chunk)
+    if not bool(finite.all()):
+        bad[what] += int((~finite).sum())
+        chunk = chunk.masked_fill(~finite, 0.0)
+    return chunk
+
+
+def _add_moments(
+    parameter: Parameter,
+    sums: _Sums,
+    m: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    settings: dict[str, Any],
+) -> None:
+    beta1, beta2 = settings.get("betas") or (math.nan, math.nan)
+    eps, step = settings.get("eps", 1e-8), max(parameter.adam_step, 1.0)
+    parameter.v_negative += int((v < 0).sum())
+    root = v.clamp_min(0.0).sqrt()
+    # float32's v underflows below gradients of 4e-23, and a sum of rounded terms may be 1 % off.
+    over = m.abs() > 1.01 * moment_bound(beta1, beta2) * root + 1e-18
+    parameter.m_over_bound += int(over.sum())
+    sums.add("m", m.square().sum())
+    sums.add("v", v.clamp_min(0.0).sum())
+    sums.add("zero", (root == 0).sum())
+    sums.add("tiny", ((root > 0) & (root < eps)).sum())
+    u = m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + eps)
+    sums.add("u", u.square().sum())
+    if d is not None:
+        sums.add("du", -(d * u).sum())
+
+
+def _stable_rank(matrix: Tensor) -> float:
+    """Squared Frobenius norm over squared spectral norm, the latter by power iteration."""
+    matrix = matrix.float()
+    probe = torch.ones(matrix.shape[1]) + 0.1 * torch.arange(matrix.shape[1]).remainder(7)
+    spectral = torch.tensor(0.0)
+    for _ in range(12):
+        image = matrix @ (probe / probe.norm().clamp_min(1e-30))
+        spectral = image.norm()
+        probe = matrix.T @ image
+    return float(matrix.norm().square() / spectral.square().clamp_min(1e-30))
+
+
+def _rows_of_codebooks(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[Rows]:
+    """Facts of each codebook's rows; a joint table [K * V, D] holds V rows for each."""
+    if codebook >= 0:
+        return [_rows(matrix, codebook)]
+    if not vocab_sizes or len(matrix) != len(vocab_sizes) * max(vocab_sizes):
+        return []
+    tables = matrix.unflatten(0, (len(vocab_sizes), -1))
+    return [_rows(t[:v], k) for k, (t, v) in enumerate(zip(tables, vocab_sizes, strict=True))]
+
+
+def _rows(table: Tensor, codebook: int) -> Rows:
+    table = table.float()
+    norms = table.norm(dim=1)
+    scale = float(norms.square().mean().sqrt())
+    return Rows(
+        codebook,
+        float(norms.median()),
+        float(norms.quantile(0.05)),
+        float(norms.max()),
+        int((norms == 0).sum()),
+        float(table.mean(0).norm()) / scale if scale else 0.0,
+    )
+
+
+def _logit_bounds(qkv: Tensor, heads: int) -> list[float]:
+    """Product of the spectral norms of each head's query and key maps, over sqrt(C).
+
+    Times the squared norm of the normalised input it bounds the head's attention logits in a model
+    without QK-norm; its growth is what tells.
+    """
+    rows, width = qkv.shape
+    if heads < 1 or rows != 3 * width or width % heads:
+        return []
+    q, k, _ = qkv.float().unflatten(0, (3, heads, -1))  # [H, C, D] each
+    norms = torch.linalg.matrix_norm(q, ord=2) * torch.linalg.matrix_norm(k, ord=2)
+    return (norms / math.sqrt(width // heads)).tolist()
