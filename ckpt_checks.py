@@ -16,6 +16,7 @@ import bisect
 import datetime
 import enum
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_summary import Parameter, Summary, moment_bound
+from ckpt_summary import Parameter, Rows, Summary, moment_bound
 
 
 class Level(enum.IntEnum):
@@ -73,19 +74,18 @@ class Finding:
 
 
 class History:
-    """Rows of `*_metrics.jsonl`, without the steps that a resume or a rollback took back."""
+    """Rows of `*_metrics.jsonl`; apart from them those that a resume or a rollback took back."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.abandoned: list[dict[str, Any]] = []
         self.rewinds: list[tuple[int, float]] = []  # step gone back to, and when
-        for row in rows:
-            step = row.get("step")
-            if not isinstance(step, int):
-                continue
-            if row.get("event") in ("start", "resume", "rollback"):
-                to = int(row.get("to_step", step))
+        for row in filter(None, map(_checked_row, rows)):
+            if row["event"] in ("start", "resume", "rollback"):
+                to = row.get("to_step", row["step"])
                 if any(r["step"] > to for r in self.rows):
-                    self.rewinds.append((to, float(row.get("time") or 0.0)))
+                    self.rewinds.append((to, row.get("time") or 0.0))
+                self.abandoned += [r for r in self.rows if r["step"] > to]
                 self.rows = [r for r in self.rows if r["step"] <= to]
             self.rows.append(row)
 
@@ -124,6 +124,34 @@ class History:
         return any((summary.step or 0) > step and saved < time for step, time in self.rewinds)
 
 
+NUMBERS = ("loss", "lr", "grad_norm", "train", "val", "val_obj", "time", "seconds", "lr_scale")
+
+
+def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row whose known fields have their types: None where a number was not finite or no number.
+
+    None for rows without event or step: a file may be cut, or be of another program.
+    """
+    step, event = row.get("step"), row.get("event")
+    if not isinstance(event, str) or type(step) is not int or not 0 <= step < 1 << 53:
+        return None
+    checked = {**row, **{name: _number(row[name]) for name in NUMBERS if name in row}}
+    if "val_per_codebook" in row:
+        values = row["val_per_codebook"]
+        checked["val_per_codebook"] = [_number(v) for v in values] if type(values) is list else []
+    to_step = row.get("to_step", step)
+    checked["to_step"] = to_step if type(to_step) is int else step
+    checked["flags"] = row["flags"] if isinstance(row.get("flags"), dict) else {}
+    if type(row.get("epoch")) is not int:
+        checked.pop("epoch", None)
+    return checked
+
+
+def _number(value: Any) -> float | None:
+    good = type(value) in (int, float) and abs(value) < 1e300
+    return float(value) if good else None
+
+
 def _timestamp(text: str) -> float:
     try:
         return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
@@ -156,15 +184,13 @@ class Run:
 
         The older script keeps averaged weights in its best files: only its other files count.
         """
-        chosen: dict[tuple[int, float], Summary] = {}
+        chosen: dict[tuple[int, float, int], Summary] = {}
         for summary in self.readable:
             if summary.step is None or (summary.style != "own" and "best" in summary.kind):
                 continue
-            if summary.kind in ("panic", "quarantine"):
-                continue
-            moment = (summary.step, float(summary.progress.get("seconds") or 0.0))
-            chosen.setdefault(moment, summary)
-        return [chosen[moment] for moment in sorted(chosen)]
+            if summary.kind not in ("panic", "quarantine"):
+                chosen.setdefault(summary.moment, summary)
+        return sorted(chosen.values(), key=lambda s: s.moment[:2])
 
     def previous(self, summary: Summary) -> Summary | None:
         """The file before this one in the series."""
@@ -254,16 +280,16 @@ def check_steps(run: Run) -> Iterator[Finding]:
 
 
 def _same_moment(run: Run) -> Iterator[Finding]:
-    chosen = {(s.step, s.progress.get("seconds")): s for s in reversed(run.readable)}
+    """Files of one step and second must be copies; where they differ the few are suspect."""
+    moments: dict[tuple[int, float], Counter[int]] = {}
     for s in run.readable:
-        first = chosen[s.step, s.progress.get("seconds")]
-        if s.style != "own" or first is s or s.progress.get("seconds") is None:
-            continue
-        pairs = zip(s.parameters, first.parameters, strict=False)
-        changed = [a.name for a, b in pairs if (a.sample, a.bad) != (b.sample, b.bad)]
-        if changed:
-            text = f"{len(changed)} tensors differ from {first.name} of the same step: {changed[0]}"
-            yield _in_file(s, "I4", Level.SUSPECT, Cause.FILE, text, where=changed[0])
+        if s.style == "own" and s.step:
+            moments.setdefault(s.moment[:2], Counter())[s.moment[2]] += 1
+    for s in run.readable:
+        contents = moments.get(s.moment[:2], Counter())
+        if len(contents) > 1 and contents[s.moment[2]] <= contents.total() / 2:
+            text = f"differs from another file of the same moment, step {s.step}"
+            yield _in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
 
 
 # --- weights and moments: absolute limits --------------------------------------------------------
@@ -418,13 +444,14 @@ def check_displacement(run: Run) -> Iterator[Finding]:
     between was bad alone; where a file only goes on from a bad one it is as bad.
     """
     pasts: dict[str, _Past] = {}
-    good: Summary | None = None
+    sound: list[Summary] = []
     bad: Summary | None = None
     for s in run.series:
         if not s.parameters or any(p.bad.get("raw") for p in s.parameters):
             continue
+        good = next((g for g in reversed(sound) if (g.step or 0) < (s.step or 0)), None)
         leap = _leap(run, good, s, pasts) if good else None
-        follows = bad is not None and _leap(run, bad, s, {}) is None
+        follows = bad is not None and bad.step != s.step and _leap(run, bad, s, {}) is None
         if leap is not None or follows:
             text = f"goes on from {bad.name}, which had left its past" if bad else ""
             yield leap or _in_file(
@@ -432,7 +459,8 @@ def check_displacement(run: Run) -> Iterator[Finding]:
             )
             bad = s
         else:
-            good, bad = s, None
+            sound.append(s)
+            bad = None
 
 
 def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
@@ -608,30 +636,30 @@ def check_attention(run: Run) -> Iterator[Finding]:
                     s, "G4" if is_query else "G6", Level.SUSPECT, Cause.INSTABILITY, text,
                     where=p.name, value=p.largest, baseline=before or 1.0,
                 )  # fmt: skip
-            gains[p.name] = p.rms
+            else:
+                gains[p.name] = p.rms
     yield from _logit_growth(run)
 
 
 def _logit_growth(run: Run) -> Iterator[Finding]:
     """Of models without QK-norm, whose logits nothing else bounds."""
-    for a, b in zip(run.series, run.series[1:], strict=False):
-        if "qk_norm" in str(b.architecture) or any("q_norm" in p.name for p in b.parameters):
+    before: dict[str, list[float]] = {}
+    for s in run.series:
+        if any(p.place.role == "attn.q_norm" for p in s.parameters):
             continue
-        before = {p.name: p.logit_bounds for p in a.parameters if p.logit_bounds}
-        for p in b.parameters:
-            pairs = list(zip(before.get(p.name, []), p.logit_bounds, strict=False))
-            head, ratio = max(
-                ((h, y / max(x, 1e-9)) for h, (x, y) in enumerate(pairs)),
-                key=lambda pair: pair[1], default=(0, 0.0),
-            )  # fmt: skip
+        for p in s.parameters:
+            pairs = enumerate(zip(before.get(p.name, []), p.logit_bounds, strict=False))
+            ratios = [(y / max(x, 1e-9), head) for head, (x, y) in pairs]
+            ratio, head = max(ratios, default=(0.0, 0))
             if ratio > 3:
                 text = (
                     f"{p.name}: the bound of head {head}'s attention logits grew {ratio:.1f} fold"
                 )
                 yield _in_file(
-                    b, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=p.name, value=ratio,
-                    after=a.step,
-                )  # fmt: skip
+                    s, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=p.name, value=ratio
+                )
+            elif p.logit_bounds:
+                before[p.name] = p.logit_bounds
 
 
 def check_ranks(run: Run) -> Iterator[Finding]:
@@ -651,57 +679,47 @@ def check_ranks(run: Run) -> Iterator[Finding]:
 
 
 def check_codebooks(run: Run) -> Iterator[Finding]:
-    """G7, G8: rows of heads and embeddings, by codebook."""
-    for s in run.readable:
+    """G7, G8: rows of heads and embeddings, by codebook, against the last good file."""
+    good: dict[tuple[str, int], tuple[Rows, int]] = {}
+    for s in run.series:
         for p in s.parameters:
             typical = float(np.median([r.median for r in p.rows])) if p.rows else 0.0
             for r in p.rows:
-                yield from _judge_rows(run, s, p, r, typical)
+                old, after = good.get((p.name, r.codebook), (None, None))
+                said = _judge_rows(p, r, old, typical if len(p.rows) >= 3 else math.nan)
+                if said is None:
+                    good[p.name, r.codebook] = r, s.step or 0
+                    continue
+                check, text, value, baseline = said
+                yield _in_file(
+                    s, check, Level.SUSPECT, Cause.INSTABILITY, text, value=value, after=after,
+                    baseline=baseline, where=f"{p.name} codebook {r.codebook}",
+                )  # fmt: skip
 
 
-def _judge_rows(run: Run, s: Summary, p: Parameter, r: Any, typical: float) -> Iterator[Finding]:
-    facts = {"where": f"{p.name} codebook {r.codebook}"}
-    before = run.previous(s)
-    old = None
-    if before is not None:
-        twin = next((q for q in before.parameters if q.name == p.name), None)
-        old = next((x for x in twin.rows if x.codebook == r.codebook), None) if twin else None
-        facts["after"] = before.step  # type: ignore[assignment]
-    size = p.shape[0] // max(len(p.rows), 1)
-    if r.zero:
-        # Never exactly zero by training: rows start at random.
-        text = f"{r.zero} of {size} rows of codebook {r.codebook} in {p.name} are zero: dead codes"
-        yield _in_file(
-            s, "G8", Level.SUSPECT, Cause.INSTABILITY, text, value=r.zero,
-            baseline=old.zero if old else math.nan, **facts,
-        )  # fmt: skip
-    elif old is not None and r.low < 0.3 * old.low:
-        text = (
-            f"the shortest rows of codebook {r.codebook} in {p.name} shrank to norm {r.low:.2g}, "
-            f"before {old.low:.2g}"
-        )
-        yield _in_file(
-            s, "G8", Level.SUSPECT, Cause.INSTABILITY, text, value=r.low, baseline=old.low, **facts
-        )
-    far = len(p.rows) >= 3 and not 0.2 < r.median / max(typical, 1e-12) < 5
+def _judge_rows(
+    p: Parameter, r: Rows, old: Rows | None, typical: float
+) -> tuple[str, str, float, float] | None:
+    """Check, text, value and baseline of what is wrong with a codebook's rows, or None."""
+    which = f"codebook {r.codebook} in {p.name}"
+    if r.zero:  # rows start at random: training never makes one exactly zero
+        before = old.zero if old else math.nan
+        size = p.shape[0] // max(len(p.rows), 1)
+        return "G8", f"{r.zero} of {size} rows of {which} are zero: dead codes", r.zero, before
+    if old is not None and r.low < 0.3 * old.low:
+        text = f"the shortest rows of {which} shrank to norm {r.low:.2g}, before {old.low:.2g}"
+        return "G8", text, r.low, old.low
     jumped = old is not None and not 0.4 < r.median / max(old.median, 1e-12) < 4
     settled = old is not None and old.median > 0.05
-    if (far and (old is None or jumped)) or (jumped and settled):
+    stands_out = not math.isnan(typical) and not 0.2 < r.median / max(typical, 1e-12) < 5
+    if (stands_out and (old is None or jumped)) or (jumped and settled):
         ground = old.median if old else typical
         text = (
-            f"rows of codebook {r.codebook} in {p.name} have norm {r.median:.3g}, "
-            f"{'before' if old else 'elsewhere'} {ground:.3g}"
+            f"rows of {which} have norm {r.median:.3g}, {'before' if old else 'elsewhere'} "
+            f"{ground:.3g}"
         )
-        yield _in_file(
-            s,
-            "G7",
-            Level.SUSPECT,
-            Cause.INSTABILITY,
-            text,
-            value=r.median,
-            baseline=ground,
-            **facts,
-        )
+        return "G7", text, r.median, ground
+    return None
 
 
 # --- learning rate, best value -------------------------------------------------------------------
@@ -727,19 +745,19 @@ def _check_logged_lr(run: Run) -> Iterator[Finding]:
     peak, lowest = 0.0, math.inf
     for row in run.history.rows:
         if row["event"] in ("start", "resume"):
-            asked, had = float((row.get("flags") or {}).get("lr") or 0.0), float(flags.get("lr", 0))
+            asked, had = _number(row["flags"].get("lr")) or 0.0, _number(flags.get("lr")) or 0.0
             if had and asked > 3 * had:
                 text = f"a restart raised --lr from {had:g} to {asked:g} at step {row['step']}"
                 yield Finding(
                     "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=row["step"] + 1,
                     after=row["step"], value=asked, baseline=had,
                 )  # fmt: skip
-            flags = row.get("flags") or {}
+            flags = row["flags"]
             peak, lowest = 0.0, math.inf
         lr = row.get("lr")
         if row["event"] != "step" or not isinstance(lr, float):
             continue
-        planned = float(flags.get("lr") or math.inf)
+        planned = _number(flags.get("lr")) or math.inf
         rose = lowest < 0.9 * peak and lr > 1.1 * lowest
         if lr > 1.05 * planned or rose:
             against = planned if lr > 1.05 * planned else lowest
@@ -873,7 +891,7 @@ def _overfits(history: History) -> bool:
 def check_steps_of_training(run: Run) -> Iterator[Finding]:
     """H3: losses and gradient norms that leave their past, steps that the guard refused."""
     rows = run.history.steps
-    losses = [r["loss"] for r in rows]
+    losses = [r.get("loss") for r in rows]
     for i, row in enumerate(rows):
         past = [x for x in losses[max(0, i - 40) : i] if isinstance(x, float)]
         if len(past) < 8:

@@ -41,7 +41,7 @@ VERDICT_OF = {
 }
 # What became of the weights matters more than a file that can be replaced by its neighbour.
 GRAVITY = list(Verdict)
-FILE_CHECKS = ("I1", "I2", "I3", "S2")  # of one file, and not of the run that wrote it
+FILE_CHECKS = ("I1", "I2", "I3", "I4", "S2")  # of one file, and not of the run that wrote it
 
 
 @dataclass
@@ -59,8 +59,23 @@ class Diagnosis:
     remedy: str  # what the command changes and why, or what to do where there is none
 
     def state_of(self, summary: Summary) -> Level:
-        """How bad a file is: its worst finding, INFO where there is none."""
-        return max((f.level for f in self.findings if f.path == summary.path), default=Level.INFO)
+        """How bad a file is: the worst finding in it or in a copy; INFO where there is none."""
+        return max((f.level for f in self.findings_of(summary)), default=Level.INFO)
+
+    def findings_of(self, summary: Summary) -> list[Finding]:
+        """Findings in a file and in the copies of it that the run keeps under other names."""
+        copies = copies_of(self.run, summary)
+        return [
+            f for f in self.findings
+            if f.path == summary.path or (f.path in copies and f.check not in FILE_CHECKS)
+        ]  # fmt: skip
+
+
+def copies_of(run: Run, summary: Summary) -> set[str]:
+    """Paths of the files that hold the same state of the run, this one included."""
+    if summary.problem is not None or not summary.parameters:
+        return {summary.path}
+    return {s.path for s in run.readable if s.moment == summary.moment}
 
 
 def diagnose(run: Run) -> Diagnosis:
@@ -69,7 +84,7 @@ def diagnose(run: Run) -> Diagnosis:
     findings = _forgive_what_healed(run, findings)
     findings.sort(key=lambda f: (-1 if f.step is None else f.step, -f.level))
     grave = [f for f in findings if f.level >= Level.SUSPECT]
-    trouble = [f for f in grave if f.check not in FILE_CHECKS and f.step is not None]
+    trouble = [f for f in grave if not _is_of_a_file(f) and f.step is not None]
     first_sign = min(trouble, key=_first_known, default=None)
     verdict = max((VERDICT_OF[f.level] for f in grave), key=GRAVITY.index, default=Verdict.HEALTHY)
     if not run.readable:
@@ -80,6 +95,10 @@ def diagnose(run: Run) -> Diagnosis:
     command, remedy = _way_on(run, verdict, cause, healthy, findings)
     headline = _headline(run, verdict, grave, onset, cause)
     return Diagnosis(run, verdict, headline, findings, first_sign, onset, healthy, command, remedy)
+
+
+def _is_of_a_file(finding: Finding) -> bool:
+    return finding.check in FILE_CHECKS and finding.cause is Cause.FILE
 
 
 def _first_known(finding: Finding) -> tuple[int, int]:
@@ -96,7 +115,7 @@ def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
     healed = max(best_at, default=-1)
 
     def forgiven(f: Finding) -> bool:
-        soft = f.check in ("H2", "H3") and f.level <= Level.DIVERGED
+        soft = f.check in ("H1", "H2", "H3") and f.level <= Level.DIVERGED
         return soft and f.level >= Level.SUSPECT and f.step is not None and f.step < healed
 
     return [
@@ -118,6 +137,8 @@ def _onset(run: Run, first: Finding | None) -> tuple[int | None, int | None]:
 def _last_healthy(run: Run, findings: list[Finding], trouble: list[Finding]) -> Summary | None:
     """The newest file without a grave finding that was saved before any trouble in the metrics."""
     bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.path}
+    sick = {f.path for f in findings if f.level >= Level.SUSPECT and not _is_of_a_file(f)}
+    bad |= {copy for s in run.readable if s.path in sick for copy in copies_of(run, s)}
     events = [f for f in trouble if f.path is None]
     limit = min(((f.after if f.after is not None else (f.step or 1) - 1) for f in events),
                 default=math.inf)  # fmt: skip
@@ -154,8 +175,11 @@ def _headline(
     if verdict is Verdict.NOTHING:
         return f"none of {len(run.summaries)} files can be read"
     if verdict is Verdict.HEALTHY:
-        count = len(run.series)
-        return f"{len(run.summaries)} files, {count} moments of the run, no grave finding"
+        count, moments = len(run.summaries), len(run.series)
+        return (
+            f"{count} file{'s' * (count != 1)} of {moments} moment{'s' * (moments != 1)} of the "
+            "run, no grave finding"
+        )
     if onset[1] is None:
         return f"{len(files)} of {len(run.summaries)} files"
     when = f"between {_moment(run, onset[0])} and {_moment(run, onset[1])}"

@@ -32,8 +32,9 @@ from tqdm import tqdm
 from ckpt_checks import History, Run
 from ckpt_compare import compare, comparison_lines
 from ckpt_diagnosis import Diagnosis, Verdict, diagnose
+from ckpt_page import as_html
 from ckpt_probe import probe
-from ckpt_report import as_csv, as_html, as_json, terminal_lines
+from ckpt_report import as_csv, as_json, terminal_lines
 from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of, summarize
 from npq_dataset import BadFilesError, NpqError
 
@@ -243,12 +244,13 @@ def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
         print(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        for diagnosis in diagnoses:
+        for i, diagnosis in enumerate(diagnoses):
+            print("\n" * bool(i), end="")
             print("\n".join(terminal_lines(diagnosis, colour=colour)), flush=True)
     if flags.json and flags.json != "-":
         Path(flags.json).write_text(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     if flags.csv:
-        Path(flags.csv).write_text(as_csv(diagnoses), newline="")
+        Path(flags.csv).write_text(as_csv(diagnoses), encoding="utf-8", newline="")
     if flags.html:
         title = ", ".join(d.run.name for d in diagnoses)
         Path(flags.html).write_text(as_html(diagnoses, title), encoding="utf-8")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import mmap
@@ -125,6 +126,15 @@ class Summary:
     def name(self) -> str:
         """File name."""
         return os.path.basename(self.path)
+
+    @functools.cached_property
+    def moment(self) -> tuple[int, float, int]:
+        """Step, training seconds and content: equal for copies of one state of a run."""
+        content = tuple(
+            (p.name, p.rms, p.ema_rms, p.m_rms, p.v_root, *p.sample[:4]) for p in self.parameters
+        )
+        seconds = _real(self.progress.get("seconds"))
+        return self.step or 0, 0.0 if math.isnan(seconds) else seconds, hash(repr(content))
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -15,18 +15,9 @@ import pytest
 
 from ckpt_checks import Cause, Finding, History, Level, Run
 from ckpt_diagnosis import Diagnosis, Verdict, diagnose
-from ckpt_report import (
-    Axis,
-    Chart,
-    Line,
-    as_csv,
-    as_html,
-    as_json,
-    fit_axis,
-    printable,
-    terminal_lines,
-    thinned,
-)
+from ckpt_page import as_html
+from ckpt_pictures import Axis, Chart, Line, fit_axis, thinned
+from ckpt_report import as_csv, as_json, printable, terminal_lines
 from ckpt_summary import Parameter, Problem, Summary
 
 HOSTILE = "<script>alert(1)<!--\x1b[31m\n\u202e\udce9\"'.pt"
