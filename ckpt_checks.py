@@ -567,7 +567,7 @@ def check_average(run: Run) -> Iterator[Finding]:
         ]  # fmt: skip
         if found:
             yield _with_others(max(found, key=lambda f: f[0])[1], len(found) - 1)
-        yield from _check_direction(s)
+        yield from _check_direction(s, window, lr)
 
 
 def _judge_average(
@@ -597,25 +597,53 @@ def _judge_average(
         past.values.append(math.log(apart))
 
 
-def _check_direction(s: Summary) -> Iterator[Finding]:
+def _check_direction(s: Summary, window: float, lr: float) -> Iterator[Finding]:
     """Raw minus EMA is the sum of the latest updates, so it points where Adam goes.
 
-    For n elements of noise the cosine has deviation 1 / sqrt(n).
+    Their cosine is about sqrt(NOISE_STEPS / window), of which healthy runs have 0.24 to 0.82; n
+    elements that have nothing to do with each other have 0 +- 1 / sqrt(n). Near the end of a
+    schedule the sum is of older, larger updates, and the cosine says nothing.
     """
-    z = [
-        p.update_cos * math.sqrt(math.prod(p.shape))
-        for p in _matrices(s)
-        if math.isfinite(p.update_cos)
-    ]
-    if len(z) < 3:
+    measured = [(p, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
+    measured = [(p, root) for p, root in measured if math.isfinite(p.update_cos)]
+    if len(measured) < 3 or not s.optimizer.get("lr", 0.0) > 0.15 * lr:
         return
-    pooled = sum(z) / math.sqrt(len(z))
-    if pooled < -12 and sum(x < -2 for x in z) > 2 * len(z) / 3:
+    usual = math.sqrt(min(1.0, NOISE_STEPS / window))
+    roots = sum(root for _, root in measured)
+    mean = sum(p.update_cos * root for p, root in measured) / roots / usual
+    z = usual * roots / math.sqrt(len(measured))  # of a mean of 1
+    facts = {"value": mean, "baseline": 0.5, "n": len(measured)}
+    if mean < -0.1 and -mean * z > 8:
         text = (
             "Adam's steps lead from the raw weights towards the EMA and not away from it "
-            f"(z {pooled:.0f} over {len(z)} tensors): raw and EMA are exchanged"
+            f"(cosine {mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
-        yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, value=pooled, baseline=0.0)
+        yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
+    elif mean < 0.12 and z > 30:
+        text = (
+            f"Adam's moments have nothing to do with the latest updates (cosine {mean:.2f} of what "
+            "noise gives): they are of another state or another run"
+        )
+        yield _in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
+    elif mean > 0.25:
+        yield from _check_directions_apart(s, [p for p, _ in measured], mean * usual)
+
+
+def _check_directions_apart(
+    s: Summary, measured: list[Parameter], mean: float
+) -> Iterator[Finding]:
+    """Single tensors whose moments are not theirs, where those of the others are."""
+    lost = [
+        p for p in measured
+        if p.update_cos < 0.05 * mean and mean * math.sqrt(math.prod(p.shape)) > 12
+    ]  # fmt: skip
+    if lost:
+        text = f"Adam's moments of {lost[0].name} have nothing to do with its latest updates"
+        finding = _in_file(
+            s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, where=lost[0].name,
+            value=lost[0].update_cos, baseline=mean, n=len(measured),
+        )  # fmt: skip
+        yield _with_others(finding, len(lost) - 1)
 
 
 def check_attention(run: Run) -> Iterator[Finding]:
@@ -841,31 +869,35 @@ def check_validation(run: Run) -> Iterator[Finding]:
     epochs = [r for r in run.history.epochs if isinstance(r.get("val"), float)]
     if len(epochs) < 4:
         return
-    overfits = _overfits(run.history)
     vals = [r["val"] for r in epochs]
+    best, rise = 0, None  # positions of the best value, and of the first far above it
     noise = 1.4826 * float(np.median(np.abs(np.diff(vals) - np.median(np.diff(vals)))))
-    margin = max(0.1, 6 * noise / math.sqrt(2)) if not overfits else 0.1
-    best, best_step = math.inf, 0
-    for i, (row, value) in enumerate(zip(epochs, vals, strict=True)):
-        later = vals[i + 1] if i + 1 < len(vals) else value
-        if min(value, later) > best + margin:
-            if overfits:
-                text = (
-                    f"val {vals[-1]:.3f} has left its best {best:.3f} of step {best_step} smoothly "
-                    "while train still falls: overfitting, not instability"
-                )
-                level, cause, check = Level.OVERFIT, Cause.OVERFITTING, "H4"
-            else:
-                text = f"val {value:.3f} is {value - best:.2f} above its best {best:.3f}"
-                level, cause, check = Level.SUSPECT, Cause.INSTABILITY, "H2"
-            after = epochs[i - 1]["step"] if check == "H2" else best_step
-            yield Finding(
-                check, level, cause, text, step=row["step"], after=after, value=value,
-                baseline=best, n=i,
-            )  # fmt: skip
-            return
-        if value < best:
-            best, best_step = value, row["step"]
+    overfits = _overfits(run.history)
+    margin = 0.1 if overfits else max(0.1, 6 * noise / math.sqrt(2))
+    for i, value in enumerate(vals):
+        if min(value, vals[min(i + 1, len(vals) - 1)]) > vals[best] + margin:
+            rise = i
+            break
+        if value < vals[best]:
+            best = i
+    if rise is None:
+        return
+    lowest, at = vals[best], epochs[best]["step"]
+    if overfits:
+        text = (
+            f"val {vals[-1]:.3f} has left its best {lowest:.3f} of step {at} smoothly while train "
+            "still falls: overfitting, not instability"
+        )
+        yield Finding(
+            "H4", Level.OVERFIT, Cause.OVERFITTING, text, step=epochs[best + 1]["step"], after=at,
+            value=vals[-1], baseline=lowest, n=len(vals),
+        )  # fmt: skip
+        return
+    text = f"val {vals[rise]:.3f} is {vals[rise] - lowest:.2f} above its best {lowest:.3f}"
+    yield Finding(
+        "H2", Level.SUSPECT, Cause.INSTABILITY, text, step=epochs[rise]["step"],
+        after=epochs[rise - 1]["step"], value=vals[rise], baseline=lowest, n=rise,
+    )  # fmt: skip
 
 
 def _overfits(history: History) -> bool:

@@ -15,8 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpointing import FORMAT
-from ckpt_summary import CHUNK, Problem, finite_chunk, forget_pages, in_child, open_safely, plain
+from checkpointing import FORMAT, CheckpointError
+from ckpt_summary import (
+    CHUNK,
+    Problem,
+    Unreadable,
+    finite_chunk,
+    forget_pages,
+    in_child,
+    open_safely,
+    plain,
+)
 
 PARTS = ("model", "ema")
 
@@ -33,7 +42,7 @@ def compare(a: str, b: str) -> dict[str, Any] | Problem:
 
 
 def _compare_in_child(a: str, tell: Callable[[int], None], b: str) -> dict[str, Any]:
-    first, second = open_safely(a), open_safely(b)
+    first, second = _open(a), _open(b)
     facts_a, facts_b = _facts(first), _facts(second)
     facts = [
         [name, facts_a.get(name, "-"), facts_b.get(name, "-")]
@@ -48,6 +57,18 @@ def _compare_in_child(a: str, tell: Callable[[int], None], b: str) -> dict[str, 
             tell(len(tensors))
     tensors.sort(key=lambda t: (-t["change"], t["part"], t["name"]))
     return {"paths": [a, b], "facts": facts, "tensors": tensors}
+
+
+def _open(path: str) -> dict[str, Any]:
+    try:
+        content = open_safely(path)
+    except Unreadable as error:
+        raise Unreadable(error.problem.kind, f"{path}: {error.problem.text}") from error
+    except CheckpointError as error:
+        raise Unreadable("corrupt", str(error)) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise Unreadable("foreign", f"{path}: not a checkpoint: no dictionary with `model`")
+    return content
 
 
 def _facts(content: dict[str, Any]) -> dict[str, Any]:

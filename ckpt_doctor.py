@@ -94,6 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if bool(flags.paths) == bool(flags.compare):
         parser.error("name checkpoints to diagnose, or two to --compare")
+    if flags.probe_windows < 1:
+        parser.error(f"--probe-windows: expected at least 1, found {flags.probe_windows}")
+    for name in filter(None, (flags.csv, flags.html, flags.json)):
+        if name != "-" and not os.path.isdir(os.path.dirname(name) or "."):
+            parser.error(f"{name}: no such folder; the report would be lost")
     try:
         if flags.compare:
             return show_comparison(*flags.compare)
@@ -104,10 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (NpqError, BadFilesError, FileNotFoundError) as error:
-        parser.error(f"--probe-data: {error}")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}; name another file for the report")
+        parser.error(f"{error.filename}: {error.strerror}; name another file")
     return max((EXIT_CODES[d.verdict] for d in diagnoses), key=_gravity)
 
 
@@ -127,7 +130,10 @@ def read_runs(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> lis
     for name, members in group_by_run(summaries).items():
         run = Run(name, members, History(metrics_rows(parser, flags.metrics, name, members)))
         if flags.probe_data:
-            run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
+            try:
+                run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
+            except (NpqError, BadFilesError, FileNotFoundError) as error:
+                parser.error(f"--probe-data: {error}")
         runs.append(run)
     return runs
 

@@ -261,7 +261,7 @@ def _child(
     try:
         _limit_this_process(path)
         message = {"answer": work(path, tell, *arguments)}
-    except _Unreadable as error:
+    except Unreadable as error:
         message = {"problem": error.problem}
     except CheckpointError as error:
         message = {"problem": Problem("corrupt", str(error).removeprefix(f"{path}: "))}
@@ -318,7 +318,9 @@ SAFE_GLOBALS = re.compile(
 )
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
+    """A file that is not a checkpoint to be read, and why."""
+
     def __init__(self, kind: ProblemKind, text: str) -> None:
         self.problem = Problem(kind, text)
 
@@ -336,7 +338,7 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
     summary = _blank(path)
     content = open_safely(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise _Unreadable("foreign", "not a checkpoint: no dictionary with `model`")
+        raise Unreadable("foreign", "not a checkpoint: no dictionary with `model`")
     if content.get("format") == FORMAT:
         _describe_own(summary, content)
     else:
@@ -368,7 +370,7 @@ def open_safely(path: str) -> Any:
         CheckpointError: missing, damaged, or refused by the safe reader.
     """
     if os.path.isfile(path) and not zipfile.is_zipfile(path):
-        raise _Unreadable("corrupt", _not_a_zip(path))
+        raise Unreadable("corrupt", _not_a_zip(path))
     verify_file(Path(path))
     refuse_unsafe_pickle(path)
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -395,14 +397,14 @@ def refuse_unsafe_pickle(path: str) -> None:
     with zipfile.ZipFile(path) as archive:
         pickles = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
         if len(pickles) != 1:
-            raise _Unreadable("unsafe", f"expected one pickle inside, found {len(pickles)}")
+            raise Unreadable("unsafe", f"expected one pickle inside, found {len(pickles)}")
         if pickles[0].file_size > 256 << 20:
-            raise _Unreadable("unsafe", "its pickle is larger than 256 MB")
+            raise Unreadable("unsafe", "its pickle is larger than 256 MB")
         data = archive.read(pickles[0])
     named = {n for n in pickle_globals(data) if not SAFE_GLOBALS.fullmatch(n)}
     if named:
         listed = ", ".join(sorted(named)[:5])
-        raise _Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
+        raise Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
 
 
 def pickle_globals(data: bytes) -> Iterator[str]:
@@ -436,10 +438,10 @@ def _check_storages(path: str, content: Any) -> None:
         stored = Counter(e.file_size for e in archive.infolist() if "/data/" in e.filename)
     surplus = Counter(n for n in told.values() if n) - stored
     if surplus:
-        raise _Unreadable("corrupt", f"a tensor of {min(surplus)} bytes has no entry of that size")
+        raise Unreadable("corrupt", f"a tensor of {min(surplus)} bytes has no entry of that size")
     for tensor in _tensors(content):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise _Unreadable("corrupt", "a tensor claims more elements than are stored")
+            raise Unreadable("corrupt", "a tensor claims more elements than are stored")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

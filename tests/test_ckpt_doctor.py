@@ -1,0 +1,347 @@
+"""ckpt_doctor.py as its users run it: real runs, real faults, real processes; its command too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, rows, run_trainer
+
+import train_rvq
+from checkpointing import load_checkpoint, save_checkpoint
+from ckpt_checks import History, scheduled_lr
+from ckpt_doctor import ExitCode, build_parser
+from ckpt_summary import Summary
+
+EPOCHS = 8
+
+
+@pytest.fixture(scope="session")
+def healthy_run(tunes, tmp_path_factory) -> Path:
+    """The folder of a run of eight epochs with an archive of each."""
+    folder = tmp_path_factory.mktemp("doctor") / "run"
+    flags = ("--epochs", EPOCHS, "--archive-every", 1, "--step", 4)
+    code, output = run_trainer(*TINY, "--data", tunes, "--save_dir", folder, *flags)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def run_folder(healthy_run, tmp_path) -> Path:
+    """A copy of it, to be harmed; without hard links, so that a file is harmed alone."""
+    shutil.copytree(healthy_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def doctor(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The doctor as a process."""
+    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, **options)
+
+
+def findings(folder: Path, tmp_path: Path, *words: str | Path) -> dict[str, Any]:
+    """The JSON report of the only run in a folder."""
+    doctor(folder, "--json", tmp_path / "report.json", *words)
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    return run
+
+
+def harm(folder: Path, change: Any, *, from_epoch: int) -> None:
+    """Change every checkpoint from an epoch on, as if training had gone on from there."""
+    for path in sorted(folder.glob("*.pt")):
+        checkpoint = load_checkpoint(path)
+        if checkpoint["progress"]["epoch"] >= from_epoch:
+            change(checkpoint)
+            save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, path)
+
+
+def digest(folder: Path) -> dict[str, tuple[str, int]]:
+    """Content and time of each file."""
+    return {
+        p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+        for p in folder.iterdir()
+        if p.is_file()
+    }
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_is_healthy_and_left_as_it_was(healthy_run, tmp_path):
+    before = digest(healthy_run)
+    done = doctor(
+        healthy_run, "--html", tmp_path / "a.html", "--csv", tmp_path / "a.csv",
+        "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.returncode == ExitCode.HEALTHY, done.stdout
+    assert "VERDICT: HEALTHY" in done.stdout
+    assert "HEALTHY" in (tmp_path / "a.html").read_text()
+    assert (tmp_path / "a.csv").read_text().count("\n") > 100
+    assert digest(healthy_run) == before
+
+
+def explode(checkpoint: dict[str, Any]) -> None:
+    """What a blow-up leaves behind."""
+    checkpoint["model"]["blocks.1.attn.qkv.weight"] *= 30
+    checkpoint["model"]["head.weight"] *= 30
+
+
+def explode_metrics(folder: Path, from_epoch: int) -> int:
+    """The user's case: loss explodes in an epoch, CE of codebooks spikes; the step of it."""
+    (path,) = folder.glob("*_metrics.jsonl")
+    written = []
+    onset = next(r["step"] for r in rows(folder, "epoch") if r["epoch"] == from_epoch - 1) + 20
+    for row in rows(folder):
+        if row["event"] == "step" and row["step"] >= onset:
+            row["loss"] = 10.0 + row["step"] - onset
+            row["grad_norm"] = 1e4
+        if row["event"] == "epoch" and row["epoch"] >= from_epoch:
+            row.update(val=1e6, train=50.0, ppl=None, val_per_codebook=[4.0, 1e6, 1e6, None])
+        written.append(json.dumps(row))
+    path.write_text("\n".join(written) + "\n")
+    return onset
+
+
+def test_the_users_blow_up_is_dated_and_its_command_trains_on(healthy_run, run_folder, tmp_path):
+    harm(run_folder, explode, from_epoch=6)
+    onset = explode_metrics(run_folder, 6)
+    done = doctor(run_folder, "--html", tmp_path / "r.html", "--json", tmp_path / "report.json")
+    assert done.returncode == ExitCode.DIVERGED, done.stdout
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert onset - 10 <= run["onset"]["first_bad_step"] <= onset + 10
+    assert "e0005" in run["last_healthy"]
+    command = run["command"]
+    assert f"RESUME WITH: {command}" in done.stdout, "one line, as it must be typed"
+
+    words = shlex.split(command)
+    assert words[:2] == ["python", "train_rvq.py"]
+    code, output = run_trainer(*words[2:])
+    assert code == 0, output
+    clean, saved = rows(healthy_run, "epoch")[-1]["val"], rows(run_folder, "epoch")[-1]["val"]
+    assert saved < clean + 0.1, (saved, clean)
+    again = doctor(run_folder)
+    assert again.returncode == ExitCode.HEALTHY, "the files of the lost course are not held against"
+
+
+def test_one_bad_archive_is_named_and_the_run_goes_on_from_its_newest_file(run_folder, tmp_path):
+    (path,) = run_folder.glob("*_epoch_e0004__*.pt")
+    checkpoint = load_checkpoint(path)
+    checkpoint["model"]["blocks.0.mlp.up.weight"][3, 5] = float("nan")
+    save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, path)
+    done = doctor(run_folder)
+    assert done.returncode == ExitCode.DIVERGED
+    assert "blocks.0.mlp.up.weight" in done.stdout
+    assert "latest.pt" in done.stdout.splitlines()[-1]
+
+
+class Payload:
+    """A pickle that would create a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {shlex.quote(str(self.canary))}",)
+
+
+def test_a_malicious_file_costs_a_row_and_never_runs(run_folder, tmp_path):
+    canary = tmp_path / "canary"
+    with zipfile.ZipFile(run_folder / "rvq_4cb_epoch_e0099__20260101-000000.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Payload(canary)))
+        archive.writestr("archive/version", "3")
+    (run_folder / "plain.pt").write_bytes(pickle.dumps(Payload(canary)))
+    (run_folder / "cut.pt").write_bytes((run_folder / "rvq_4cb_latest.pt").read_bytes()[:-900])
+    os.mkfifo(run_folder / "pipe.pt")
+    (run_folder / "dangling.pt").symlink_to("nowhere")
+    done = doctor(run_folder)
+    assert not canary.exists()
+    assert done.returncode == ExitCode.CORRUPT
+    for said in ("UNSAFE", "posix.system", "cut.pt", "pipe.pt", "dangling.pt", "latest.pt"):
+        assert said in done.stdout, said
+    assert done.stdout.splitlines()[-1].startswith("RESUME WITH: python train_rvq.py --resume")
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"")
+    done = doctor(tmp_path)
+    assert done.returncode == ExitCode.NOTHING
+    assert "RESUME WITH" not in done.stdout
+
+
+def test_old_checkpoints_are_diagnosed_as_far_as_the_checks_apply(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({
+        "embeds": torch.nn.ModuleList(torch.nn.Embedding(64, 32) for _ in range(4)),
+        "ln_f": torch.nn.LayerNorm(32),
+        "heads": torch.nn.ModuleList(torch.nn.Linear(32, 64) for _ in range(4)),
+    })  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for epoch in (10, 20, 30):
+        sum((p * torch.randn_like(p)).sum() for p in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if epoch == 30:
+            model["heads"][2].weight.data[5, 5] = float("inf")
+        torch.save(
+            {"model": model.state_dict(), "opt": optimizer.state_dict(), "epoch": epoch,
+             "global_step": epoch * 100, "best_val": 4.5, "vocab_sizes": [64] * 4,
+             "cfg": {"lr": 1e-3}, "saved_at": "2025-08-01", "scaler": {}, "scheduler": {}},
+            tmp_path / f"rvq_4cb_epoch_e{epoch:04d}__20250801-00000{epoch // 10}.pt",
+        )  # fmt: skip
+    done = doctor(tmp_path)
+    assert done.returncode == ExitCode.DIVERGED, done.stdout
+    assert "heads.2.weight" in done.stdout
+    assert "e0020" in next(x for x in done.stdout.splitlines() if x.startswith("LAST HEALTHY"))
+    assert "RESUME WITH" not in done.stdout, "train_rvq.py cannot take these weights over"
+
+
+# --- the probe, comparing ------------------------------------------------------------------------
+
+
+def test_the_probe_finds_what_only_running_the_model_shows(run_folder, tunes, tmp_path):
+    def turn(checkpoint: dict[str, Any]) -> None:
+        head = checkpoint["model"]["head.weight"].unflatten(0, (4, 64))
+        head[2] = head[2].roll(7, 0)  # the same rows, each of another code
+        ema = checkpoint["ema"]["head.weight"].unflatten(0, (4, 64))
+        ema[2] = ema[2].roll(7, 0)
+
+    harm(run_folder, turn, from_epoch=7)
+    run = findings(run_folder, tmp_path, "--probe-data", tunes)
+    found = [f for f in run["findings"] if f["check"] == "P1"]
+    assert found, run["findings"]
+    assert "e0006" in run["last_healthy"]
+
+
+def test_comparing_two_files_shows_the_largest_change_first(run_folder):
+    latest, changed = run_folder / "rvq_4cb_latest.pt", run_folder / "changed.pt"
+    checkpoint = load_checkpoint(latest)
+    checkpoint["model"]["blocks.1.mlp.down.weight"] *= 2
+    checkpoint["flags"]["lr"] = 0.5
+    save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, changed)
+    done = doctor("--compare", latest, changed)
+    table = done.stdout[done.stdout.index(" change ") :].splitlines()
+    assert "blocks.1.mlp.down.weight" in table[1]
+    assert "100.00%" in table[1]
+    assert "flags.lr: 0.003 -> 0.5" in done.stdout
+    wrong = doctor("--compare", latest, ROOT / "README.md")
+    assert wrong.returncode == ExitCode.CORRUPT
+    assert "README.md" in wrong.stderr
+
+
+# --- manners -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name checkpoints"),
+        (["nowhere"], "no such file"),
+        (["."], "no checkpoint in this folder"),
+        (["x.pt", "--compare", "a", "b"], "name checkpoints"),
+        (["{run}", "--metrics", "nowhere"], "--metrics nowhere: no such file"),
+        (["{run}", "--probe-data", "nowhere"], "--probe-data"),
+        (["{run}", "--html", "nowhere/x.html"], "no such folder"),
+        (["{run}", "--probe-windows", "0"], "at least 1"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(healthy_run, words, said, tmp_path):
+    done = doctor(*[w.format(run=healthy_run) for w in words], cwd=tmp_path)
+    assert done.returncode == ExitCode.USAGE
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_json_on_standard_output_is_json_alone(healthy_run):
+    assert json.loads(doctor(healthy_run, "--json", "-").stdout)["runs"][0]["verdict"] == "HEALTHY"
+
+
+def test_a_reader_that_leaves_early_is_no_error(healthy_run):
+    command = f"{sys.executable} {ROOT / 'ckpt_doctor.py'} {healthy_run} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_ctrl_c_ends_at_once_and_leaves_no_process(healthy_run):
+    many = map(str, sorted(healthy_run.glob("*.pt")))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "ckpt_doctor.py"), *many],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(2.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (ExitCode.INTERRUPTED, ExitCode.HEALTHY)
+    assert "Traceback" not in errors or "KeyboardInterrupt" in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_exit_codes_stand_in_the_help_and_the_readme():
+    text = build_parser().format_help()
+    readme = (ROOT / "README.md").read_text()
+    for code in ExitCode:
+        assert f"{int(code)} " in text
+    for action in build_parser()._actions:
+        if action.option_strings:
+            assert f"`{action.option_strings[-1]}" in readme, action.option_strings
+
+
+# --- what the checks rest on ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5, 10, 11, 500, 999, 1000, 1500])
+def test_the_planned_lr_is_the_trainers(step):
+    flags = {"lr": 3e-3, "eta_min": 1e-5, "warmup_ratio": 0.01}
+    summary = Summary("x", "latest", None, style="own", flags=flags)
+    summary.progress = {"schedule_steps": 1000, "lr_scale": 0.5}
+    expected = 0.5 * train_rvq.lr_at_step(step, 1000, **flags)
+    assert scheduled_lr(summary, step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_history_leaves_out_what_a_resume_took_back():
+    told = [{"event": "start", "step": 0, "time": 1.0}]
+    told += [{"event": "step", "step": s, "loss": 1.0, "time": 2.0} for s in range(10, 60, 10)]
+    told += [{"event": "resume", "step": 20, "time": 9.0}]
+    told += [{"event": "step", "step": s, "loss": 2.0, "time": 10.0} for s in (30, 40)]
+    history = History(told)
+    assert [(r["step"], r["loss"]) for r in history.steps] == [
+        (10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)
+    ]  # fmt: skip
+    assert len(history.abandoned) == 3
+    lost = Summary("a", "archive", None, step=50, modified=5.0)
+    kept = Summary("b", "archive", None, step=40, modified=11.0)
+    assert history.is_abandoned(lost)
+    assert not history.is_abandoned(kept)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"event": "step", "step": 5}, {"event": "step", "step": True, "loss": 1},
+        {"event": "step", "step": 10**400}, {"event": "epoch", "step": 3, "val_per_codebook": 7},
+        {"event": "epoch", "step": 3, "val": "x", "epoch": []}, {"event": 3, "step": 3},
+        {"event": "resume", "step": 3, "flags": 7}, {"event": "skip", "step": 3, "reason": None},
+        {"event": "step", "step": 6, "loss": 1e308, "lr": "nan", "grad_norm": []}, {"step": 1},
+        {"event": "rollback", "step": 9, "to_step": "x"},
+    ],
+)  # fmt: skip
+def test_hostile_metrics_rows_are_survived(row, run_folder):
+    (path,) = run_folder.glob("*_metrics.jsonl")
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n[1]\n{broken\n")
+    done = doctor(run_folder / "rvq_4cb_latest.pt")
+    assert done.returncode in (ExitCode.HEALTHY, ExitCode.SUSPECT), done.stderr
