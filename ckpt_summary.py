@@ -39,7 +39,7 @@ from checkpointing import FORMAT, REQUIRED_KEYS, CheckpointError, map_tensors, v
 from model import CodesTransformer, ModelConfig
 
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
-CHUNK = 1 << 22  # elements at a time; the child's own memory is a few of these
+CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the processor's caches
 SILENCE = 120.0  # seconds without a sign of life after which a child is given up
 
 ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
@@ -259,6 +259,9 @@ def _child(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
     try:
+        torch.set_num_threads(
+            1
+        )  # memory is the limit; threads wait for each other on a busy machine
         _limit_this_process(path)
         message = {"answer": work(path, tell, *arguments)}
     except Unreadable as error:
@@ -706,7 +709,7 @@ def _measure_elements(
                 finite_chunk(moments[1][span], "v", bad),
             )
             _add_moments(parameter, sums, m, v, d, settings)
-    parameter.bad = dict(bad)
+    parameter.bad = {part: n for part, n in bad.items() if n}
     parameter.rms, parameter.largest = sums.rms("w", count), largest
     if ema is not None:
         parameter.ema_rms, parameter.ema_distance = sums.rms("e", count), sums.rms("d", count)
@@ -723,8 +726,8 @@ def _measure_elements(
 def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
     """A chunk in double precision, its non-finite values counted and replaced by zero."""
     chunk = chunk.detach().double()
-    finite = torch.isfinite(chunk)
-    if not bool(finite.all()):
+    if not math.isfinite(float(chunk.sum())):  # ten times as fast as looking at each
+        finite = torch.isfinite(chunk)
         bad[what] += int((~finite).sum())
         chunk = chunk.masked_fill(~finite, 0.0)
     return chunk

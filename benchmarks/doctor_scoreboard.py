@@ -110,7 +110,7 @@ HEALTHY_EXTRA: dict[str, tuple[int, tuple[str, ...]]] = {
     "warm-up alone": (0, (SMALL + "--lr 3e-3 --warmup-ratio 0.9 --epochs 6 --max-steps 400",)),
     "resumed": (1, (SMALL + "--lr 2e-3 --epochs 8 --max-steps 350", "--epochs 8 --max-steps 2000")),
     "archives thinned": (0, (SMALL + "--lr 2e-3 --epochs 14 --keep-archived 5",)),
-    "time budget": (3, (SMALL + "--lr 2e-3 --epochs 500 --max-seconds 8 --archive-every 2",)),
+    "time budget": (3, (SMALL + "--lr 2e-3 --epochs 500 --max-seconds 8",)),
     "three epochs": (2, (SMALL + "--lr 3e-3 --epochs 3",)),
     "lr 3e-2": (4, (SMALL + "--lr 3e-2 --epochs 8",)),
     "real tokens": (
@@ -193,7 +193,10 @@ class Bench:
     ) -> None:
         for flags in starts:
             words = ["--data", str(self.data(number)), "--save_dir", str(folder), *COMMON]
-            train([*words, *flags.split()], sabotage, folder.with_name(folder.name + ".log"))
+            log = folder.with_name(folder.name + ".log")
+            code = train([*words, *flags.split()], sabotage, log)
+            if code not in (0, 3):  # done, or stopped by the guard
+                raise RuntimeError(f"{log}: the trainer ended with {code}")
 
     def train_shape(
         self, folder: Path, number: int, seed: int, sabotage: Sabotage | None = None
@@ -272,6 +275,7 @@ def with_bad_files(folder: Path, truth: Truth) -> Truth:
 def make_overfit(bench: Bench, seed: int, folder: Path) -> Truth:
     """Two tiny noisy files, a large model, no dropout; it begins where val is lowest."""
     data = bench.root / f"tiny{seed}"
+    shutil.rmtree(data, ignore_errors=True)
     make_data(data, codebooks=3, vocab=64, files=3, frames=400, noise=0.3, seed=100 + seed)
     listed = data / "val.txt"
     listed.write_text("0.npq\n")

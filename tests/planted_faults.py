@@ -788,6 +788,9 @@ def _worse_codebook(row: Row, rng: np.random.Generator, _: int) -> None:
 def _nan_loss(row: Row, _: np.random.Generator, __: int) -> None:
     if row["event"] == "step":
         row["loss"] = None
+    if row["event"] == "epoch":
+        row["train"] = row["val"] = None
+        row["val_per_codebook"] = [None] * len(row["val_per_codebook"])
 
 
 def _slow_rise(row: Row, _: np.random.Generator, since: int) -> None:
@@ -798,9 +801,15 @@ def _slow_rise(row: Row, _: np.random.Generator, since: int) -> None:
         row["train"] += 0.02 * since
 
 
-def _exploding_norm(row: Row, _: np.random.Generator, __: int) -> None:
+def _exploding_norm(row: Row, _: np.random.Generator, since: int) -> None:
     if row["event"] == "step":
         row["grad_norm"] *= 50
+    _no_better(row, _, since)
+
+
+def _no_better(row: Row, _: np.random.Generator, since: int) -> None:
+    if row["event"] == "epoch":
+        row["val"] += 0.02 + 0.001 * since
 
 
 METRICS_FAULTS: dict[str, tuple[Callable[[Row, np.random.Generator, int], None], tuple[str, ...]]]
@@ -809,7 +818,7 @@ METRICS_FAULTS = {
     "loss is NaN": (_nan_loss, ("H3",)),
     "loss and val creep up": (_slow_rise, ("H2", "H3")),
     "gradient norm x 50": (_exploding_norm, ("H3",)),
-    "a burst of skips": (lambda *_: None, ("H3",)),
+    "a burst of skips": (_no_better, ("H3",)),
 }
 
 

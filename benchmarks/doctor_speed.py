@@ -1,0 +1,110 @@
+"""What the doctor takes for large checkpoints: seconds against reading the files, and memory.
+
+    python benchmarks/doctor_speed.py [--files 3] [--shape 768/16/12]
+
+Writes checkpoints of that shape (random weights, EMA, Adam's moments; about 2 GB each) into a
+temporary folder, then runs, in turn, the doctor and a plain read of all their bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpointing import save_checkpoint  # noqa: E402
+from model import CodesTransformer, ModelConfig  # noqa: E402
+
+
+def main() -> None:
+    """Write, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--files", type=int, default=3)
+    parser.add_argument("--shape", default="768/16/12", help="d_model/layers/heads")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for the files; without it a temporary one")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
+        shape = tuple(map(int, flags.shape.split("/")))
+        # In a process of its own: a child counts its parent's memory as its own until it starts.
+        writer = multiprocessing.Process(target=write_run, args=(Path(folder), flags.files, shape))
+        writer.start()
+        writer.join()
+        paths = sorted(Path(folder).glob("*.pt"))
+        size = sum(p.stat().st_size for p in paths)
+        reads, doctors = [], []
+        for _ in range(flags.rounds):
+            reads.append(seconds_to_read(paths))
+            doctors.append(seconds_of_doctor(folder))
+    peak = max(peaks) / 1e6
+    read, doctor = statistics.median(reads), statistics.median(doctors)
+    print(f"{flags.files} files of {flags.shape}, {size / 1e9:.2f} GB, n = {flags.rounds} rounds")
+    print(f"reading    {read:6.1f} s ({min(reads):.1f} to {max(reads):.1f})")
+    print(f"the doctor {doctor:6.1f} s ({min(doctors):.1f} to {max(doctors):.1f})")
+    print(f"{doctor / read:.1f} times as long, {doctor / size * 1e9:.2f} s/GB")
+    print(f"largest process {peak:.2f} GB")
+
+
+def write_run(folder: Path, files: int, shape: tuple[int, ...]) -> None:
+    """Checkpoints whose weights, EMA and moments are random, but fit together."""
+    torch.manual_seed(0)
+    config = ModelConfig((1024,) * 9, *shape)
+    weights = {n: p.detach().clone() for n, p in CodesTransformer(config).state_dict().items()}
+    names = list(weights)
+    for epoch in range(1, files + 1):
+        step = 1000 * epoch
+        for weight in weights.values():
+            weight += 1e-3 * torch.randn_like(weight)
+        states = {
+            i: {"step": torch.tensor(float(step)), "exp_avg": 1e-5 * torch.randn_like(w),
+                "exp_avg_sq": torch.full_like(w, 1e-8)}
+            for i, w in enumerate(weights.values())
+        }  # fmt: skip
+        group = {
+            "lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.02,
+            "params": list(range(len(names))), "param_names": names,
+        }  # fmt: skip
+        checkpoint = {
+            "model": weights, "ema": {n: w + 1e-3 for n, w in weights.items()},
+            "optimizer": {"state": states, "param_groups": [group]}, "scaler": {}, "guard": {},
+            "progress": {"step": step, "epoch": epoch, "best_val": 4.5}, "rng": {},
+            "architecture": config.to_dict(), "flags": {"ema": 0.999}, "data": {}, "history": [],
+            "libraries": {},
+        }  # fmt: skip
+        name = f"rvq_9cb_epoch_e{epoch:04d}__20250101-{epoch:06d}.pt"
+        save_checkpoint(checkpoint, folder / name)
+
+
+def seconds_to_read(paths: list[Path]) -> float:
+    """To read every byte once."""
+    started = time.perf_counter()
+    for path in paths:
+        with open(path, "rb") as file:
+            while file.read(1 << 22):
+                pass
+    return time.perf_counter() - started
+
+
+def seconds_of_doctor(folder: str) -> float:
+    """Of a whole process, start and report included."""
+    started = time.perf_counter()
+    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "VERDICT" not in done.stdout:
+        raise SystemExit(done.stderr)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
