@@ -38,6 +38,8 @@ STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
 WEIGHTS_KEYS = {"ema", "architecture"}  # what a new run can start from
 TEMPORARY_SUFFIX = ".saving"
+RING_SIZE = 4  # step checkpoints to roll back to
+QUARANTINE_SIZE = 3  # unsound states kept for diagnosis
 DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
 SAVING_NICENESS = 10  # a tenth of the share of a processor that training gets where both want it
 
@@ -280,8 +282,9 @@ def run_name(num_codebooks: int, tag: str = "") -> str:
 class RunFiles:
     """Names and upkeep of the files that one run keeps in its folder.
 
-    `latest` is replaced at each save and the one before it stays as `previous`; `best` and the
-    dated archives are further links to the same bytes where the file system has hard links.
+    `latest` is replaced at each save and the one before it stays as `previous`; `best`, the dated
+    archives and the ring of step checkpoints that a run can roll back to are further links to the
+    same bytes where the file system has hard links.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
@@ -296,16 +299,56 @@ class RunFiles:
         """Where the state at a panic is kept for diagnosis."""
         return self.folder / f"{self.name}_panic_s{step:08d}.pt"
 
+    def ring_file(self, step: int) -> Path:
+        """The step checkpoint of a step."""
+        return self.folder / f"{self.name}_ring_s{step:08d}.pt"
+
+    def ring_steps(self) -> list[int]:
+        """Steps of the ring's checkpoints, oldest first."""
+        return [step for step, _ in self._by_step("ring")]
+
+    def prune_ring(self, newest: int) -> None:
+        """Remove step checkpoints newer than a step, which are of another past, and old ones."""
+        ring = self._by_step("ring")
+        kept = [path for step, path in ring if step <= newest][-RING_SIZE:]
+        for _, path in ring:
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def remove_ring(self) -> None:
+        """Remove all step checkpoints, once a run has ended well."""
+        for _, path in self._by_step("ring"):
+            path.unlink(missing_ok=True)
+
+    def quarantine(self, checkpoint: dict[str, Any], step: int, reason: str) -> Path:
+        """Keep an unsound state apart, with the reason in it, and the newest few such files alone.
+
+        Raises:
+            OSError: as `save_checkpoint`.
+        """
+        path = self.folder / f"{self.name}_quarantine_s{step:08d}.pt"
+        save_checkpoint({**checkpoint, "quarantine": reason}, path)
+        others = sorted((p.stat().st_mtime, p) for _, p in self._by_step("quarantine") if p != path)
+        for _, old in others[: len(others) - QUARANTINE_SIZE + 1]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def _by_step(self, kind: str) -> list[tuple[int, Path]]:
+        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_s(\d+)\.pt")
+        found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
+        return sorted((int(m[1]), p) for m, p in found)
+
     def save(
         self,
         checkpoint: dict[str, Any],
         *,
         best_epoch: int | None = None,
         archive_epoch: int | None = None,
+        ring_step: int | None = None,
         keep_archived: int = 20,
         tell: Callable[[str], None] = print,
     ) -> Path:
-        """Save as `latest`, and with the epochs given as `best` and its archive, as an archive.
+        """Save as `latest`, and as asked as `best` and its archive, as an archive, in the ring.
 
         `best` comes first: if a crash falls between, the resumed run finds the same best again,
         whereas a `latest` that knows of a best value whose file is missing would never mend.
@@ -315,7 +358,8 @@ class RunFiles:
         Raises:
             OSError: as `save_checkpoint`, or there is no space; `latest` is intact.
         """
-        names = 2 * (best_epoch is not None) + (archive_epoch is not None) + self.latest.exists()
+        asked = [best_epoch, best_epoch, archive_epoch, ring_step]
+        names = len(asked) - asked.count(None) + self.latest.exists()
         self.make_room(size_of(checkpoint) * (1 if self.has_links else 1 + names), tell)
         temporary = _write_beside(checkpoint, self.latest)
         try:
@@ -324,6 +368,8 @@ class RunFiles:
                 self._link(temporary, self._archive("best", best_epoch))
             if archive_epoch is not None:
                 self._link(temporary, self._archive("epoch", archive_epoch))
+            if ring_step is not None:
+                self._link(temporary, self.ring_file(ring_step))
             if self.latest.exists():
                 self._link(self.latest, self.previous)
             os.replace(temporary, self.latest)
@@ -334,6 +380,8 @@ class RunFiles:
         for kind in ("epoch", "best"):
             for old in self.archives(kind)[:-keep_archived]:
                 old.unlink(missing_ok=True)
+        if ring_step is not None:
+            self.prune_ring(newest=ring_step)
         return self.latest
 
     def _link(self, source: Path, target: Path) -> None:
@@ -342,8 +390,9 @@ class RunFiles:
     def make_room(self, needed: int, tell: Callable[[str], None] = print) -> None:
         """Remove the oldest archives, only as many as it takes to have `needed` bytes free.
 
-        An archive frees nothing while `latest`, `previous`, `best` or a file of the user's is a
-        link to the same bytes; such a one stays, and all stay where all together free too little.
+        An archive frees nothing while `latest`, `previous`, `best`, a step checkpoint or a file of
+        the user's is a link to the same bytes; such a one stays, and all stay where all together
+        free too little.
 
         Raises:
             OSError: ENOSPC with the figures; nothing was removed.
@@ -398,14 +447,18 @@ class RunFiles:
 
     def others(self) -> list[Path]:
         """Checkpoints to offer when `latest` and `previous` are both unusable, newest first."""
-        return [*reversed(self.archives("epoch")), *reversed(self.archives("best")), self.best]
+        ring = [path for _, path in reversed(self._by_step("ring"))]
+        archives = [*reversed(self.archives("epoch")), *reversed(self.archives("best"))]
+        return [*ring, *archives, self.best]
 
     def all_files(self) -> list[Path]:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics]
         found = [p for p in named if os.path.lexists(p)]
-        panics = sorted(self.folder.glob(f"{self.name}_panic_s*.pt"))
-        return found + self.archives("epoch") + self.archives("best") + panics
+        found += self.archives("epoch") + self.archives("best")
+        for kind in ("ring", "quarantine", "panic"):
+            found += [path for _, path in self._by_step(kind)]
+        return found
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a save that was killed. Call with the lock held."""

@@ -827,29 +827,48 @@ class WindowDataset(Dataset[torch.Tensor]):
 
 
 class EpochOrder(Sampler[Any]):
-    """Batches of window numbers in an order that depends on (seed, epoch) alone.
+    """Batches of window numbers in an order that depends on (seed, epoch, detours) alone.
 
     Only whole groups of batch * accum windows are given out: optimizer steps are never partial.
-    `start` skips windows of the present epoch that a resumed run has used.
+    `start` skips windows of the present epoch that a resumed run has used. Each rollback of a run
+    adds a detour, {"epoch", "position", "suspects", "barred"}: from that position on the order is
+    another one, without the suspects in that epoch and without the barred windows from there on.
     """
 
     def __init__(self, num_windows: int, *, batch: int, accum: int, seed: int) -> None:
         self.num_windows, self.batch, self.seed = num_windows, batch, seed
         self.group = batch * accum
         self.epoch = self.start = 0
+        self.detours: list[dict[str, Any]] = []
 
     def permutation(self, epoch: int) -> np.ndarray[Any, Any]:
-        """All window numbers, shuffled.
+        """The window numbers of an epoch, shuffled.
 
         RandomState's streams are frozen for good, Generator's are not (NEP 19).
         """
-        bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
-        return np.random.RandomState(bits).permutation(self.num_windows)
+        order = self._shuffled(np.arange(self.num_windows), epoch)
+        for number, detour in enumerate(self.detours, start=1):
+            if detour["epoch"] > epoch:
+                continue
+            is_here = detour["epoch"] == epoch
+            used, rest = np.split(order, [detour["position"] if is_here else 0])
+            left_out = detour["barred"] + (detour["suspects"] if is_here else [])
+            rest = rest[~np.isin(rest, left_out)]
+            order = np.concatenate((used, self._shuffled(rest, epoch, number)))
+        return order
+
+    def _shuffled(self, windows: np.ndarray[Any, Any], *key: int) -> np.ndarray[Any, Any]:
+        bits = np.random.MT19937(np.random.SeedSequence([self.seed, *key]))
+        return windows[np.random.RandomState(bits).permutation(len(windows))]
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
         order = self.permutation(self.epoch)[self.start :]
-        for first in range(0, len(self) * self.batch, self.batch):
+        for first in range(0, len(order) // self.group * self.group, self.batch):
             yield order[first : first + self.batch]
 
+    def end(self) -> int:
+        """How many windows the present epoch has."""
+        return len(self.permutation(self.epoch)) if self.detours else self.num_windows
+
     def __len__(self) -> int:
-        return (self.num_windows - self.start) // self.group * (self.group // self.batch)
+        return (self.end() - self.start) // self.group * (self.group // self.batch)

@@ -1,6 +1,6 @@
-"""What keeps a run alive: averaged weights and the guard that refuses bad steps.
+"""What keeps a run alive: averaged weights, the guard that refuses bad steps, the rescue ladder.
 
-Objects with state; no files, no flags. Both round-trip through `state_dict`.
+Objects with state; no files, no flags. All round-trip through `state_dict`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -53,7 +53,9 @@ class Ema(Generic[M]):
 WARM_UP = 32  # accepted steps before the statistical limits are used
 LOSS_SIGMA_FLOOR = 0.04  # of the mean: six of these let a loss rise by 24 %
 NORM_SIGMA_FLOOR = 0.5  # of log grad norm: six of these let it rise to 20 times
-CE_MARGIN = 1.0  # nats above guessing, ln V, that a codebook's cross-entropy may reach
+CE_MARGIN = 1.0  # nats above guessing, ln V, that a codebook's cross-entropy may reach in a step
+LASTING_CE_MARGIN = 0.1  # nats above guessing that its average may reach
+CE_AVERAGE = 1 / 32  # weight of a step in that average
 
 
 class Guard:
@@ -64,19 +66,19 @@ class Guard:
     `factor` standard deviations above the mean of the last `memory` accepted steps. It compares
     first and adds afterwards, and only accepted steps are added, so neither a spike nor a NaN can
     widen its limits. The deviations have floors, lest a calm stretch make it refuse everything.
-    After a run of refusals the caller forgets the past with `forget`: a lasting change of level is
-    learned, not fought.
+    Where the level changes for a reason, such as other flags, the caller says so with `forget`.
     """
 
     def __init__(
         self, vocab_sizes: Sequence[int], *, factor: float = 6.0, memory: int = 128
     ) -> None:
         self.factor, self.memory = factor, memory
-        self.ce_limits = [math.log(v) + CE_MARGIN for v in vocab_sizes]
+        self.guessing = [math.log(v) for v in vocab_sizes]  # ce [K] of an even guess
         self.losses: deque[float] = deque(maxlen=memory)
         self.log_norms: deque[float] = deque(maxlen=memory)
         self.refused_in_a_row = 0
         self.refused = 0
+        self.recent_ce: list[float] = []  # [K], averaged over the last accepted steps
 
     def judge(self, loss: float, grad_norm: float, ce: Sequence[float]) -> str | None:
         """Why a step must be refused, or None; ce [K] in nats, grad norm before clipping."""
@@ -84,9 +86,11 @@ class Guard:
             return "loss is not finite"
         if not math.isfinite(grad_norm):
             return "gradient norm is not finite"
-        for k, (value, limit) in enumerate(zip(ce, self.ce_limits, strict=True)):
-            if value > limit:
-                return f"cross-entropy of codebook {k} is {value:.3f}, over ln V + 1 = {limit:.3f}"
+        for k, (value, guess) in enumerate(zip(ce, self.guessing, strict=True)):
+            if value > guess + CE_MARGIN:
+                return (
+                    f"cross-entropy of codebook {k} is {value:.3f}, over ln V + 1 = {guess + 1:.3f}"
+                )
         if self.factor and len(self.losses) >= WARM_UP:
             limit = _limit(self.losses, self.factor, LOSS_SIGMA_FLOOR * mean(self.losses))
             if loss > limit:
@@ -96,21 +100,31 @@ class Guard:
                 return f"gradient norm {grad_norm:.3f} is over {limit:.3f}, {self.factor:g} sigma"
         return None
 
-    def accept(self, loss: float, grad_norm: float) -> None:
-        """Add an accepted step to the past."""
+    def accept(self, loss: float, grad_norm: float, ce: Sequence[float] = ()) -> None:
+        """Add an accepted step to the past; ce [K] in nats."""
         self.losses.append(loss)
         self.log_norms.append(math.log(max(grad_norm, 1e-12)))
         self.refused_in_a_row = 0
+        past = self.recent_ce or ce
+        self.recent_ce = [a + CE_AVERAGE * (x - a) for a, x in zip(past, ce, strict=True)]
 
     def refuse(self, *, in_a_row: bool = True) -> None:
         """Count a refused step; an fp16 overflow is no sign of trouble and not counted in a row."""
         self.refused += 1
         self.refused_in_a_row += in_a_row
 
+    def worse_than_guessing(self) -> str | None:
+        """Which codebook's cross-entropy has lately averaged over ln V + 0.1, or None."""
+        for k, (value, guess) in enumerate(zip(self.recent_ce, self.guessing, strict=False)):
+            if value > guess + LASTING_CE_MARGIN:
+                return f"cross-entropy of codebook {k} averages {value:.3f}, ln V is {guess:.3f}"
+        return None
+
     def forget(self) -> None:
         """Start to learn the run's level anew."""
         self.losses.clear()
         self.log_norms.clear()
+        self.recent_ce = []
         self.refused_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,6 +134,7 @@ class Guard:
             "log_norms": list(self.log_norms),
             "refused_in_a_row": self.refused_in_a_row,
             "refused": self.refused,
+            "recent_ce": list(self.recent_ce),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -127,6 +142,7 @@ class Guard:
         self.losses = deque(state["losses"], maxlen=self.memory)
         self.log_norms = deque(state["log_norms"], maxlen=self.memory)
         self.refused_in_a_row, self.refused = state["refused_in_a_row"], state["refused"]
+        self.recent_ce = list(state.get("recent_ce", ()))
 
 
 def _limit(past: deque[float], factor: float, sigma_floor: float) -> float:
@@ -138,3 +154,118 @@ def _limit(past: deque[float], factor: float, sigma_floor: float) -> float:
 def mean(values: deque[float]) -> float:
     """Arithmetic mean of at least one value."""
     return sum(values) / len(values)
+
+
+# --- the rescue ladder ---------------------------------------------------------------------------
+
+REFUSED_IN_A_ROW = 10  # the next rung after so many
+REFUSED_LATELY, LATELY = 10, 1000  # or after so many of the last so many steps, taken or refused
+ROLLBACK_STEPS = 100  # a state so much older than the event has not seen what led to it
+MAX_ROLLBACKS = 3  # within FORGIVEN_AFTER steps; then the run stops
+FORGIVEN_AFTER = 5000  # steps beyond an event, after which it counts no more
+SUSPECT_STEPS = 30  # whose windows the rest of the epoch leaves out: refused and accepted ones
+MAX_BARRED = 0.2  # share of the windows that may be left out for good
+
+
+class Ladder:
+    """Decides what follows when skipping a step does not help: roll back, three times, then stop.
+
+    A refused step costs nothing but its windows. Ten in a row mean that the weights are damaged,
+    ten of the last thousand that they, or the data, soon will be: the run then goes back to a state
+    at least 100 steps older, with a lower learning rate, without the windows before the event and
+    in another order (Chowdhery et al. 2022, section 5.1). Windows of the steps whose refusal led
+    there are not drawn again at all, so that bad windows in the data cannot cause it for ever.
+    """
+
+    def __init__(self) -> None:
+        self.attempts = 0  # steps, taken or refused; never goes back
+        self.refusals: list[dict[str, Any]] = []  # lately: {"attempt", "windows"}
+        self.events: list[int] = []  # steps that were rolled back from and are not forgiven yet
+        self.detours: list[dict[str, Any]] = []  # of the data order; see npq_dataset.EpochOrder
+        self.kept_step: int | None = None  # newest step checkpoint
+
+    def attempt(self) -> None:
+        """Count a step, taken or refused."""
+        self.attempts += 1
+
+    def refuse(self, windows: Iterable[int]) -> None:
+        """Remember the windows of the refused step just counted."""
+        self.refusals.append({"attempt": self.attempts, "windows": [int(w) for w in windows]})
+        oldest = self.attempts - LATELY
+        self.refusals = [r for r in self.refusals if r["attempt"] > oldest]
+
+    def trouble(self, refused_in_a_row: int) -> str | None:
+        """Why the next rung is due, or None; ask after a refusal."""
+        if refused_in_a_row >= REFUSED_IN_A_ROW:
+            return f"{REFUSED_IN_A_ROW} steps in a row were refused"
+        if len(self.refusals) >= REFUSED_LATELY:
+            return f"{REFUSED_LATELY} of the last {LATELY} steps were refused"
+        return None
+
+    def may_roll_back(self, step: int) -> bool:
+        """Whether a rung is left; forgives events that lie far back."""
+        self.events = [e for e in self.events if e + FORGIVEN_AFTER > step]
+        return len(self.events) < MAX_ROLLBACKS
+
+    def retreats(self, step: int, available: Iterable[int]) -> list[int]:
+        """Which of the available states to try, best first.
+
+        The newest that is old enough, then older ones; where none is, the oldest.
+        """
+        oldest_first = sorted(available)
+        old_enough = [s for s in oldest_first if s <= step - ROLLBACK_STEPS]
+        too_young = [s for s in oldest_first if step - ROLLBACK_STEPS < s <= step]
+        return old_enough[::-1] + too_young
+
+    def roll_back(
+        self, event: int, *, epoch: int, position: int, suspects: Iterable[int], windows: int
+    ) -> None:
+        """Record a rollback to `position` of `epoch`; `windows` is how many there are in all."""
+        room = int(MAX_BARRED * windows) - sum(len(d["barred"]) for d in self.detours)
+        refused = sorted({w for r in self.refusals for w in r["windows"]})
+        self.events.append(event)
+        self.detours.append(
+            {
+                "epoch": epoch,
+                "position": position,
+                "suspects": [int(w) for w in suspects],
+                "barred": refused[: max(0, room)],
+            }
+        )
+        self.refusals = []
+
+    def forget_windows(self) -> None:
+        """Drop what refers to windows by number, after the data changed."""
+        self.refusals, self.detours = [], []
+
+    def keep_due(self, step: int, planned_steps: int) -> bool:
+        """Whether a step checkpoint is due: at the start, and every `keep_interval` steps."""
+        if step == self.kept_step:
+            return False
+        return self.kept_step is None or step % keep_interval(planned_steps) == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return copy.deepcopy(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result."""
+        vars(self).update({n: copy.deepcopy(v) for n, v in state.items() if n in vars(self)})
+
+
+def keep_interval(planned_steps: int) -> int:
+    """Steps between the step checkpoints to roll back to; a pure function, so a resume agrees.
+
+    A twentieth of the run, but not below 100, where saving a tiny model would begin to show, and
+    not above 500: minutes of a large one.
+    """
+    return min(500, max(100, planned_steps // 20))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; one host sync."""
+    if not tensors:
+        return []
+    # A sum is not finite if one of its terms is not, and takes one pass without a copy.
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    return [name for name, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]

@@ -68,15 +68,22 @@ from npq_dataset import (
 )
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
-from stability import Ema, Guard
+from stability import MAX_ROLLBACKS, SUSPECT_STEPS, Ema, Guard, Ladder, not_finite
 
-PANIC_AFTER = 10  # refused steps in a row
-MAX_PANICS = 3  # after which the run stops
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal when interrupted
 
 # --- flags ---------------------------------------------------------------------------------------
 
 ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks")  # a resumed run keeps these
+# Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
+LEVEL_FLAGS = (
+    "label_smoothing",
+    "cb_weights",
+    "cb_weights_auto_alpha",
+    "dropout",
+    "batch",
+    "accum",
+)
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
 COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
 
@@ -155,8 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--outlier-ema-beta", type=fraction, default=1 - 1 / 128,
         help="the guard looks back over 1 / (1 - beta) accepted steps")
     add("--panic-lr-mul", type=positive, default=0.5,
-        help=f"factor on lr after {PANIC_AFTER} refused steps in a row, {MAX_PANICS} times at most")
-    add("--panic-snapshot", action=switch, default=False, help="keep *_panic.pt of that moment")
+        help="factor on lr at each rollback")
+    add("--panic-snapshot", action=switch, default=False,
+        help="keep *_panic_sNNNNNNNN.pt of the moment before a rollback")
 
     add = parser.add_argument_group("speed").add_argument
     add("--device", help="cuda, cuda:1, mps or cpu; without it the best device present")
@@ -302,8 +310,7 @@ class Progress:
     seconds: float = 0.0  # in training steps, since the very first start
     elapsed: float = 0.0  # wall clock, likewise, over all processes
     schedule_steps: int = 0  # over which lr falls; fixed at the very first start
-    lr_scale: float = 1.0  # lowered by panics
-    panics: int = 0
+    lr_scale: float = 1.0  # lowered by rollbacks
     best_val: float = math.inf
     best_epoch: int = 0
     validated_step: int = -1
@@ -326,6 +333,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     guard: Guard
     progress: Progress
+    ladder: Ladder = dataclasses.field(default_factory=Ladder)
 
 
 @dataclass
@@ -405,6 +413,7 @@ class Saving:
     epoch: int
     is_best: bool
     archive: bool
+    spare: bool  # a step checkpoint; these come often, and a disk may be full for minutes
     started: float
     stall: float  # seconds that training waited, for the save before it too
 
@@ -448,6 +457,7 @@ class StepStats:
     grad_norm: float
     lr: float
     refused: str | None  # why, if the guard refused it
+    is_overflow: bool = False  # of fp16, which the scaler mends
 
 
 def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
@@ -460,7 +470,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
     run.between_steps = False
     if refused is None:
         update(run, lr, grad_norm)
-        state.guard.accept(loss, grad_norm)
+        state.guard.accept(loss, grad_norm, ce)
         p.step += 1
         p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
         p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
@@ -469,9 +479,10 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
         p.epoch_refused += 1
     state.scaler.update()  # halves the scale after an overflow; nothing without a scaler
     state.optimizer.zero_grad(set_to_none=True)
+    state.ladder.attempt()
     p.position += run.windows_per_step
     run.between_steps = True
-    return StepStats(loss, ce, grad_norm, lr, refused)
+    return StepStats(loss, ce, grad_norm, lr, refused, overflow)
 
 
 def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
@@ -626,6 +637,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.state_dict(),
+        "ladder": state.ladder.state_dict(),
         "progress": dataclasses.asdict(state.progress),
         "rng": rng_state(),
         "architecture": state.model.config.to_dict(),
@@ -637,10 +649,19 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
-    """Begin to save `latest` and, as asked, `best` and archives; the writing goes on beside.
+def save(
+    run: Run,
+    *,
+    is_best: bool = False,
+    archive: bool = False,
+    ring: bool = False,
+    spare: bool = False,
+) -> str | None:
+    """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
 
-    A failing disk is survived: three failures in a row raise OSError here or in `check_save`.
+    The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
+    A failing disk is survived: three failures in a row, of saves that are not spare, raise OSError
+    here or in `check_save`.
     """
     began = time.perf_counter()
     check_save(run, wait=True)
@@ -648,16 +669,23 @@ def save(run: Run, *, is_best: bool = False, archive: bool = False) -> None:
     started = time.perf_counter()
     run.last_save = started
     run.stop.save = False
+    if (reason := unsound(run)) is not None:  # asked of the state itself, before it is copied
+        quarantine(run, reason)
+        return reason
+    if ring:
+        run.state.ladder.kept_step = p.step
     write = functools.partial(
         run.files.save,
         best_epoch=p.best_epoch if is_best else None,
         archive_epoch=p.epoch if archive else None,
+        ring_step=p.step if ring else None,
         keep_archived=run.flags.keep_archived,
         tell=run.console.problem,
     )
     written = run.saver.start(checkpoint_of(run), write)
     stall = time.perf_counter() - began
-    run.saving = Saving(written, p.step, p.epoch, is_best, archive, started, stall)
+    run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
+    return None
 
 
 def check_save(run: Run, *, wait: bool = False) -> Saving | None:
@@ -673,7 +701,7 @@ def check_save(run: Run, *, wait: bool = False) -> Saving | None:
     try:
         path = saving.written.result()
     except OSError as error:
-        run.failed_saves += 1
+        run.failed_saves += not saving.spare
         run.console.problem(
             f"save at step {saving.step} failed ({error}); {run.files.latest} is still the last "
             "good one"
@@ -709,8 +737,37 @@ def finish_save(run: Run) -> None:
         save(run, is_best=failed.is_best, archive=failed.archive)
 
 
+def unsound(run: Run) -> str | None:
+    """Why the state must not become a checkpoint to go on from, or None; one host sync."""
+    state = run.state
+    tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
+    tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
+    names = [
+        n for group in state.optimizer.state_dict()["param_groups"] for n in group["param_names"]
+    ]
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"{m} of {names[index]}": moments[m] for m in ("exp_avg", "exp_avg_sq")}
+    if bad := not_finite(tensors):
+        return f"{len(bad)} tensors are not finite, first {bad[0]}"
+    return state.guard.worse_than_guessing()
+
+
+def quarantine(run: Run, reason: str) -> None:
+    """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
+    p = run.state.progress
+    try:
+        name = run.files.quarantine(checkpoint_of(run), p.step, reason).name
+    except OSError as error:
+        name = f"nowhere ({error})"
+    run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
+    run.console.problem(
+        f"the state at step {p.step} is unsound ({reason}); it went to {name}, and "
+        f"{run.files.latest} stays as it was"
+    )
+
+
 def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
-    """Put a checkpoint's weights, moments, guard and counters into a freshly built state.
+    """Put a checkpoint's weights, moments, guard and counters into a state.
 
     Weight decay and the like stay as the flags say; only the moments come from the file.
 
@@ -785,10 +842,15 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     files = RunFiles(flags.save_dir, name)
     if checkpoint is not None:
         restore(state, checkpoint, source)
-        settle_data_change(flags, state.progress, checkpoint["data"], data, console)
+        state.ladder.load_state_dict(checkpoint.get("ladder", {}))
+        settle_data_change(flags, state, checkpoint["data"], data, console)
+        if any(getattr(flags, n) != checkpoint["flags"].get(n) for n in LEVEL_FLAGS):
+            state.guard.forget()
+        files.prune_ring(newest=state.progress.step)
     elif aside := files.set_aside():
         console.line(f"An earlier run's files were moved to {aside}")
     files.remove_leftovers()
+    order.detours = state.ladder.detours
 
     run = Run(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
@@ -929,7 +991,7 @@ def open_data(
 
 def settle_data_change(
     flags: argparse.Namespace,
-    progress: Progress,
+    state: TrainState,
     saved: dict[str, Any],
     found: dict[str, Any],
     console: Console,
@@ -944,7 +1006,10 @@ def settle_data_change(
             f"the data is not the data of the saved run ({said}); restore it, or pass "
             "--allow-data-change to go on with what is there now, from the start of this epoch"
         )
+    progress = state.progress
     console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
+    state.guard.forget()
+    state.ladder.forget_windows()
     progress.position = progress.epoch_steps = progress.epoch_refused = 0
     progress.epoch_loss = progress.epoch_seconds = 0.0
 
@@ -1062,7 +1127,10 @@ def compile_losses(run: Run) -> None:
 
 
 def train(run: Run) -> int:
-    """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code."""
+    """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code.
+
+    An epoch may turn out to lie behind the run, after a rollback.
+    """
     p = run.state.progress
     if run.is_finished() and p.validated_step == p.step:
         run.console.line(f"Nothing to do: the run was finished at step {p.step}.")
@@ -1073,23 +1141,22 @@ def train(run: Run) -> int:
             return stopped_by_guard(run)
         if run.stop.signal is not None or not close_epoch(run, complete=epoch_complete):
             return interrupted(run)
-        if run.is_finished():
+        if run.is_finished() and p.validated_step == p.step:
             return finished(run)
 
 
 def take_steps(run: Run) -> bool:
     """Step through what is left of the epoch, the run, or the time; True when the epoch is done."""
-    p, order = run.state.progress, run.order
-    order.epoch, order.start = p.epoch, p.position
-    if run.flags.num_workers and not run.flags.persistent_workers:
-        # A process forked now would hold the half-written file open, and its space, for an epoch.
-        check_save(run, wait=True)
-    batches = iter(run.loader)
-    done = p.position // run.windows_per_step
-    run.console.start_epoch(p.epoch + 1, run.flags.epochs, done, run.steps_per_epoch)
-    while p.position + run.windows_per_step <= order.num_windows:
+    p, ladder = run.state.progress, run.state.ladder
+    batches, end = read_on(run)
+    while p.position + run.windows_per_step <= end:
         if run.is_finished() or run.stop.signal is not None or run.guard_stop is not None:
             break
+        keep = ladder.keep_due(p.step, p.schedule_steps)
+        if keep and (reason := save(run, ring=True, spare=True)) is not None:
+            roll_back(run, reason)
+            batches, end = read_on(run)
+            continue
         started = time.perf_counter()
         stats = train_step(run, batches)
         seconds = time.perf_counter() - started
@@ -1098,14 +1165,27 @@ def take_steps(run: Run) -> bool:
         p.log_seconds += seconds
         if stats.refused is None:
             report_step(run, stats)
-        else:
-            handle_refusal(run, stats)
+        elif handle_refusal(run, stats):
+            batches, end = read_on(run)
         check_save(run)
         minutes = (time.perf_counter() - run.last_save) / 60
         if run.stop.save or 0 < run.flags.save_every_minutes < minutes:
             save(run)
     run.console.end_epoch()
-    return p.position + run.windows_per_step > order.num_windows
+    return p.position + run.windows_per_step > end
+
+
+def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
+    """The epoch's micro-batches from the present position on, and the epoch's number of windows."""
+    p, order = run.state.progress, run.order
+    order.epoch, order.start = p.epoch, p.position
+    done, end = p.position // run.windows_per_step, order.end()
+    run.console.end_epoch()
+    run.console.start_epoch(p.epoch + 1, run.flags.epochs, done, end // run.windows_per_step)
+    if run.flags.num_workers and not run.flags.persistent_workers:
+        # A process forked now would hold the half-written file open, and its space, for an epoch.
+        check_save(run, wait=True)
+    return iter(run.loader), end
 
 
 def report_step(run: Run, stats: StepStats) -> None:
@@ -1131,9 +1211,9 @@ def report_step(run: Run, stats: StepStats) -> None:
     p.log_loss, p.log_steps, p.log_seconds = 0.0, 0, 0.0
 
 
-def handle_refusal(run: Run, stats: StepStats) -> None:
-    """Log a refused step with its windows; after too many in a row lower the lr, or stop."""
-    p, flags, guard = run.state.progress, run.flags, run.state.guard
+def handle_refusal(run: Run, stats: StepStats) -> bool:
+    """Log a refused step with its windows, and climb the ladder if due; True after a rollback."""
+    p, state = run.state.progress, run.state
     used = run.order.permutation(p.epoch)[p.position - run.windows_per_step : p.position]
     run.metrics.write(
         "skip",
@@ -1146,24 +1226,127 @@ def handle_refusal(run: Run, stats: StepStats) -> None:
         windows=run.train_windows.describe(used),
     )
     run.console.problem(f"step {p.step + 1} refused, nothing changed: {stats.refused}")
-    if run.state.scaler.is_enabled() and run.state.scaler.get_scale() < SMALLEST_SCALE:
-        run.guard_stop = "fp16 gradients overflow at every scale; use --amp-dtype bf16 or --no-amp"
-    if guard.refused_in_a_row < PANIC_AFTER:
-        return
-    p.panics += 1
-    p.lr_scale *= flags.panic_lr_mul
-    guard.forget()
-    run.metrics.write("panic", step=p.step, epoch=p.epoch + 1, lr_scale=p.lr_scale)
-    run.console.problem(f"{PANIC_AFTER} steps refused in a row; lr is scaled by {p.lr_scale:g} now")
+    if stats.is_overflow:
+        if state.scaler.get_scale() < SMALLEST_SCALE:
+            save(run)
+            finish_save(run)
+            run.guard_stop = (
+                "fp16 gradients overflow at every scale; use --amp-dtype bf16 or --no-amp"
+            )
+        return False
+    state.ladder.refuse(used)
+    trouble = state.ladder.trouble(state.guard.refused_in_a_row)
+    return trouble is not None and roll_back(run, trouble)
+
+
+# --- rollback ------------------------------------------------------------------------------------
+
+# Of the present, not of the state gone back to: clocks run on, and `best` is still on the disk.
+NOT_ROLLED_BACK = ("seconds", "elapsed", "best_val", "best_epoch")
+
+
+def roll_back(run: Run, reason: str) -> bool:
+    """Return to an older state with a lower lr and other data; False where the run stops instead.
+
+    Where no step checkpoint can be read, the present state goes on with the lower lr.
+    """
+    check_save(run, wait=True)  # the ring is read, and the best value kept, as they are on disk
+    state, p, flags, ladder = run.state, run.state.progress, run.flags, run.state.ladder
     if flags.panic_snapshot:
-        save_checkpoint(checkpoint_of(run), run.files.panic_snapshot(p.step))
-    if p.panics > MAX_PANICS:
-        run.guard_stop = f"{PANIC_AFTER} steps in a row were refused {p.panics} times"
+        snapshot(run)
+    event, refused, kept = p.step, state.guard.refused, {n: getattr(p, n) for n in NOT_ROLLED_BACK}
+    if not ladder.may_roll_back(event):
+        run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
+        return False
+    suspects = last_windows(run)
+    scale = p.lr_scale
+    found = find_retreat(run)
+    if found is None:
+        state.guard.forget()
+    else:
+        checkpoint, path = found
+        restore(state, checkpoint, str(path))
+        # The lr that this state was sound with may be lower than what another --lr asks now.
+        was = checkpoint["flags"]["lr"] * p.lr_scale
+        scale = min(scale, was / flags.lr)
+    for name, value in kept.items():
+        setattr(p, name, value)
+    p.lr_scale = scale * flags.panic_lr_mul
+    state.guard.refused = refused
+    state.optimizer.zero_grad(set_to_none=True)
+    ladder.roll_back(
+        event, epoch=p.epoch, position=p.position, suspects=suspects, windows=run.order.num_windows
+    )
+    ladder.kept_step = p.step
+    report_rollback(run, event, reason, found[1] if found else None)
+    save(run)
+    check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
+    run.files.prune_ring(newest=p.step)
+    return True
+
+
+def last_windows(run: Run) -> np.ndarray[Any, Any]:
+    """Windows of the epoch's last SUSPECT_STEPS steps, but a quarter of the epoch at most."""
+    p, order = run.state.progress, run.order
+    count = min(SUSPECT_STEPS * run.windows_per_step, order.num_windows // 4)
+    return order.permutation(p.epoch)[max(0, p.position - count) : p.position]
+
+
+def find_retreat(run: Run) -> tuple[dict[str, Any], Path] | None:
+    """The step checkpoint to go back to: the ladder's first choice that can be read and fits."""
+    for step in run.state.ladder.retreats(run.state.progress.step, run.files.ring_steps()):
+        path = run.files.ring_file(step)
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            run.console.problem(f"{error}\n  trying an older one")
+            continue
+        architecture = run.state.model.config.to_dict()
+        if checkpoint["data"] == run.data and checkpoint["architecture"] == architecture:
+            return checkpoint, path
+        run.console.problem(f"{path}: of other data or another architecture; trying an older one")
+    return None
+
+
+def report_rollback(run: Run, event: int, reason: str, path: Path | None) -> None:
+    """Metrics row and console line of a rollback that has just happened."""
+    p, detour = run.state.progress, run.state.ladder.detours[-1]
+    run.metrics.write(
+        "rollback",
+        step=event,
+        epoch=p.epoch + 1,
+        to_step=p.step,
+        file=path.name if path else None,
+        lr_scale=p.lr_scale,
+        reason=reason,
+        skipped_windows=len({*detour["suspects"], *detour["barred"]}),
+        rollbacks=len(run.state.ladder.events),
+    )
+    where = f"back to step {p.step}" if path else "no step checkpoint could be read, going on"
+    run.console.problem(
+        f"{reason} at step {event}; {where}, lr is scaled by {p.lr_scale:g} now, the windows "
+        "before are left out"
+    )
+
+
+def snapshot(run: Run) -> None:
+    """Keep the state before a rollback for diagnosis."""
+    try:
+        save_checkpoint(checkpoint_of(run), run.files.panic_snapshot(run.state.progress.step))
+    except OSError as error:
+        run.console.problem(f"snapshot failed, training goes on: {error}")
+
+
+# --- ends of epochs and of the run ---------------------------------------------------------------
 
 
 def close_epoch(run: Run, *, complete: bool) -> bool:
     """Validate if due, report, keep `latest`, `best` and archives; False when a signal cut in."""
     p, flags = run.state.progress, run.flags
+    if (reason := unsound(run)) is not None:  # before an epoch is counted that must be repeated
+        quarantine(run, reason)
+        roll_back(run, reason)
+        return True
     started = time.perf_counter()
     epoch = p.epoch + 1
     is_last = run.is_finished() or (complete and epoch >= flags.epochs)
@@ -1183,7 +1366,8 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         p.epoch_loss = p.epoch_seconds = 0.0
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
-    save(run, is_best=is_best, archive=archive)
+    ring = complete and run.state.ladder.keep_due(p.step, p.schedule_steps)
+    save(run, is_best=is_best, archive=archive, ring=ring)
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
         write_samples(run)
     return True
@@ -1216,26 +1400,26 @@ def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seco
 def interrupted(run: Run) -> int:
     """Save where a signal stopped the run, and say how to go on."""
     number_ = run.stop.signal or signal.SIGTERM
-    save(run)
+    where = f"saved {run.files.latest} at step {run.state.progress.step}"
+    if save(run) is not None:
+        where = f"{run.files.latest} is the last sound state"
     finish_save(run)
-    step = run.state.progress.step
     run.console.line(
-        f"Stopped by {signal.Signals(number_).name}; saved {run.files.latest} at step {step}. "
-        "The same command goes on from there."
+        f"Stopped by {signal.Signals(number_).name}; {where}. The same command goes on from there."
     )
     return 128 + number_
 
 
 def stopped_by_guard(run: Run) -> int:
-    """Keep the last good state, and say what to look at."""
-    save(run)
-    finish_save(run)
+    """Leave `latest` at the last sound save, and say what to look at."""
+    check_save(run, wait=True)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
     run.console.problem(
-        f"Stopped by the guard: {run.guard_stop}. {run.files.latest} holds the weights after the "
-        f"last accepted step. Look at the refused windows in {run.files.metrics}, then run the "
-        f"same command again: lr stays scaled by {run.state.progress.lr_scale:g}, and --lr sets "
-        "another peak."
+        f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
+        f"{run.files.latest} is the last sound save. See what happened with\n"
+        f"  python ckpt_doctor.py {run.files.folder}\n"
+        f"and the refused windows in {run.files.metrics}. The same command goes on from there: lr "
+        f"stays scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
     )
     return EXIT_GUARD
 
@@ -1244,6 +1428,7 @@ def finished(run: Run) -> int:
     """See the last save to its end, and say what there is."""
     p = run.state.progress
     finish_save(run)
+    run.files.remove_ring()
     run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
     run.console.line(
         f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
@@ -1261,9 +1446,9 @@ def train_or_save(run: Run) -> int:
         if run.stop.signal is not None and run.between_steps:
             return interrupted(run)  # the signal went to every process, and ended a loader too
         if run.between_steps and not isinstance(error, OSError):
+            run.console.problem(f"failed at step {run.state.progress.step}; saving first")
             save(run)
             finish_save(run)
-            run.console.problem(f"failed; saved at step {run.state.progress.step}")
         if isinstance(error, torch.OutOfMemoryError):
             run.console.problem(
                 "out of memory: halve --batch and double --accum (the same step in less memory), "
