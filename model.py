@@ -41,6 +41,7 @@ class ModelConfig:
     dropout: float = 0.1
     mlp_ratio: int = 4
     rope_base: float = 10_000.0
+    qk_norm: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
@@ -80,7 +81,7 @@ class Losses(NamedTuple):
     """Mean losses over the frames of a batch, nats per code, float32 [K] each."""
 
     ce: Tensor  # plain cross-entropy
-    objective: Tensor  # with label smoothing; what training minimises
+    objective: Tensor  # with label smoothing and z-loss; what training minimises
 
 
 class CodesTransformer(nn.Module):
@@ -96,10 +97,13 @@ class CodesTransformer(nn.Module):
     sizes: Tensor
     absent: Tensor | None
 
-    def __init__(self, config: ModelConfig, *, grad_checkpoint: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, grad_checkpoint: bool = False, embed_grad: float = 1.0
+    ) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
+        self.embed_grad = embed_grad
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
@@ -132,7 +136,12 @@ class CodesTransformer(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
-        x = self.dropout(self.embed_norm(self.embed_past(codes)))
+        x = self.embed_past(codes)
+        if (
+            self.embed_grad != 1.0
+        ):  # shrinks the tables' gradient alone (GLM-130B: Zeng et al. 2022)
+            x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
+        x = self.dropout(self.embed_norm(x))
         rope = rotary_angles(torch.arange(codes.shape[1], device=codes.device), self.config)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -186,21 +195,25 @@ class CodesTransformer(nn.Module):
         cache.position += x.shape[1]
         return self.logits_of(x[:, -1:])[:, 0]
 
-    def losses(self, codes: Tensor, label_smoothing: float = 0.0) -> Losses:
+    def losses(self, codes: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Losses:
         """Cross-entropy of codes [B, T, K] given their past, per codebook.
 
         Label smoothing spreads its share evenly over the V_k entries that the codebook has
-        (Szegedy et al. 2016, section 7).
+        (Szegedy et al. 2016, section 7). The z-loss is the square of the log partition, and keeps
+        it near 0 (Chowdhery et al. 2022, section 5).
         """
         logits = self(codes).float()
         log_partition = logits.logsumexp(-1)  # [B, T, K]
         target = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
         ce = (log_partition - target).mean((0, 1))
+        objective = ce
+        if z_loss:
+            objective = objective + z_loss * log_partition.square().mean((0, 1))
         if not label_smoothing:
-            return Losses(ce, ce)
+            return Losses(ce, objective)
         present = logits if self.absent is None else logits.masked_fill(self.absent, 0.0)
         even = (target - present.sum(-1) / self.sizes).mean((0, 1))
-        return Losses(ce, ce + label_smoothing * even)
+        return Losses(ce, objective + label_smoothing * even)
 
     def num_parameters(self) -> int:
         """Trainable parameters, all tables included."""
@@ -236,7 +249,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and RMS-normalised queries and keys.
+    """Causal self-attention with rotary positions; queries and keys are RMS-normalised by default.
 
     The norm bounds every attention logit by the product of the two gains times sqrt(C), so that
     they cannot run away (QK-norm: Henry et al. 2020; Dehghani et al. 2023, section 3.2).
@@ -247,8 +260,8 @@ class Attention(nn.Module):
         channels = config.d_model // config.heads
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(channels, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(channels, eps=NORM_EPS)
+        self.q_norm = nn.RMSNorm(channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -222,14 +222,14 @@ class Ladder:
     ) -> None:
         """Record a rollback to `position` of `epoch`; `windows` is how many there are in all."""
         room = int(MAX_BARRED * windows) - sum(len(d["barred"]) for d in self.detours)
-        refused = sorted({w for r in self.refusals for w in r["windows"]})
+        refused = Counter(w for r in self.refusals for w in r["windows"])
         self.events.append(event)
         self.detours.append(
             {
                 "epoch": epoch,
                 "position": position,
                 "suspects": [int(w) for w in suspects],
-                "barred": refused[: max(0, room)],
+                "barred": sorted(w for w, _ in refused.most_common(max(0, room))),
             }
         )
         self.refusals = []

@@ -74,10 +74,18 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal 
 
 # --- flags ---------------------------------------------------------------------------------------
 
-ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks")  # a resumed run keeps these
+ARCHITECTURE_FLAGS = (
+    "d_model",
+    "layers",
+    "heads",
+    "codebooks",
+    "qk_norm",
+)  # a resumed run keeps these
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
 LEVEL_FLAGS = (
     "label_smoothing",
+    "z_loss",
+    "embed_grad",
     "cb_weights",
     "cb_weights_auto_alpha",
     "dropout",
@@ -161,6 +169,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse steps so many sigma above the recent past; 0 = only absolute limits")
     add("--outlier-ema-beta", type=fraction, default=1 - 1 / 128,
         help="the guard looks back over 1 / (1 - beta) accepted steps")
+    add("--qk-norm", action=switch, default=True, help="normalise queries and keys")
+    add("--z-loss", type=not_negative, default=0.0,
+        help="weight of the squared log partition in the objective; PaLM: 1e-4")
+    add("--decay-all", action=switch, default=False,
+        help="weight decay on embeddings and gains as well")
+    add("--embed-grad", type=fraction_or_one, default=1.0,
+        help="factor on the embedding tables' gradient; GLM-130B: 0.1")
     add("--panic-lr-mul", type=positive, default=0.5,
         help="factor on lr at each rollback")
     add("--panic-snapshot", action=switch, default=False,
@@ -286,14 +301,16 @@ def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[floa
     return [w * k / sum(weights) for w in weights]
 
 
-def parameter_groups(model: CodesTransformer, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices of products alone; none on embeddings, the BOS vector and gains."""
+def parameter_groups(
+    model: CodesTransformer, weight_decay: float, *, decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """Weight decay on matrices of products; on embeddings, BOS vector and gains with decay_all."""
     named = list(model.named_parameters())
     decayed = [(n, p) for n, p in named if p.dim() == 2 and n != "embed.weight"]
     rest = [(n, p) for n, p in named if p.dim() != 2 or n == "embed.weight"]
     return [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": rest, "weight_decay": weight_decay if decay_all else 0.0},
     ]
 
 
@@ -554,7 +571,8 @@ def evaluate(run: Run) -> Validation | None:
         windows = np.arange(first, min(first + flags.batch, count))
         codes = run.val_windows[windows].to(run.device).long()
         with run.autocast():
-            total += torch.stack(model.losses(codes, flags.label_smoothing)) * len(windows)
+            losses = model.losses(codes, flags.label_smoothing, flags.z_loss)
+            total += torch.stack(losses) * len(windows)
     ce, objective = (total / count if count else total * math.nan).tolist()
     weighted = sum(w * x for w, x in zip(run.weights.tolist(), objective, strict=True)) / k
     return Validation(sum(ce) / k, weighted, ce)
@@ -844,9 +862,10 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         restore(state, checkpoint, source)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
         settle_data_change(flags, state, checkpoint["data"], data, console)
-        if any(getattr(flags, n) != checkpoint["flags"].get(n) for n in LEVEL_FLAGS):
-            state.guard.forget()
+        forget_another_level(flags, state.guard, checkpoint["flags"])
         files.prune_ring(newest=state.progress.step)
+        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
+            state.ladder.kept_step = None
     elif aside := files.set_aside():
         console.line(f"An earlier run's files were moved to {aside}")
     files.remove_leftovers()
@@ -855,7 +874,9 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     run = Run(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
-        losses=functools.partial(model.losses, label_smoothing=flags.label_smoothing),
+        losses=functools.partial(
+            model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss
+        ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=torch.tensor(weights, device=device),
         loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
@@ -869,6 +890,13 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
     return run
+
+
+def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
+    """Let the guard learn anew where flags move loss or gradient norm to another level."""
+    now = vars(flags)
+    if any(now[name] != saved.get(name, now[name]) for name in LEVEL_FLAGS):
+        guard.forget()
 
 
 def find_checkpoint(
@@ -1031,7 +1059,12 @@ def build_model(
     else:
         try:
             config = ModelConfig(
-                corpus.vocab_sizes, flags.d_model, flags.layers, flags.heads, flags.dropout
+                corpus.vocab_sizes,
+                flags.d_model,
+                flags.layers,
+                flags.heads,
+                flags.dropout,
+                qk_norm=flags.qk_norm,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -1043,7 +1076,9 @@ def build_model(
             f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
             f"data has {list(corpus.vocab_sizes)}; see --codebooks, or start anew with --no-resume"
         )
-    model = CodesTransformer(config, grad_checkpoint=flags.grad_checkpoint).to(device)
+    model = CodesTransformer(
+        config, grad_checkpoint=flags.grad_checkpoint, embed_grad=flags.embed_grad
+    ).to(device)
     if initial is not None:
         load_weights(model, initial["ema"], flags.init_from)
     return model
@@ -1057,7 +1092,7 @@ def build_state(
 ) -> TrainState:
     """Optimizer, scaler, EMA and guard around a model."""
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, flags.weight_decay),
+        parameter_groups(model, flags.weight_decay, decay_all=flags.decay_all),
         lr=flags.lr,
         betas=(0.9, 0.95),
         fused=flags.fused_optim,
@@ -1301,8 +1336,9 @@ def find_retreat(run: Run) -> tuple[dict[str, Any], Path] | None:
         except CheckpointError as error:
             run.console.problem(f"{error}\n  trying an older one")
             continue
-        architecture = run.state.model.config.to_dict()
-        if checkpoint["data"] == run.data and checkpoint["architecture"] == architecture:
+        shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
+        fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
+        if fits and checkpoint["data"] == run.data:
             return checkpoint, path
         run.console.problem(f"{path}: of other data or another architecture; trying an older one")
     return None

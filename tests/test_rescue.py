@@ -1,0 +1,502 @@
+"""The rescue ladder: rollback, quarantine, poisoned runs; in this process and as a real one."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
+from test_train_rvq import comparable, make_run
+
+import stability
+import train_rvq
+from checkpointing import QUARANTINE_SIZE, RING_SIZE, RunFiles, load_checkpoint
+from model import Losses
+from npq_dataset import EpochOrder
+from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
+from train_rvq import Run
+
+FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
+FAST += ("--archive-every", "0", "--log-lr-steps", "100", "--save-every-minutes", "0")
+FAST += ("--max-steps", "300")
+
+
+def fast_run(tunes: Path, save_dir: Path, *flags: str | Path) -> Run:
+    """A run of some 300 steps a second, 32 an epoch."""
+    return make_run("--data", tunes, "--save_dir", save_dir, *FAST, *flags)
+
+
+def poison(run: Run, is_bad: Callable[[int], bool], by: float = math.nan) -> None:
+    """Multiply the losses of attempts (steps taken or refused, from 0) that are bad."""
+    losses, ladder = run.losses, run.state.ladder
+
+    def poisoned(codes: torch.Tensor) -> Losses:
+        made = losses(codes)
+        return Losses(*(x * by for x in made)) if is_bad(ladder.attempts) else made
+
+    run.losses = poisoned
+
+
+# --- the decision --------------------------------------------------------------------------------
+
+
+def refuse(ladder: Ladder, times: int, every: int = 1) -> list[str | None]:
+    """Refusals `every` so many steps; what the ladder says after each, none of them in a row."""
+    said = []
+    for i in range(times * every):
+        ladder.attempt()
+        if i % every == every - 1:
+            ladder.refuse([i])
+            said.append(ladder.trouble(refused_in_a_row=1))
+    return said
+
+
+def test_the_next_rung_is_due_after_ten_in_a_row_or_ten_of_the_last_thousand():
+    ladder = Ladder()
+    assert ladder.trouble(9) is None
+    assert "10 steps in a row" in ladder.trouble(10)
+    said = refuse(ladder, 10, every=100)
+    assert said[:9] == [None] * 9
+    assert "of the last 1000" in said[9]
+    assert refuse(Ladder(), 100, every=112) == [None] * 100, "isolated bad windows: 9 in a thousand"
+
+
+def test_three_events_are_too_many_only_within_some_thousand_steps():
+    ladder = Ladder()
+    where = {"epoch": 0, "position": 0, "suspects": [], "windows": 100}
+    for step in (100, 200, 300):
+        assert ladder.may_roll_back(step)
+        ladder.roll_back(step, **where)
+    assert not ladder.may_roll_back(300)
+    assert not ladder.may_roll_back(99 + FORGIVEN_AFTER)
+    assert ladder.may_roll_back(100 + FORGIVEN_AFTER)
+    for day in range(1, 50):
+        step = day * FORGIVEN_AFTER
+        assert Ladder.may_roll_back(ladder, step + 300)
+        ladder.roll_back(step + 300, **where)
+
+
+def test_retreats_prefer_the_newest_that_is_a_hundred_steps_older():
+    retreats = Ladder().retreats
+    assert retreats(430, [0, 100, 200, 300, 400]) == [300, 200, 100, 0, 400]
+    assert retreats(400, [100, 200, 300, 400]) == [300, 200, 100, 400]
+    assert retreats(60, [0, 50, 900]) == [0, 50], "at the very start the oldest; never a newer one"
+    assert retreats(60, []) == []
+
+
+def test_the_ring_reaches_a_hundred_steps_back_three_times():
+    for planned in (10, 2_000, 5_000, 1_000_000):
+        every = keep_interval(planned)
+        assert 100 <= every <= 500
+        assert (RING_SIZE - 1) * every >= MAX_ROLLBACKS * stability.ROLLBACK_STEPS
+
+
+def test_refused_windows_are_barred_up_to_a_fifth_of_the_data():
+    ladder = Ladder()
+    refuse(ladder, 10)
+    where = {"epoch": 0, "position": 0, "suspects": [1], "windows": 60}
+    ladder.roll_back(5, **where)
+    assert ladder.detours[0]["barred"] == list(range(10))
+    refuse(ladder, 10)
+    ladder.roll_back(6, **where)
+    assert len(ladder.detours[1]["barred"]) == 2
+    assert ladder.refusals == []
+
+
+def test_ladder_state_round_trips_and_old_checkpoints_have_none():
+    ladder, other = Ladder(), Ladder()
+    refuse(ladder, 5)
+    ladder.roll_back(5, epoch=1, position=8, suspects=np.array([3]), windows=100)
+    refuse(ladder, 3)
+    state = ladder.state_dict()
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    refuse(other, 1)
+    assert ladder.state_dict() == state, "nothing shared"
+    other.load_state_dict({})
+
+
+def test_a_lasting_loss_above_guessing_is_told_from_a_bad_step():
+    guard = Guard((64,) * 2)
+    good, bad = [math.log(64) - 1] * 2, [math.log(64) - 1, math.log(64) + 0.5]
+    for _ in range(100):
+        guard.accept(4.0, 1.0, good)
+    guard.accept(4.0, 1.0, bad)
+    assert guard.worse_than_guessing() is None
+    for _ in range(100):
+        guard.accept(4.0, 1.0, bad)
+    assert "codebook 1" in guard.worse_than_guessing()
+    other = Guard((64,) * 2)
+    other.load_state_dict(guard.state_dict())
+    assert other.worse_than_guessing() == guard.worse_than_guessing()
+    guard.forget()
+    assert guard.worse_than_guessing() is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_names_the_tensor(bad):
+    tensors = {"a": torch.ones(3, 4), "b": torch.full((2,), 1e30), "c": torch.tensor(0.0)}
+    assert not_finite(tensors) == []
+    tensors["b"][1] = bad
+    assert not_finite(tensors) == ["b"]
+    assert not_finite({}) == []
+
+
+# --- the order of windows ------------------------------------------------------------------------
+
+
+def test_a_detour_changes_the_rest_of_its_epoch_alone():
+    order, plain = (EpochOrder(100, batch=4, accum=2, seed=3) for _ in range(2))
+    suspects, barred = plain.permutation(2)[24:40].tolist(), plain.permutation(2)[32:40].tolist()
+    order.detours.append({"epoch": 2, "position": 16, "suspects": suspects, "barred": barred})
+    assert (order.permutation(1) == plain.permutation(1)).all()
+    here, there = order.permutation(2), plain.permutation(2)
+    assert (here[:16] == there[:16]).all()
+    assert (here[16:24] != there[16:24]).any()
+    assert sorted(here) == sorted(set(range(100)) - set(suspects))
+    assert sorted(order.permutation(3)) == sorted(set(range(100)) - set(barred))
+    order.detours.append({"epoch": 2, "position": 40, "suspects": [], "barred": []})
+    assert (order.permutation(2)[:40] == here[:40]).all()
+    assert (order.permutation(2)[40:] != here[40:]).any()
+    order.epoch, order.start = 2, 16
+    given = np.concatenate(list(order))
+    assert (given == order.permutation(2)[16 : 16 + len(given)]).all()
+    assert len(order) * 4 == len(given) == (order.end() - 16) // 8 * 8
+
+
+# --- rollback ------------------------------------------------------------------------------------
+
+
+def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
+    """Fault 11: raw weights, moments, EMA, guard, random state; lr cut; other data; one row."""
+    run = fast_run(tunes, tmp_path, "--panic-snapshot")
+    poison(run, lambda attempt: attempt in range(205, 215))
+    before: dict[str, Any] = {}
+    original = train_rvq.roll_back
+
+    def watched(run: Run, reason: str) -> bool:
+        before["ring"] = load_checkpoint(run.files.ring_file(100))
+        before["scale"], before["seconds"] = run.state.progress.lr_scale, run.state.progress.seconds
+        before["drawn"] = run.order.permutation(run.state.progress.epoch)
+        done = original(run, reason)
+        before["now"] = comparable(train_rvq.checkpoint_of(run))
+        assert all(p.grad is None for p in run.state.model.parameters()), "pitfall 3"
+        assert run.state.progress.seconds >= before["seconds"], "clocks do not go back"
+        assert load_checkpoint(run.files.latest)["progress"]["step"] == 100, "latest is sound"
+        run.stop.signal = signal.SIGTERM
+        return done
+
+    monkeypatch.setattr(train_rvq, "roll_back", watched)
+    assert train_rvq.train_or_save(run) == 143
+    ring, now = comparable(before["ring"]), before["now"]
+    for part in ("model", "ema", "optimizer", "scaler", "rng"):
+        assert_same_tensors(now[part], ring[part])
+    assert now["guard"]["losses"] == ring["guard"]["losses"]
+    assert (now["guard"]["refused"], now["guard"]["refused_in_a_row"]) == (10, 0)
+    assert (now["progress"]["step"], now["progress"]["lr_scale"]) == (100, 0.5)
+    (row,) = rows(tmp_path, "rollback")
+    assert (row["step"], row["to_step"], row["lr_scale"]) == (205, 100, 0.5)
+    assert row["file"] == "rvq_4cb_ring_s00000100.pt"
+    assert row["skipped_windows"] >= 10
+    assert "10 steps in a row" in row["reason"]
+    assert load_checkpoint(run.files.panic_snapshot(205))["progress"]["step"] == 205
+    refused = [w for r in rows(tmp_path, "skip") for w in r["windows"]]
+    detour = run.state.ladder.detours[0]
+    assert refused[0] in run.train_windows.describe(np.array(detour["barred"] + detour["suspects"]))
+
+
+def test_nan_for_ever_rolls_back_three_times_and_stops(tunes, tmp_path, capsys):
+    """Fault 11: exit code 3, the doctor's command, weights finite, refusals with their windows."""
+    run = fast_run(tunes, tmp_path, "--epochs", "50")
+    poison(run, lambda attempt: attempt >= 120)
+    assert train_rvq.train_or_save(run) == train_rvq.EXIT_GUARD
+    skips, rollbacks = rows(tmp_path, "skip"), rows(tmp_path, "rollback")
+    assert [row["lr_scale"] for row in rollbacks] == [0.5, 0.25, 0.125]
+    assert [(row["step"], row["to_step"]) for row in rollbacks] == [(120, 0), (0, 0), (0, 0)]
+    assert len(skips) == 40
+    assert all(len(row["windows"]) == run.windows_per_step for row in skips)
+    assert skips[0]["loss"] is None, "JSON has no NaN"
+    assert not_finite(load_checkpoint(run.files.latest)["model"]) == []
+    said = capsys.readouterr().err
+    assert f"python ckpt_doctor.py {tmp_path}" in said
+    assert "after 3 rollbacks" in said
+    again = fast_run(tunes, tmp_path)
+    assert again.state.progress.lr_scale == 0.125, "a restart does not forget"
+
+
+def test_scattered_refusals_bar_their_windows_and_end(tunes, tmp_path):
+    """Bad windows in the data: one rollback, after which they are not drawn again."""
+    run = fast_run(tunes, tmp_path, "--max-steps", "140", "--lr", "1e-3")
+    bad = run.train_windows[np.array([20, 30, 40])].long()
+    losses = run.losses
+
+    def poisoned(codes: torch.Tensor) -> Losses:
+        made = losses(codes)
+        is_bad = (codes[:, None] == bad).flatten(2).all(2).any()
+        return Losses(*(x * math.nan for x in made)) if is_bad else made
+
+    run.losses = poisoned
+    assert train_rvq.train_or_save(run) == 0
+    assert run.state.progress.step == 140
+    rollbacks = rows(tmp_path, "rollback")
+    assert len(rollbacks) == 1
+    assert "of the last 1000" in rollbacks[0]["reason"]
+    assert len(rows(tmp_path, "skip")) == 10
+    assert not {20, 30, 40} & {*run.order.permutation(run.state.progress.epoch)}
+
+
+def test_a_corrupt_step_checkpoint_gives_way_to_an_older_one(tunes, tmp_path, capsys):
+    run = fast_run(tunes, tmp_path)
+    poison(run, lambda attempt: attempt in range(205, 215))
+    eager = run.losses
+
+    def damaging(codes: torch.Tensor) -> Losses:
+        if run.state.ladder.attempts == 210:
+            path = run.files.ring_file(100)
+            content = path.read_bytes()
+            path.unlink()  # other names of these bytes stay whole
+            path.write_bytes(content[:-2000])
+        if run.state.ladder.events:
+            run.stop.signal = signal.SIGTERM
+        return eager(codes)
+
+    run.losses = damaging
+    assert train_rvq.train_or_save(run) == 143
+    assert [row["to_step"] for row in rows(tmp_path, "rollback")] == [0]
+    assert "ring_s00000100.pt: damaged" in capsys.readouterr().err
+
+
+def test_without_any_step_checkpoint_the_run_goes_on_with_a_lower_lr(tunes, tmp_path, capsys):
+    run = fast_run(tunes, tmp_path, "--max-steps", "40")
+    poison(run, lambda attempt: attempt in range(20, 30))
+    eager = run.losses
+
+    def removing(codes: torch.Tensor) -> Losses:
+        if run.state.ladder.attempts == 25:
+            run.files.remove_ring()
+        return eager(codes)
+
+    run.losses = removing
+    assert train_rvq.train_or_save(run) == 0
+    (row,) = rows(tmp_path, "rollback")
+    assert (row["step"], row["to_step"], row["file"]) == (20, 20, None)
+    assert run.state.progress.lr_scale == 0.5
+    assert "no step checkpoint could be read" in capsys.readouterr().err
+
+
+def test_the_lr_after_a_restart_with_a_wrong_lr_follows_the_state_gone_back_to(tunes, tmp_path):
+    """--lr 30 times too high: half of the rate that the older state was sound with."""
+    run = fast_run(tunes, tmp_path)
+    run.losses = interrupting(run, at=105)
+    assert train_rvq.train_or_save(run) == 143
+    run = fast_run(tunes, tmp_path, "--lr", "0.09")
+    poison(run, lambda attempt: attempt in range(112, 122))
+    run.losses = interrupting(run, at=122)
+    assert train_rvq.train_or_save(run) == 143
+    (row,) = rows(tmp_path, "rollback")
+    assert (row["to_step"], row["lr_scale"]) == (0, pytest.approx(0.5 / 30))
+
+
+def interrupting(run: Run, at: int) -> Callable[[torch.Tensor], Losses]:
+    """Losses of a run that a signal reaches in the middle of an attempt."""
+    losses = run.losses
+
+    def made(codes: torch.Tensor) -> Losses:
+        if run.state.ladder.attempts == at:
+            run.stop.signal = signal.SIGTERM
+        return losses(codes)
+
+    return made
+
+
+@pytest.mark.slow
+def test_the_ring_is_bounded_and_gone_when_the_run_ends_well(tunes, tmp_path):
+    run = fast_run(tunes, tmp_path, "--max-steps", "640")
+    seen: set[int] = set()
+    save = run.files.save
+
+    def watching(*args: Any, **options: Any) -> Path:
+        path = save(*args, **options)
+        ring = run.files.ring_steps()
+        assert len(ring) <= RING_SIZE
+        seen.update(ring)
+        return path
+
+    run.files.save = watching
+    assert train_rvq.train_or_save(run) == 0
+    assert sorted(seen) == [0, 100, 200, 300, 400, 500, 600]
+    assert run.files.ring_steps() == []
+
+
+def test_the_files_of_the_ring_are_the_runs_own(tmp_path):
+    files, other = RunFiles(tmp_path, "rvq_4cb"), RunFiles(tmp_path, "rvq_4cb_ring")
+    state = {"progress": {"step": 5}}
+    for step in (0, 100, 200):
+        files.save(state, ring_step=step)
+        other.save(state, ring_step=step)
+    assert files.ring_steps() == [0, 100, 200]
+    files.prune_ring(newest=100)
+    assert files.ring_steps() == [0, 100]
+    assert other.ring_steps() == [0, 100, 200]
+    assert files.ring_file(100) in files.all_files()
+    assert files.ring_file(100) in files.others()
+    aside = files.set_aside()
+    assert (aside / files.ring_file(100).name).exists()
+    assert files.ring_steps() == []
+
+
+# --- quarantine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "moments"])
+def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, capsys):
+    """Fault 8."""
+    run = fast_run(tunes, tmp_path, "--max-steps", "110")
+    eager, done = run.losses, []
+
+    def spoil(codes: torch.Tensor) -> Losses:
+        state = run.state
+        if state.progress.step == 100 and not done:
+            done.append(1)
+            before = run.files.latest.read_bytes()
+            moments = state.optimizer.state[state.model.head.weight]["exp_avg"]
+            spoiled = {
+                "model": state.model.head.weight,
+                "ema": state.ema.model.head.weight,
+                "moments": moments,
+            }[part]
+            with torch.no_grad():
+                spoiled[3, 1] = math.nan
+            train_rvq.save(run)
+            assert run.files.latest.read_bytes() == before
+        return eager(codes)
+
+    run.losses = spoil
+    assert train_rvq.train_or_save(run) == 0, "the run goes on from an older state by itself"
+    assert run.state.progress.step == 110
+    (row,) = rows(tmp_path, "rollback")
+    assert row["to_step"] == 0
+    kept = load_checkpoint(next(tmp_path.glob("*_quarantine_s*.pt")))
+    assert "not finite" in kept["quarantine"]
+    assert "head.weight" in kept["quarantine"]
+    final = load_checkpoint(run.files.latest)
+    assert not_finite(final["model"]) == not_finite(final["ema"]) == []
+    assert "never" not in capsys.readouterr().err
+
+
+def test_a_state_worse_than_guessing_never_becomes_latest(tunes, tmp_path):
+    run = fast_run(tunes, tmp_path, "--max-steps", "110")
+    eager, done = run.losses, []
+
+    def spoil(codes: torch.Tensor) -> Losses:
+        if run.state.progress.step == 99 and not done:
+            done.append(1)
+            run.state.guard.recent_ce = [math.log(64) + 0.6] * 4
+        return eager(codes)
+
+    run.losses = spoil
+    assert train_rvq.train_or_save(run) == 0
+    (row,) = rows(tmp_path, "rollback")
+    assert (row["step"], row["to_step"]) == (100, 0)
+    assert "codebook 0 averages" in row["reason"]
+    assert rows(tmp_path, "quarantine")[0]["file"] == "rvq_4cb_quarantine_s00000100.pt"
+
+
+def test_quarantine_keeps_the_newest_few(tmp_path):
+    files = RunFiles(tmp_path, "rvq_4cb")
+    for number, step in enumerate((50, 40, 30, 20, 10)):  # a run that goes back and back
+        path = files.quarantine({"progress": {}}, step, "why")
+        os.utime(path, (number, number))
+    left = sorted(p.name for p in tmp_path.glob("*_quarantine_*"))
+    assert left == [f"rvq_4cb_quarantine_s000000{s}.pt" for s in (10, 20, 30)]
+    assert len(left) == QUARANTINE_SIZE
+
+
+# --- kills ---------------------------------------------------------------------------------------
+
+POISONED = """
+import math, os, signal, sys
+sys.path[:0] = [{root!r}]
+import train_rvq
+from model import Losses
+real = train_rvq.set_up
+
+def set_up(*args):
+    run = real(*args)
+    losses, ladder = run.losses, run.state.ladder
+
+    def poisoned(codes):
+        made = losses(codes)
+        bad = any(ladder.attempts in range(first, first + 10) for first in {bad})
+        return Losses(*(x * math.nan for x in made)) if bad else made
+
+    run.losses = poisoned
+    return run
+
+train_rvq.set_up = set_up
+sys.exit(train_rvq.main())
+"""
+
+
+def run_poisoned(
+    tunes: Path, save_dir: Path, bad: list[int], steps: int, moments: list[int], workers: int = 0
+) -> dict[str, Any]:
+    """A run poisoned at some attempts, killed when the metrics have so many rows; how it ends."""
+    script = [sys.executable, "-c", POISONED.format(root=str(ROOT), bad=bad)]
+    flags = [*TINY, *FAST, "--data", tunes, "--save_dir", save_dir, "--max-steps", str(steps)]
+    flags += ["--num_workers", str(workers), "--save-every-minutes", "0.002"]
+    words = [*script, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def count() -> int:
+        files = list(save_dir.glob("*_metrics.jsonl"))
+        return files[0].read_bytes().count(b"\n") if files else 0
+
+    for moment in moments:
+        process = start()
+        wait_for(lambda p=process, m=moment: p.poll() is not None or count() >= m)
+        process.kill()
+        process.wait()
+    process = start()
+    assert process.wait(120) == 0
+    return load_checkpoint(save_dir / "rvq_4cb_latest.pt")
+
+
+def test_killed_right_after_a_rollback_ends_in_the_same_weights(tunes, tmp_path):
+    """Fault 11, invariant A: bit for bit the run that was rolled back and never killed."""
+    run = fast_run(tunes, tmp_path / "whole", "--max-steps", "120")
+    poison(run, lambda attempt: attempt in range(112, 122))
+    assert train_rvq.train_or_save(run) == 0
+    (row,) = rows(tmp_path / "whole", "rollback")
+    assert (row["step"], row["to_step"]) == (112, 0)
+    moment = rows(tmp_path / "whole").index(row) + 1
+    cut = run_poisoned(tunes, tmp_path / "cut", [112], 120, [moment])
+    assert_same_tensors(comparable(cut), comparable(load_checkpoint(run.files.latest)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_of_rolled_back_runs(seed, workers, tunes, tmp_path):
+    """Two rollbacks, four kills each: n = 24 kills in all."""
+    shape = {"bad": [230, 300], "steps": 260, "workers": workers}
+    whole = run_poisoned(tunes, tmp_path / "whole", moments=[], **shape)
+    assert [row["to_step"] for row in rows(tmp_path / "whole", "rollback")] == [100, 0]
+    total = len(rows(tmp_path / "whole"))
+    moments = sorted(np.random.default_rng(seed).integers(5, total + 20, size=4).tolist())
+    cut = run_poisoned(tunes, tmp_path / "cut", moments=moments, **shape)
+    assert_same_tensors(comparable(cut), comparable(whole))
