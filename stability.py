@@ -147,7 +147,7 @@ class Guard:
 
 def _limit(past: deque[float], factor: float, sigma_floor: float) -> float:
     centre = mean(past)
-    sigma = math.sqrt(sum((x - centre) ** 2 for x in past) / len(past))
+    sigma = math.dist(past, [centre] * len(past)) / math.sqrt(len(past))  # no Python loop
     return centre + factor * max(sigma, sigma_floor)
 
 
@@ -176,6 +176,8 @@ class Ladder:
     in another order (Chowdhery et al. 2022, section 5.1). Windows of the steps whose refusal led
     there are not drawn again at all, so that bad windows in the data cannot cause it for ever.
     """
+
+    STATE = ("attempts", "refusals", "events", "detours", "kept_step")
 
     def __init__(self) -> None:
         self.attempts = 0  # steps, taken or refused; never goes back
@@ -246,11 +248,11 @@ class Ladder:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        return copy.deepcopy(vars(self))
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s result."""
-        vars(self).update({n: copy.deepcopy(v) for n, v in state.items() if n in vars(self)})
+        vars(self).update({n: copy.deepcopy(state[n]) for n in self.STATE if n in state})
 
 
 def keep_interval(planned_steps: int) -> int:

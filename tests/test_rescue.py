@@ -500,3 +500,63 @@ def test_killed_at_random_moments_of_rolled_back_runs(seed, workers, tunes, tmp_
     moments = sorted(np.random.default_rng(seed).integers(5, total + 20, size=4).tolist())
     cut = run_poisoned(tunes, tmp_path / "cut", moments=moments, **shape)
     assert_same_tensors(comparable(cut), comparable(whole))
+
+
+# --- poisoned runs -------------------------------------------------------------------------------
+
+
+def last_val(run: Run) -> float:
+    """The last validation of a run that ended well."""
+    assert train_rvq.train_or_save(run) == 0
+    return rows(Path(run.flags.save_dir), "epoch")[-1]["val"]
+
+
+def nan_window(run: Run) -> None:
+    poison(run, lambda attempt: attempt in range(250, 262))
+
+
+def random_codes(run: Run) -> None:
+    losses, ladder = run.losses, run.state.ladder
+    draw = torch.Generator().manual_seed(0)
+
+    def made(codes: torch.Tensor) -> Losses:
+        if ladder.attempts in range(250, 265):
+            codes = torch.randint(64, codes.shape, generator=draw)
+        return losses(codes)
+
+    run.losses = made
+
+
+def lr_bomb(run: Run) -> None:
+    """The optimizer's own rate, 100 times too high for 20 steps."""
+    step, ladder = run.state.optimizer.step, run.state.ladder
+
+    def bombed() -> None:
+        for group in run.state.optimizer.param_groups:
+            group["lr"] *= 100 if ladder.attempts in range(250, 270) else 1
+        step()
+
+    run.state.optimizer.step = bombed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_poisoned_runs_end_within_0_05_nats_of_the_clean_run(seed, tunes, tmp_path):
+    flags = ("--max-steps", "500", "--seed", str(seed), "--no-fused-optim", "--val_split", "0.2")
+    clean = last_val(fast_run(tunes, tmp_path / "clean", *flags))
+    for fault in (nan_window, random_codes, lr_bomb):
+        run = fast_run(tunes, tmp_path / fault.__name__, *flags)
+        fault(run)
+        assert last_val(run) < clean + 0.05, fault.__name__
+        assert rows(tmp_path / fault.__name__, "rollback"), fault.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_restart_with_a_wrong_lr_ends_within_0_05_nats(seed, tunes, tmp_path):
+    flags = ("--max-steps", "500", "--seed", str(seed), "--val_split", "0.2")
+    clean = last_val(fast_run(tunes, tmp_path / "clean", *flags))
+    run = fast_run(tunes, tmp_path / "cut", *flags)
+    run.losses = interrupting(run, at=250)
+    assert train_rvq.train_or_save(run) == 143
+    assert last_val(fast_run(tunes, tmp_path / "cut", *flags, "--lr", "0.09")) < clean + 0.05
