@@ -163,6 +163,7 @@ REFUSED_LATELY, LATELY = 10, 1000  # or after so many of the last so many steps,
 ROLLBACK_STEPS = 100  # a state so much older than the event has not seen what led to it
 MAX_ROLLBACKS = 3  # within FORGIVEN_AFTER steps; then the run stops
 FORGIVEN_AFTER = 5000  # steps beyond an event, after which it counts no more
+LR_DOUBLING = 25  # accepted steps in which a cut learning rate doubles on its way back
 SUSPECT_STEPS = 30  # whose windows the rest of the epoch leaves out: refused and accepted ones
 MAX_BARRED = 0.2  # share of the windows that may be left out for good
 
@@ -177,12 +178,13 @@ class Ladder:
     there are not drawn again at all, so that bad windows in the data cannot cause it for ever.
     """
 
-    STATE = ("attempts", "refusals", "events", "detours", "kept_step")
+    STATE = ("attempts", "refusals", "events", "returned_to", "detours", "kept_step")
 
     def __init__(self) -> None:
         self.attempts = 0  # steps, taken or refused; never goes back
         self.refusals: list[dict[str, Any]] = []  # lately: {"attempt", "windows"}
         self.events: list[int] = []  # steps that were rolled back from and are not forgiven yet
+        self.returned_to: int | None = None  # step, at the last rollback
         self.detours: list[dict[str, Any]] = []  # of the data order; see npq_dataset.EpochOrder
         self.kept_step: int | None = None  # newest step checkpoint
 
@@ -209,6 +211,10 @@ class Ladder:
         self.events = [e for e in self.events if e + FORGIVEN_AFTER > step]
         return len(self.events) < MAX_ROLLBACKS
 
+    def lr_is_suspect(self, step: int) -> bool:
+        """Whether trouble is back although the lr was cut, and steps were taken with it."""
+        return bool(self.events) and step != self.returned_to
+
     def retreats(self, step: int, available: Iterable[int]) -> list[int]:
         """Which of the available states to try, best first.
 
@@ -220,12 +226,20 @@ class Ladder:
         return old_enough[::-1] + too_young
 
     def roll_back(
-        self, event: int, *, epoch: int, position: int, suspects: Iterable[int], windows: int
+        self,
+        event: int,
+        step: int,
+        *,
+        epoch: int,
+        position: int,
+        suspects: Iterable[int],
+        windows: int,
     ) -> None:
-        """Record a rollback to `position` of `epoch`; `windows` is how many there are in all."""
+        """Record a rollback to a step in an epoch; `windows` is how many there are in all."""
         room = int(MAX_BARRED * windows) - sum(len(d["barred"]) for d in self.detours)
         refused = Counter(w for r in self.refusals for w in r["windows"])
         self.events.append(event)
+        self.returned_to = self.kept_step = step
         self.detours.append(
             {
                 "epoch": epoch,

@@ -68,7 +68,7 @@ from npq_dataset import (
 )
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
-from stability import MAX_ROLLBACKS, SUSPECT_STEPS, Ema, Guard, Ladder, not_finite
+from stability import LR_DOUBLING, MAX_ROLLBACKS, SUSPECT_STEPS, Ema, Guard, Ladder, not_finite
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal when interrupted
 
@@ -327,7 +327,8 @@ class Progress:
     seconds: float = 0.0  # in training steps, since the very first start
     elapsed: float = 0.0  # wall clock, likewise, over all processes
     schedule_steps: int = 0  # over which lr falls; fixed at the very first start
-    lr_scale: float = 1.0  # lowered by rollbacks
+    lr_scale: float = 1.0  # cut by rollbacks
+    lr_goal: float = 1.0  # where it comes back to
     best_val: float = math.inf
     best_epoch: int = 0
     validated_step: int = -1
@@ -489,6 +490,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
         update(run, lr, grad_norm)
         state.guard.accept(loss, grad_norm, ce)
         p.step += 1
+        p.lr_scale = min(p.lr_goal, p.lr_scale * 2 ** (1 / LR_DOUBLING))
         p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
         p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
     else:
@@ -1293,8 +1295,7 @@ def roll_back(run: Run, reason: str) -> bool:
     if not ladder.may_roll_back(event):
         run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
         return False
-    suspects = last_windows(run)
-    scale = p.lr_scale
+    suspects, scale, goal = last_windows(run), p.lr_scale, p.lr_goal
     found = find_retreat(run)
     if found is None:
         state.guard.forget()
@@ -1302,17 +1303,15 @@ def roll_back(run: Run, reason: str) -> bool:
         checkpoint, path = found
         restore(state, checkpoint, str(path))
         # The lr that this state was sound with may be lower than what another --lr asks now.
-        was = checkpoint["flags"]["lr"] * p.lr_scale
-        scale = min(scale, was / flags.lr)
+        goal = min(goal, p.lr_goal * checkpoint["flags"]["lr"] / flags.lr)
     for name, value in kept.items():
         setattr(p, name, value)
-    p.lr_scale = scale * flags.panic_lr_mul
+    p.lr_goal = goal * (flags.panic_lr_mul if ladder.lr_is_suspect(event) else 1.0)
+    p.lr_scale = min(scale, p.lr_goal) * flags.panic_lr_mul
     state.guard.refused = refused
     state.optimizer.zero_grad(set_to_none=True)
-    ladder.roll_back(
-        event, epoch=p.epoch, position=p.position, suspects=suspects, windows=run.order.num_windows
-    )
-    ladder.kept_step = p.step
+    place = {"epoch": p.epoch, "position": p.position, "windows": run.order.num_windows}
+    ladder.roll_back(event, p.step, suspects=suspects, **place)
     report_rollback(run, event, reason, found[1] if found else None)
     save(run)
     check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
@@ -1454,8 +1453,8 @@ def stopped_by_guard(run: Run) -> int:
         f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
         f"{run.files.latest} is the last sound save. See what happened with\n"
         f"  python ckpt_doctor.py {run.files.folder}\n"
-        f"and the refused windows in {run.files.metrics}. The same command goes on from there: lr "
-        f"stays scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
+        f"and the refused windows in {run.files.metrics}. The same command goes on from there, "
+        f"with lr scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
     )
     return EXIT_GUARD
 

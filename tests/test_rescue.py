@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -75,14 +76,26 @@ def test_three_events_are_too_many_only_within_some_thousand_steps():
     where = {"epoch": 0, "position": 0, "suspects": [], "windows": 100}
     for step in (100, 200, 300):
         assert ladder.may_roll_back(step)
-        ladder.roll_back(step, **where)
+        ladder.roll_back(step, 0, **where)
     assert not ladder.may_roll_back(300)
     assert not ladder.may_roll_back(99 + FORGIVEN_AFTER)
     assert ladder.may_roll_back(100 + FORGIVEN_AFTER)
     for day in range(1, 50):
         step = day * FORGIVEN_AFTER
         assert Ladder.may_roll_back(ladder, step + 300)
-        ladder.roll_back(step + 300, **where)
+        ladder.roll_back(step + 300, step, **where)
+
+
+def test_a_cut_lr_comes_back_unless_it_is_to_blame(tunes, tmp_path):
+    """A NaN window costs no learning rate for good; trouble that returns after steps does."""
+    run = fast_run(tunes, tmp_path, "--log-lr-steps", "1")
+    poison(run, lambda attempt: attempt in range(5, 25) or attempt in range(120, 130))
+    assert train_rvq.train_or_save(run) == 0
+    events = rows(tmp_path, "rollback")
+    assert [row["lr_scale"] for row in events] == [0.5, 0.25, 0.25]
+    assert run.state.progress.lr_scale == run.state.progress.lr_goal == 0.5
+    last = rows(tmp_path, "step")[-60:]
+    assert [a["lr"] >= b["lr"] for a, b in itertools.pairwise(last)] == [True] * 59
 
 
 def test_retreats_prefer_the_newest_that_is_a_hundred_steps_older():
@@ -104,10 +117,10 @@ def test_refused_windows_are_barred_up_to_a_fifth_of_the_data():
     ladder = Ladder()
     refuse(ladder, 10)
     where = {"epoch": 0, "position": 0, "suspects": [1], "windows": 60}
-    ladder.roll_back(5, **where)
+    ladder.roll_back(5, 0, **where)
     assert ladder.detours[0]["barred"] == list(range(10))
     refuse(ladder, 10)
-    ladder.roll_back(6, **where)
+    ladder.roll_back(6, 0, **where)
     assert len(ladder.detours[1]["barred"]) == 2
     assert ladder.refusals == []
 
@@ -115,7 +128,7 @@ def test_refused_windows_are_barred_up_to_a_fifth_of_the_data():
 def test_ladder_state_round_trips_and_old_checkpoints_have_none():
     ladder, other = Ladder(), Ladder()
     refuse(ladder, 5)
-    ladder.roll_back(5, epoch=1, position=8, suspects=np.array([3]), windows=100)
+    ladder.roll_back(5, 0, epoch=1, position=8, suspects=np.array([3]), windows=100)
     refuse(ladder, 3)
     state = ladder.state_dict()
     other.load_state_dict(state)
@@ -289,7 +302,7 @@ def test_without_any_step_checkpoint_the_run_goes_on_with_a_lower_lr(tunes, tmp_
     assert train_rvq.train_or_save(run) == 0
     (row,) = rows(tmp_path, "rollback")
     assert (row["step"], row["to_step"], row["file"]) == (20, 20, None)
-    assert run.state.progress.lr_scale == 0.5
+    assert row["lr_scale"] == 0.5
     assert "no step checkpoint could be read" in capsys.readouterr().err
 
 
