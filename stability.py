@@ -178,13 +178,12 @@ class Ladder:
     there are not drawn again at all, so that bad windows in the data cannot cause it for ever.
     """
 
-    STATE = ("attempts", "refusals", "events", "returned_to", "detours", "kept_step")
+    STATE = ("attempts", "refusals", "events", "detours", "kept_step")
 
     def __init__(self) -> None:
         self.attempts = 0  # steps, taken or refused; never goes back
         self.refusals: list[dict[str, Any]] = []  # lately: {"attempt", "windows"}
         self.events: list[int] = []  # steps that were rolled back from and are not forgiven yet
-        self.returned_to: int | None = None  # step, at the last rollback
         self.detours: list[dict[str, Any]] = []  # of the data order; see npq_dataset.EpochOrder
         self.kept_step: int | None = None  # newest step checkpoint
 
@@ -211,10 +210,6 @@ class Ladder:
         self.events = [e for e in self.events if e + FORGIVEN_AFTER > step]
         return len(self.events) < MAX_ROLLBACKS
 
-    def lr_is_suspect(self, step: int) -> bool:
-        """Whether trouble is back although the lr was cut, and steps were taken with it."""
-        return bool(self.events) and step != self.returned_to
-
     def retreats(self, step: int, available: Iterable[int]) -> list[int]:
         """Which of the available states to try, best first.
 
@@ -239,7 +234,7 @@ class Ladder:
         room = int(MAX_BARRED * windows) - sum(len(d["barred"]) for d in self.detours)
         refused = Counter(w for r in self.refusals for w in r["windows"])
         self.events.append(event)
-        self.returned_to = self.kept_step = step
+        self.kept_step = step
         self.detours.append(
             {
                 "epoch": epoch,

@@ -1295,7 +1295,8 @@ def roll_back(run: Run, reason: str) -> bool:
     if not ladder.may_roll_back(event):
         run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
         return False
-    suspects, scale, goal = last_windows(run), p.lr_scale, p.lr_goal
+    suspects, scale, was_goal = last_windows(run), p.lr_scale, p.lr_goal
+    goal = was_goal
     found = find_retreat(run)
     if found is None:
         state.guard.forget()
@@ -1306,7 +1307,9 @@ def roll_back(run: Run, reason: str) -> bool:
         goal = min(goal, p.lr_goal * checkpoint["flags"]["lr"] / flags.lr)
     for name, value in kept.items():
         setattr(p, name, value)
-    p.lr_goal = goal * (flags.panic_lr_mul if ladder.lr_is_suspect(event) else 1.0)
+    # Trouble that comes back once the lr has, and not before, is the lr's.
+    came_back = bool(ladder.events) and scale >= was_goal
+    p.lr_goal = goal * (flags.panic_lr_mul if came_back else 1.0)
     p.lr_scale = min(scale, p.lr_goal) * flags.panic_lr_mul
     state.guard.refused = refused
     state.optimizer.zero_grad(set_to_none=True)
