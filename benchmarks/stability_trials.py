@@ -1,6 +1,6 @@
 """What each stability measure does when something goes wrong, at tiny size.
 
-    python benchmarks/stability_trials.py --seeds 20     # about 15 minutes on two idle cores
+    python benchmarks/stability_trials.py --seeds 20     # 15 to 20 minutes on two cores
 
 Every measure is switched on or off beside what ships, and each variant trains through the same
 planted instabilities, without guard and ladder, which would hide the difference. A run has diverged
