@@ -506,7 +506,7 @@ def test_killed_right_after_a_rollback_ends_in_the_same_weights(tunes, tmp_path)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_of_rolled_back_runs(seed, workers, tunes, tmp_path):
-    """Two rollbacks, four kills each: n = 24 kills in all."""
+    """Two rollbacks, up to four kills each; a moment past the end kills nothing."""
     shape = {"bad": [230, 300], "steps": 260, "workers": workers}
     whole = run_poisoned(tunes, tmp_path / "whole", moments=[], **shape)
     assert [row["to_step"] for row in rows(tmp_path / "whole", "rollback")] == [100, 0]
