@@ -351,7 +351,8 @@ class RunFiles:
         """Save as `latest`, and as asked as `best` and its archive, as an archive, in the ring.
 
         `best` comes first: if a crash falls between, the resumed run finds the same best again,
-        whereas a `latest` that knows of a best value whose file is missing would never mend.
+        whereas a `latest` that knows of a best value whose file is missing would never mend. The
+        step checkpoint likewise: `latest` counts on it, and one too many goes at the next start.
         Then archives over `keep_archived` of each kind are removed, oldest first. Before it, as
         many as the new file needs for its space; `tell` gets a line that names these.
 

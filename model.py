@@ -137,9 +137,7 @@ class CodesTransformer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
         x = self.embed_past(codes)
-        if (
-            self.embed_grad != 1.0
-        ):  # shrinks the tables' gradient alone (GLM-130B: Zeng et al. 2022)
+        if self.embed_grad != 1.0:  # of the tables alone (GLM-130B: Zeng et al. 2022)
             x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
         x = self.dropout(self.embed_norm(x))
         rope = rotary_angles(torch.arange(codes.shape[1], device=codes.device), self.config)

@@ -74,24 +74,11 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal 
 
 # --- flags ---------------------------------------------------------------------------------------
 
-ARCHITECTURE_FLAGS = (
-    "d_model",
-    "layers",
-    "heads",
-    "codebooks",
-    "qk_norm",
-)  # a resumed run keeps these
+# A resumed run keeps these.
+ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks", "qk_norm")
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
-LEVEL_FLAGS = (
-    "label_smoothing",
-    "z_loss",
-    "embed_grad",
-    "cb_weights",
-    "cb_weights_auto_alpha",
-    "dropout",
-    "batch",
-    "accum",
-)
+LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
+LEVEL_FLAGS += ("accum", "cb_weights", "cb_weights_auto_alpha")
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
 COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
 

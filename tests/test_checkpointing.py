@@ -564,6 +564,19 @@ def test_archives_stay_where_all_of_them_would_not_do(small_disk):
     assert tree(files.folder) == before
 
 
+def test_room_is_never_made_of_what_a_run_may_roll_back_to(small_disk):
+    """An archive that is a step checkpoint too frees nothing, and stays."""
+    files, said = RunFiles(small_disk("3m"), NAME), []
+    files.save(large(1), archive_epoch=1, ring_step=1)
+    for epoch in range(2, 12):
+        files.save(large(epoch), archive_epoch=epoch, keep_archived=100, tell=said.append)
+    assert said
+    assert files.ring_steps() == [1]
+    left = [step_of(p) for p in files.archives("epoch")]
+    assert left[0] == 1
+    assert left[1] > 2
+
+
 def test_both_kinds_of_archives_go_by_age(small_disk):
     """An archive of both kinds frees its bytes when both names are gone."""
     files, said = RunFiles(small_disk("3m"), NAME), []

@@ -112,7 +112,7 @@ class RecordedFile(io.FileIO):
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory, tunes: Path) -> tuple[Recorder, RunFiles]:
-    """Seven saves of a real run: bests, archives, pruning, and saves between epochs."""
+    """Eight saves of a real run: the ring, bests, archives, pruning, saves between epochs."""
     folder = tmp_path_factory.mktemp("run")
     flags = ("--archive-every", "1", "--keep-archived", "2", "--epochs", "5")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -184,9 +184,9 @@ def put(path: Path, contents: dict[int, bytes], inode: int, state: str) -> None:
 def test_the_record_is_of_a_real_run(record):
     recorder, _ = record
     kinds = [call.kind for call in recorder.calls]
-    assert kinds.count("reported") == 7
-    assert kinds.count("sync folder") >= 7
-    assert kinds.count("sync") == 7
+    assert kinds.count("reported") == 8
+    assert kinds.count("sync folder") >= 8
+    assert kinds.count("sync") == 8
     assert kinds.count("write") > 20
     first = [k for k in kinds if k != "write"][:3]
     assert first == ["name", "sync", "name"], "created, synced, and only then linked"

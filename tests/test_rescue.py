@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     assert train_rvq.train_or_save(run) == 143
     ring, now = comparable(before["ring"]), before["now"]
     for part in ("model", "ema", "optimizer", "scaler", "rng"):
-        assert_same_tensors(now[part], ring[part])
+        assert_same_tensors(dict(now[part]), ring[part])
     assert now["guard"]["losses"] == ring["guard"]["losses"]
     assert (now["guard"]["refused"], now["guard"]["refused_in_a_row"]) == (10, 0)
     assert (now["progress"]["step"], now["progress"]["lr_scale"]) == (100, 0.5)
@@ -296,6 +297,7 @@ def test_without_any_step_checkpoint_the_run_goes_on_with_a_lower_lr(tunes, tmp_
 
     def removing(codes: torch.Tensor) -> Losses:
         if run.state.ladder.attempts == 25:
+            train_rvq.check_save(run, wait=True)
             run.files.remove_ring()
         return eager(codes)
 
@@ -330,6 +332,55 @@ def interrupting(run: Run, at: int) -> Callable[[torch.Tensor], Losses]:
         return losses(codes)
 
     return made
+
+
+def test_a_rollback_waits_for_the_step_checkpoint_in_flight(tunes, tmp_path, monkeypatch):
+    """The disk takes longer than the eleven steps to the event."""
+    run = fast_run(tunes, tmp_path, "--max-steps", "20")
+    poison(run, lambda attempt: attempt in range(1, 11))
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.5), real(descriptor))[1])
+    assert train_rvq.train_or_save(run) == 0
+    (row,) = rows(tmp_path, "rollback")
+    assert (row["step"], row["to_step"], row["file"]) == (1, 0, "rvq_4cb_ring_s00000000.pt")
+    assert [row["step"] for row in rows(tmp_path, "save")] == [0, 0, 20]
+
+
+def test_a_disk_that_is_full_for_step_checkpoints_alone_ends_no_run(tunes, tmp_path, capsys):
+    """Four of them are lost; an epoch's end that is kept in the ring still counts as a save."""
+    run = fast_run(tunes, tmp_path)
+    full = tmp_path / ".rvq_4cb_latest.pt.saving"
+    for failures in range(1, 5):
+        full.symlink_to("/dev/full")
+        train_rvq.save(run, ring=True, spare=True)
+        assert train_rvq.check_save(run, wait=True) is not None
+        assert capsys.readouterr().err.count("No space left on device") == 1, failures
+    assert (run.failed_saves, run.files.ring_steps()) == (0, [])
+    for _ in range(2):
+        full.symlink_to("/dev/full")
+        train_rvq.save(run, ring=True)
+        train_rvq.check_save(run, wait=True)
+    full.symlink_to("/dev/full")
+    train_rvq.save(run)
+    with pytest.raises(OSError, match="No space left"):
+        train_rvq.check_save(run, wait=True)
+
+
+def test_an_unsound_state_is_written_once_and_not_at_every_step(tunes, tmp_path):
+    """A save that is due by the clock goes to quarantine; the next is due as long after."""
+    run = fast_run(tunes, tmp_path, "--max-steps", "110", "--save-every-minutes", "5")
+    eager = run.losses
+
+    def spoil(codes: torch.Tensor) -> Losses:
+        if run.state.ladder.attempts == 50:
+            run.state.guard.recent_ce = [math.log(64) + 10] * 4
+            run.last_save -= 1000
+        return eager(codes)
+
+    run.losses = spoil
+    assert train_rvq.train_or_save(run) == 0
+    assert [row["step"] for row in rows(tmp_path, "quarantine")][:1] == [51]
+    assert len(rows(tmp_path, "quarantine")) == len(rows(tmp_path, "rollback")) + 1 == 2
 
 
 @pytest.mark.slow
@@ -381,6 +432,7 @@ def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, 
         state = run.state
         if state.progress.step == 100 and not done:
             done.append(1)
+            train_rvq.check_save(run, wait=True)
             before = run.files.latest.read_bytes()
             moments = state.optimizer.state[state.model.head.weight]["exp_avg"]
             spoiled = {

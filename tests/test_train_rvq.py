@@ -750,7 +750,7 @@ def test_a_save_is_reported_at_the_next_step(tunes, tmp_path):
         run.stop.save |= step == 2
         if step == 4 and run.saving is not None:
             run.saving.written.result()
-        reported.append(len(rows(tmp_path, "save")))
+        reported.append(sum(row["step"] > 0 for row in rows(tmp_path, "save")))
         return eager(codes)
 
     run.losses = asking
@@ -780,6 +780,7 @@ def test_every_end_of_a_run_waits_for_its_save(end, tunes, tmp_path, monkeypatch
         if run.state.progress.step == 3:
             run.stop.signal = signal.SIGTERM if end == "signal" else None
             run.guard_stop = "test" if end == "guard" else None
+            run.stop.save = end == "guard"  # which saves nothing more by itself
             if end == "exception":
                 raise RuntimeError("planted")
         return eager(codes)
@@ -802,13 +803,15 @@ def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
     model, vals = run.state.ema.model, iter([1.0, 3.0, 2.0, 2.5])
     eager = model.losses
     model.losses = lambda *args: Losses(*(x * 0 + v for v in [next(vals)] for x in eager(*args)))
+    train_rvq.save(run, ring=True)
+    train_rvq.finish_save(run)
     (tmp_path / ".rvq_4cb_latest.pt.saving").symlink_to("/dev/full")
     assert train_rvq.train_or_save(run) == 0
     assert "No space left on device" in capsys.readouterr().err
     assert [row["val"] for row in rows(tmp_path, "epoch")] == [1, 3, 2, 2.5]
     assert load_checkpoint(run.files.best)["progress"]["best_val"] == 2
     assert load_checkpoint(run.files.latest)["progress"]["best_epoch"] == 3
-    assert [row["step"] for row in rows(tmp_path, "save")] == [16, 24, 32]
+    assert [row["step"] for row in rows(tmp_path, "save")] == [0, 16, 24, 32]
 
 
 @pytest.mark.parametrize("end", ["signal", "finish"])
@@ -852,7 +855,7 @@ def test_a_full_disk_makes_room_of_old_archives_and_the_run_ends_as_on_a_large_o
     said = capsys.readouterr().err
     assert "old archives" in said
     assert "failed" not in said
-    assert len(rows(disk, "save")) == 14
+    assert len(rows(disk, "save")) == 14 + 2, "each epoch's end; steps 0 and 100"
     for path in disk.glob("rvq_*.pt"):
         load_checkpoint(path)
     assert load_checkpoint(disk / "rvq_4cb_best.pt")["progress"]["epoch"] > 0
