@@ -225,9 +225,12 @@ def in_child(
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(theirs, work, path, *arguments), daemon=True)
     sys.stdout.flush()
+    # Ctrl-C is the parent's, who ends the child: the child must not meet it even while it starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child.start()
-    theirs.close()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
         while ours.poll(SILENCE):
             message = json.loads(ours.recv_bytes())
             if "bytes" in message:
@@ -257,7 +260,6 @@ def _child(
     def tell(number_of_bytes: int) -> None:
         connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
     try:
         torch.set_num_threads(
             1

@@ -26,9 +26,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from make_codes import make_tune
+
 import train_rvq
 from checkpointing import save_checkpoint
-from make_codes import make_tune
 from npq_dataset import write_npq
 from stability import Ema, Guard
 
@@ -137,7 +138,7 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
     if s.no_update:
         yield mock.patch.object(train_rvq, "update", skipped_update)
     if not s.guarded:
-        yield mock.patch.object(Guard, "judge", lambda *_: None)
+        yield mock.patch.object(Guard, "judge", return_value=None)
 
 
 # --- faults in training --------------------------------------------------------------------------
@@ -351,9 +352,7 @@ TRAINED_EXTRA: dict[str, Callable[[np.random.Generator, int], Sabotage]] = {
     "q_norm gain grows 1 % a step": _each_step(
         ("G4", "G6", *MOVES), lambda w, _: w.mul_(1.01), "attn.q_norm"
     ),
-    "norm2 gain grows 1 % a step": _each_step(
-        ("G6", *MOVES), lambda w, _: w.mul_(1.01), "norm2"
-    ),
+    "norm2 gain grows 1 % a step": _each_step(("G6", *MOVES), lambda w, _: w.mul_(1.01), "norm2"),
     "noise on a matrix each step": _each_step(
         (*MOVES, "G3"), lambda w, r: w.add_(0.02 * w.square().mean().sqrt() * _random_like(w, r))
     ),

@@ -12,7 +12,6 @@ import pickle
 import resource
 import signal
 import struct
-
 import time
 import zipfile
 import zlib
@@ -28,7 +27,6 @@ from planted_faults import cut_off, flip_a_bit
 from torch import nn
 
 import ckpt_summary
-from checkpointing import save_checkpoint
 from ckpt_summary import (
     Parameter,
     Summary,
@@ -207,7 +205,7 @@ def test_no_pickle_is_run(name, good, tmp_path):
 def test_the_canary_would_have_sung(name, tmp_path):
     """The files above are a danger: pickle itself runs most of them."""
     harmless = ("EXT", "BUILD", "os.remove", "attribute of a safe module", "dotted name")
-    if name in harmless + ("unsafe after STOP", "GLOBAL of builtins", "DUP"):
+    if name in (*harmless, "unsafe after STOP", "GLOBAL of builtins", "DUP"):
         pytest.skip("refused by pickle, or no call that writes")
     canary = tmp_path / "canary"
     pickle.loads(hostile_pickles(canary)[name])
@@ -242,21 +240,24 @@ def test_more_than_one_pickle_or_a_nested_archive(good, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_entries_of_one_name(good, tmp_path):
     """Readers differ in which of the two they take."""
     canary = tmp_path / "canary"
     entries = entries_of(good)
     name = next(n for n in entries if n.endswith("data.pkl"))
-    for pair in ((entries[name], hostile_pickles(canary)["GLOBAL"]),
-                 (hostile_pickles(canary)["GLOBAL"], entries[name])):  # fmt: skip
-        with zipfile.ZipFile(good, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
-            for other, data in entries.items():
-                if other != name:
-                    archive.writestr(other, data)
-            for data in pair:
-                archive.writestr(name, data)
+    bad = hostile_pickles(canary)["GLOBAL"]
+    others = [(n, data) for n, data in entries.items() if n != name]
+    for pair in ((entries[name], bad), (bad, entries[name])):
+        write_zip_of_pairs(good, [*others, *((name, data) for data in pair)])
         problem_of(good)
         assert not canary.exists()
+
+
+def write_zip_of_pairs(path: Path, entries: list[tuple[str, bytes]]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
 
 
 # --- containers that are not what they seem ------------------------------------------------------
@@ -799,7 +800,8 @@ def test_old_names_sort_as_a_forward_pass_meets_them():
         "blocks.0.mlp.0.weight", "blocks.0.mlp.3.weight", "blocks.1.norm1.weight",
         "blocks.10.norm1.weight", "ln_f.weight", "heads.0.weight", "heads.10.weight",
     ]  # fmt: skip
-    assert sorted(reversed(order), key=place_of) == order
+    backwards = order[::-1]
+    assert sorted(backwards, key=place_of) == order
     assert place_of("_orig_mod." + order[5]) == place_of(order[5])
 
 
