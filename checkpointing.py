@@ -267,7 +267,9 @@ def _unpickle(path: Path, **options: Any) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except Exception as error:  # a damaged or hostile pickle can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # What torch says before and after that sentence is advice to load without safety.
+        told = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
+        reason = re.split(r"\.\s|\n", told)[0].removesuffix(".") or type(error).__name__
         raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -445,22 +445,37 @@ def check_displacement(run: Run) -> Iterator[Finding]:
     """
     pasts: dict[str, _Past] = {}
     sound: list[Summary] = []
-    bad: Summary | None = None
+    bad: tuple[Summary, str] | None = None  # and its worst tensor
     for s in run.series:
-        if not s.parameters or any(p.bad.get("raw") for p in s.parameters):
+        exchanged = (cosine := _cosine(run, s)) is not None and cosine.exchanged
+        if not s.parameters or exchanged or any(p.bad.get("raw") for p in s.parameters):
             continue
         good = next((g for g in reversed(sound) if (g.step or 0) < (s.step or 0)), None)
         leap = _leap(run, good, s, pasts) if good else None
-        follows = bad is not None and bad.step != s.step and _leap(run, bad, s, {}) is None
+        follows = bad is not None and good is not None and _follows(run, s, good, *bad)
         if leap is not None or follows:
-            text = f"goes on from {bad.name}, which had left its past" if bad else ""
-            yield leap or _in_file(
+            text = f"goes on from {bad[0].name}, which had left its past" if bad else ""
+            finding = leap or _in_file(
                 s, "G1", Level.SUSPECT, Cause.INSTABILITY, text, after=good.step if good else None
             )
-            bad = s
+            yield finding
+            bad = s, finding.where or (bad[1] if bad else "")
         else:
             sound.append(s)
             bad = None
+
+
+def _follows(run: Run, s: Summary, good: Summary, bad: Summary, worst: str) -> bool:
+    """Whether a file goes on from a bad one, and not from the good one before that."""
+    if bad.step == s.step or _leap(run, bad, s, {}) is not None:
+        return False
+    samples = [
+        next((p.sample for p in file.parameters if p.name == worst), []) for file in (s, good, bad)
+    ]
+    if not all(samples):
+        return True
+    new, sound, lost = map(np.asarray, samples)
+    return float(np.square(new - lost).sum()) < float(np.square(new - sound).sum())
 
 
 def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
@@ -530,7 +545,8 @@ def _judge_move(
     n = len(past.values)
     ratio = pace / past.centre() if n >= 3 else math.nan
     leap = pace > 3 * straight and pace > 6
-    burst = n >= 3 and ratio > 4 and past.z(pace) > 6 and pace > 2
+    # Healthy runs stay below 1.7 times the largest and 2.7 times the median of their past.
+    burst = n >= 3 and ratio > 3.5 and math.log(pace / 2.2) > max(past.values) and pace > 1
     if leap or burst:
         grown = new.rms / max(old.rms, 1e-12) - 1
         text = (
@@ -551,23 +567,38 @@ def _judge_move(
 def check_average(run: Run) -> Iterator[Finding]:
     """G3: raw weights against their EMA, in size and in direction."""
     pasts: dict[str, _Past] = {}
+    before: _Cosine | None = None
     for s in run.series:
-        decay = float(s.flags.get("ema") or math.nan)
-        if s.style != "own" or not math.isfinite(decay) or not s.step:
+        window = _window(s)
+        if math.isnan(window):
             continue
-        if s.ema_equals_raw and decay > 0:
+        if s.ema_equals_raw and window > 1:
             text = "the EMA equals the raw weights: it is not averaging, or one overwrote the other"
             yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text)
             continue
-        window = 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
-        lr = run.mean_lr(max(0, round(s.step - 2 * window)), s.step, s)
+        lr = _window_lr(run, s, window)
         found = [
             f for p in _matrices(s)
             for f in _judge_average(run, s, p, lr, window, pasts.setdefault(p.name, _Past()))
         ]  # fmt: skip
         if found:
             yield _with_others(max(found, key=lambda f: f[0])[1], len(found) - 1)
-        yield from _check_direction(s, window, lr)
+        cosine = _cosine(run, s)
+        if cosine is not None:
+            yield from _judge_direction(s, cosine, before)
+            before = cosine
+
+
+def _window(s: Summary) -> float:
+    """Steps over which the EMA averages, warm-up of its decay included; NaN where it is unknown."""
+    decay = float(s.flags.get("ema") or math.nan)
+    if s.style != "own" or not math.isfinite(decay) or not s.step:
+        return math.nan
+    return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
+
+
+def _window_lr(run: Run, s: Summary, window: float) -> float:
+    return run.mean_lr(max(0, round((s.step or 0) - 2 * window)), s.step or 0, s)
 
 
 def _judge_average(
@@ -585,8 +616,8 @@ def _judge_average(
     if far or burst or near:
         what = "near" if near else "far from"
         text = (
-            f"{p.name} is {what} its EMA: {p.ema_distance / max(p.rms, 1e-12):.1%} of its size, "
-            f"{apart:.3g} times what {window:.0f} steps at lr {lr:.2g} explain"
+            f"{p.name} is {what} its EMA: they differ by RMS {p.ema_distance:.2g}, it has "
+            f"{p.rms:.2g}; {apart:.3g} times what {window:.0f} steps at lr {lr:.2g} explain"
         )
         before = run.previous(s)
         facts = {"where": p.name, "value": apart, "n": n, "after": before.step if before else None}
@@ -597,42 +628,70 @@ def _judge_average(
         past.values.append(math.log(apart))
 
 
-def _check_direction(s: Summary, window: float, lr: float) -> Iterator[Finding]:
-    """Raw minus EMA is the sum of the latest updates, so it points where Adam goes.
+class _Cosine(NamedTuple):
+    """Between raw minus EMA, the sum of the latest updates, and the way that Adam goes.
 
-    Their cosine is about sqrt(NOISE_STEPS / window), of which healthy runs have 0.24 to 0.82; n
-    elements that have nothing to do with each other have 0 +- 1 / sqrt(n). Near the end of a
-    schedule the sum is of older, larger updates, and the cosine says nothing.
+    It is about sqrt(NOISE_STEPS / window), of which healthy runs have 0.24 to 0.82; n elements that
+    have nothing to do with each other have 0 +- 1 / sqrt(n).
     """
-    measured = [(p, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
-    measured = [(p, root) for p, root in measured if math.isfinite(p.update_cos)]
-    if len(measured) < 3 or not s.optimizer.get("lr", 0.0) > 0.15 * lr:
-        return
+
+    mean: float  # over the tensors, in units of sqrt(NOISE_STEPS / window)
+    z: float  # that a mean of 1 would have
+    lost: float  # share of the tensors whose own cosine may be 0
+    lr: float
+    usual: float  # sqrt(NOISE_STEPS / window)
+    tensors: int
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether raw and EMA stand in each other's place."""
+        return self.mean < -0.1 and -self.mean * self.z > 8
+
+
+def _cosine(run: Run, s: Summary) -> _Cosine | None:
+    """None where it says nothing: late in a schedule the sum is of older, larger updates."""
+    window = _window(s)
+    if math.isnan(window):
+        return None
+    measured = [(p.update_cos, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
+    measured = [(cos, root) for cos, root in measured if math.isfinite(cos)]
+    lr = s.optimizer.get("lr", 0.0)
+    if len(measured) < 3 or not lr > 0.15 * _window_lr(run, s, window):
+        return None
     usual = math.sqrt(min(1.0, NOISE_STEPS / window))
     roots = sum(root for _, root in measured)
-    mean = sum(p.update_cos * root for p, root in measured) / roots / usual
-    z = usual * roots / math.sqrt(len(measured))  # of a mean of 1
-    facts = {"value": mean, "baseline": 0.5, "n": len(measured)}
-    if mean < -0.1 and -mean * z > 8:
+    return _Cosine(
+        mean=sum(cos * root for cos, root in measured) / roots / usual,
+        z=usual * roots / math.sqrt(len(measured)),
+        lost=sum(cos * root < 3 for cos, root in measured) / len(measured),
+        lr=lr,
+        usual=usual,
+        tensors=len(measured),
+    )
+
+
+def _judge_direction(s: Summary, now: _Cosine, before: _Cosine | None) -> Iterator[Finding]:
+    facts = {"value": now.mean, "baseline": before.mean if before else 0.5, "n": now.tensors}
+    fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
+    if now.exchanged:
         text = (
             "Adam's steps lead from the raw weights towards the EMA and not away from it "
-            f"(cosine {mean:.2f} of what noise gives): raw and EMA are exchanged"
+            f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
-    elif mean < 0.12 and z > 30:
+    elif (now.mean < 0.12 and now.z > 30) or fell:
         text = (
-            f"Adam's moments have nothing to do with the latest updates (cosine {mean:.2f} of what "
-            "noise gives): they are of another state or another run"
+            f"Adam's moments of {now.lost:.0%} of the tensors have nothing to do with the latest "
+            "updates: they are of another tensor, another state or another run"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
-    elif mean > 0.25:
-        yield from _check_directions_apart(s, [p for p, _ in measured], mean * usual)
+    elif now.mean > 0.25:
+        yield from _lost_directions(s, now.mean * now.usual)
 
 
-def _check_directions_apart(
-    s: Summary, measured: list[Parameter], mean: float
-) -> Iterator[Finding]:
+def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
     """Single tensors whose moments are not theirs, where those of the others are."""
+    measured = _matrices(s)
     lost = [
         p for p in measured
         if p.update_cos < 0.05 * mean and mean * math.sqrt(math.prod(p.shape)) > 12
@@ -759,7 +818,8 @@ def check_learning_rate(run: Run) -> Iterator[Finding]:
         lr, planned = s.optimizer.get("lr", math.nan), scheduled_lr(s, s.step or 0)
         if not s.step or not math.isfinite(planned) or s.kind in ("panic", "quarantine"):
             continue
-        if abs(lr - planned) > 0.01 * planned + 1e-12:
+        recovers = s.progress.get("lr_scale", 1.0) != s.progress.get("lr_goal", 1.0)
+        if abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
             level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
             text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
             yield _in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
@@ -772,6 +832,8 @@ def _check_logged_lr(run: Run) -> Iterator[Finding]:
     flags: dict[str, Any] = {}
     peak, lowest = 0.0, math.inf
     for row in run.history.rows:
+        if row["event"] == "rollback":
+            peak, lowest = 0.0, math.inf  # cut, it comes back step by step
         if row["event"] in ("start", "resume"):
             asked, had = _number(row["flags"].get("lr")) or 0.0, _number(flags.get("lr")) or 0.0
             if had and asked > 3 * had:

@@ -147,7 +147,7 @@ def _last_healthy(run: Run, findings: list[Finding], trouble: list[Finding]) -> 
         if s.path not in bad and s.step is not None and s.step <= limit
         and s.kind not in ("panic", "quarantine") and s.style in ("own", "old")
     ]  # fmt: skip
-    by_kind = ("latest", "archive", "previous", "step", "best", "best archive", "other")
+    by_kind = ("latest", "archive", "previous", "ring", "best", "best archive", "other")
     return max(good, key=lambda s: (s.step or 0, -by_kind.index(s.kind)), default=None)
 
 

@@ -102,7 +102,7 @@ def _frames(d: Diagnosis) -> tuple[Frame | None, Frame | None]:
 
 
 LANES = {
-    "archives": ("archive", "step"),
+    "archives": ("archive", "ring"),
     "latest": ("latest", "previous"),
     "best": ("best", "best archive"),
     "others": ("panic", "quarantine", "other"),

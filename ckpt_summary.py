@@ -19,18 +19,21 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import numbers
 import os
 import pickletools
 import re
 import resource
 import signal
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -40,6 +43,7 @@ from model import CodesTransformer, ModelConfig
 
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
 CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the processor's caches
+MOST_VALUES = 5_000_000  # of flags, progress or history
 SILENCE = 120.0  # seconds without a sign of life after which a child is given up
 
 ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
@@ -101,7 +105,7 @@ class Summary:
     """What the doctor knows of one file."""
 
     path: str
-    kind: str  # latest, previous, best, archive, best archive, panic, quarantine, other
+    kind: str  # latest, previous, best, archive, best archive, panic, quarantine, ring, other
     name_epoch: int | None  # that the file's name tells
     size: int = 0
     modified: float = 0.0
@@ -181,7 +185,7 @@ FILE_KINDS = (
     (r".*_best\.pt", "best"),
     (r".*_panic_s\d+\.pt", "panic"),
     (r".*_quarantine_s\d+\.pt", "quarantine"),
-    (r".*_step_s\d+\.pt", "step"),
+    (r".*_ring_s\d+\.pt", "ring"),
 )
 
 
@@ -260,6 +264,7 @@ def _child(
     def tell(number_of_bytes: int) -> None:
         connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
 
+    warnings.simplefilter("ignore")  # of torch and NumPy, on what a file holds
     try:
         torch.set_num_threads(
             1
@@ -281,10 +286,12 @@ def _child(
 def _limit_this_process(path: str) -> None:
     """No files written, no core, memory by the file's size, minutes of computing."""
     size = os.path.getsize(path)
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * mmap.PAGESIZE
-    # Threads and torch's first use reserve address space without using it.
+    with open("/proc/self/status") as file:
+        held = dict(line.split(":", 1) for line in file)
+    mapped, data = (int(held[name].split()[0]) << 10 for name in ("VmSize", "VmData"))
+    # Threads and torch's first use reserve address space without using it; a mapped file is data.
     _lower(resource.RLIMIT_AS, mapped + 3 * size + (6 << 30))
+    _lower(resource.RLIMIT_DATA, data + 2 * size + (512 << 20))
     _lower(resource.RLIMIT_CPU, 120 + size // 5_000_000)
     _lower(resource.RLIMIT_FSIZE, 0)
     _lower(resource.RLIMIT_CORE, 0)
@@ -315,11 +322,25 @@ def _from_json(answer: dict[str, Any]) -> Summary:
 # --- the child: container, pickle, tensors -------------------------------------------------------
 
 SAFE_GLOBALS = re.compile(
-    r"torch\._utils\._rebuild_(tensor_v2|parameter|parameter_with_state)"
+    r"torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
     r"|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.(Size|device)"
     r"|torch\.(b?float\d*|double|half|u?int\d*|long|short|bool|float8_\w+)"
     r"|collections\.(OrderedDict|defaultdict)"
     r"|argparse\.Namespace"  # cfg of older scripts: only attributes are set
+    r"|numpy\.dtype|numpy\._?core\.multiarray\.scalar|_codecs\.encode"  # best_val of such
+)
+SCALAR = np.float64(0).__reduce__()[0]
+NUMBERS = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]}
+ALLOWED: list[Any] = [
+    *(argparse.Namespace, np.dtype, *NUMBERS),
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+]
+# All that torch.save's pickler writes and torch's safe reader reads. With no other a name can be
+# put together, or taken off the stack, where reading the opcodes in turn would not see it.
+OPCODES = re.compile(
+    r"PROTO|STOP|GLOBAL|REDUCE|NEWOBJ|BUILD|BINPERSID|MARK|(LONG_)?BIN(PUT|GET)|APPENDS?|SETITEMS?"
+    r"|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(TUPLE|LIST|DICT)"
+    r"|TUPLE[123]?"
 )
 
 
@@ -350,11 +371,10 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
         _describe_old(summary, content)
     states = _optimizer_states(content.get("optimizer", content.get("opt")), content["model"])
     _note_misfits(summary, content, states)
-    average = content.get("ema")
-    average = average if isinstance(average, dict) else {}
+    average = _dict(content.get("ema"))
     done = 0
     for name, raw in content["model"].items():
-        if isinstance(raw, Tensor) and raw.is_floating_point():
+        if isinstance(name, str) and isinstance(raw, Tensor) and raw.is_floating_point():
             ema, state = average.get(name), states.get(name, {})
             tensors = [t for t in (raw, ema, *state.values()) if isinstance(t, Tensor)]
             summary.parameters.append(_measure(name, raw, ema, state, summary))
@@ -378,8 +398,12 @@ def open_safely(path: str) -> Any:
         raise Unreadable("corrupt", _not_a_zip(path))
     verify_file(Path(path))
     refuse_unsafe_pickle(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = map_tensors(Path(path))
+    try:
+        with open(path, "rb") as file, torch.serialization.safe_globals(ALLOWED):
+            # torch opens no name that is not UTF-8.
+            content = map_tensors(Path(f"/proc/self/fd/{file.fileno()}"))
+    except CheckpointError as error:
+        raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
     _check_storages(path, content)
     return content
 
@@ -395,7 +419,7 @@ def _not_a_zip(path: str) -> str:
 
 
 def refuse_unsafe_pickle(path: str) -> None:
-    """Read the opcodes of a checkpoint's pickle, without running one, and refuse foreign names.
+    """Read a checkpoint's pickle without running it; refuse foreign names and foreign opcodes.
 
     A pickle can call any function that it names; these names are its GLOBAL opcodes.
     """
@@ -410,6 +434,10 @@ def refuse_unsafe_pickle(path: str) -> None:
     if named:
         listed = ", ".join(sorted(named)[:5])
         raise Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
+    used = {op.name for op, _, _ in pickletools.genops(data)}
+    if foreign := {name for name in used if not OPCODES.fullmatch(name)}:
+        listed = ", ".join(sorted(foreign)[:5])
+        raise Unreadable("unsafe", f"torch.save writes no {listed} in a pickle; it was not loaded")
 
 
 def pickle_globals(data: bytes) -> Iterator[str]:
@@ -444,20 +472,23 @@ def _check_storages(path: str, content: Any) -> None:
     surplus = Counter(n for n in told.values() if n) - stored
     if surplus:
         raise Unreadable("corrupt", f"a tensor of {min(surplus)} bytes has no entry of that size")
+    size = os.path.getsize(path)
     for tensor in _tensors(content):
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise Unreadable("corrupt", "a tensor claims more elements than are stored")
+        if tensor.numel() * tensor.element_size() > size:  # expanded: torch checks the storage only
+            raise Unreadable("corrupt", "a tensor claims more elements than the file has bytes for")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    """Tensors in nested containers, each of which is looked into once, however often it is met."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part.values() if isinstance(part, dict) else part
 
 
 def forget_pages(tensor: Tensor) -> None:
@@ -481,13 +512,12 @@ def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
     progress, flags = _dict(content.get("progress")), _dict(content.get("flags"))
     architecture = _dict(content.get("architecture"))
     summary.step, summary.epoch = _whole(progress.get("step")), _whole(progress.get("epoch"))
-    summary.saved_at = str(content.get("saved_at", ""))
+    summary.saved_at = _text(content.get("saved_at"))
     summary.best_val = _real(progress.get("best_val"))
-    summary.vocab_sizes = [_whole(v) or 0 for v in architecture.get("vocab_sizes", [])]
+    summary.vocab_sizes = [_whole(v) or 0 for v in _list(architecture.get("vocab_sizes"))]
     summary.architecture, summary.flags = plain(architecture), plain(flags)
     summary.progress = plain(progress)
-    history = content.get("history")
-    summary.history = [plain(r) for r in history if isinstance(r, dict)] if history else []
+    summary.history = plain([r for r in _list(content.get("history")) if isinstance(r, dict)])
     summary.optimizer = _optimizer_settings(content.get("optimizer"))
     summary.scale = _scale(content.get("scaler"))
 
@@ -500,25 +530,29 @@ def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
     summary.flags = plain(vars(cfg) if isinstance(cfg, argparse.Namespace) else _dict(cfg))
     summary.step = _whole(content.get("global_step"))
     summary.epoch = _whole(content.get("epoch"))
-    summary.saved_at = str(content.get("saved_at", ""))
+    summary.saved_at = _text(content.get("saved_at"))
     summary.best_val = _real(content.get("best_val"))
-    sizes = content.get("vocab_sizes")
-    summary.vocab_sizes = [_whole(v) or 0 for v in sizes] if isinstance(sizes, list) else []
+    summary.vocab_sizes = [_whole(v) or 0 for v in _list(content.get("vocab_sizes"))]
     summary.optimizer = _optimizer_settings(content.get("opt", content.get("optimizer")))
     summary.scale = _scale(content.get("scaler"))
 
 
 def _optimizer_settings(state: Any) -> dict[str, Any]:
-    groups = _dict(state).get("param_groups")
-    if not isinstance(groups, list) or not groups or not isinstance(groups[0], dict):
+    groups = _groups(state)
+    if not groups:
         return {}
+    betas = [_real(b) for b in _list(groups[0].get("betas"))]
     return {
         "lr": max(_real(g.get("lr")) for g in groups),
         "initial_lr": max(_real(g.get("initial_lr")) for g in groups),
-        "betas": [_real(b) for b in groups[0].get("betas", ())],
+        "betas": betas if len(betas) == 2 else [],
         "eps": _real(groups[0].get("eps")),
         "weight_decay": max(_real(g.get("weight_decay")) for g in groups),
     }
+
+
+def _groups(state: Any) -> list[dict[str, Any]]:
+    return [g for g in _list(_dict(state).get("param_groups")) if isinstance(g, dict)]
 
 
 def _scale(state: Any) -> float | None:
@@ -526,17 +560,15 @@ def _scale(state: Any) -> float | None:
     return _real(state["scale"]) if "scale" in state else None
 
 
-def _optimizer_states(state: Any, model: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _optimizer_states(state: Any, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Moments by parameter name; without names in the file, by the order of the parameters."""
-    state = _dict(state)
-    moments, groups = _dict(state.get("state")), state.get("param_groups")
-    if not isinstance(groups, list):
-        return {}
-    names: dict[Any, str] = {}
+    groups, moments = _groups(state), _dict(_dict(state).get("state"))
+    names: dict[int, str] = {}
     for group in groups:
-        names.update(zip(group.get("params", []), group.get("param_names", []), strict=False))
+        pairs = zip(_list(group.get("params")), _list(group.get("param_names")), strict=False)
+        names.update((i, n) for i, n in pairs if isinstance(i, int) and isinstance(n, str))
     if not names:
-        indices = sorted(i for g in groups for i in g.get("params", []))
+        indices = sorted(i for g in groups for i in _list(g.get("params")) if isinstance(i, int))
         named = [n for n, t in model.items() if isinstance(t, Tensor) and t.is_floating_point()]
         if len(indices) == len(named):
             names = dict(zip(indices, named, strict=True))
@@ -544,32 +576,68 @@ def _optimizer_states(state: Any, model: dict[str, Any]) -> dict[str, dict[str, 
 
 
 def _note_misfits(
-    summary: Summary, content: dict[str, Any], states: dict[str, dict[str, Tensor]]
+    summary: Summary, content: dict[str, Any], states: dict[str, dict[str, Any]]
 ) -> None:
-    """Keys and shapes: against the saved architecture, EMA and moments against the model."""
-    model = {n: t for n, t in content["model"].items() if isinstance(t, Tensor)}
-    shapes = {n: tuple(t.shape) for n, t in model.items()}
-    summary.misfits += [f"raw {n} is no tensor" for n in content["model"] if n not in model]
+    """Kinds, keys and shapes: against the saved architecture, EMA and moments against the model."""
+    shapes = _shapes(content["model"])
+    for key in ("progress", "flags", "architecture", "ema", "optimizer", "opt"):
+        if not isinstance(content.get(key, {}), (dict, type(None))):
+            found = type(content[key]).__name__
+            summary.misfits.append(f"`{key}`: expected a dictionary, found {found}")
+    summary.misfits += [f"raw {n} is no tensor" for n in content["model"] if n not in shapes]
     if summary.style == "own" and summary.architecture:
         try:
             summary.misfits += _differences("raw", shapes, _expected_shapes(summary.architecture))
         except (ValueError, TypeError, RuntimeError) as error:
             summary.misfits.append(f"architecture builds no model: {error}")
-    ema = content.get("ema")
-    if isinstance(ema, dict) and ema:
-        found = {n: tuple(t.shape) for n, t in ema.items() if isinstance(t, Tensor)}
-        summary.misfits += _differences("EMA", found, shapes)
-    if any(name.startswith("_orig_mod.") for name in model):
+    if ema := _dict(content.get("ema")):
+        summary.misfits += _differences("EMA", _shapes(ema), shapes)
+    if any(name.startswith("_orig_mod.") for name in shapes):
         summary.misfits.append("names begin with _orig_mod.: a compiled module was saved")
     if not states and (summary.step or 0) > 0:
         summary.misfits.append("no optimizer state")
+    summary.misfits += _odd_groups(content.get("optimizer", content.get("opt")))
     for name, state in states.items():
-        for key, moment in state.items():
-            fits = not moment.dim() or name not in shapes or moment.shape == shapes[name]
-            if isinstance(moment, Tensor) and not fits:
-                summary.misfits.append(f"optimizer {key} of {name} is {tuple(moment.shape)}")
+        summary.misfits += _odd_moments(name, state, shapes.get(name))
     if states and (lost := sorted(shapes.keys() - states.keys())) and summary.style == "own":
         summary.misfits.append(f"no optimizer state for {', '.join(lost[:3])}")
+
+
+def _shapes(tensors: dict[Any, Any]) -> dict[str, tuple[int, ...]]:
+    named = ((n, t) for n, t in tensors.items() if isinstance(n, str) and isinstance(t, Tensor))
+    return {n: tuple(t.shape) for n, t in named}
+
+
+def _odd_groups(state: Any) -> list[str]:
+    """What the optimizer's param_groups should not be."""
+    groups = _dict(state).get("param_groups", [])
+    if not isinstance(groups, list):
+        return [f"optimizer param_groups: expected a list, found {type(groups).__name__}"]
+    odd = [
+        f"optimizer group {i}: expected a dictionary, found {type(g).__name__}"
+        for i, g in enumerate(groups)
+        if not isinstance(g, dict)
+    ]
+    for i, group in enumerate(_groups(state)):
+        for key in ("params", "param_names", "betas"):
+            if key in group and not isinstance(group[key], (list, tuple)):
+                found = type(group[key]).__name__
+                odd.append(f"optimizer group {i}: expected a list `{key}`, found {found}")
+        if (betas := group.get("betas")) is not None and len(_list(betas)) != 2:
+            odd.append(f"optimizer group {i}: expected two `betas`")
+    return odd
+
+
+def _odd_moments(name: str, state: dict[str, Any], shape: tuple[int, ...] | None) -> list[str]:
+    """What a parameter's optimizer state should not be: `step` is a number, moments its shape."""
+    odd = []
+    for key, moment in state.items():
+        if not isinstance(moment, Tensor):
+            if key != "step" or not isinstance(moment, numbers.Real):
+                odd.append(f"optimizer {key} of {name} is no tensor")
+        elif moment.dim() and shape is not None and moment.shape != shape:
+            odd.append(f"optimizer {key} of {name} is {tuple(moment.shape)}")
+    return odd
 
 
 def _expected_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -605,11 +673,19 @@ def _dict(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _real(value: Any) -> float:
-    """A number as float, a 0-dim tensor too; NaN for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    """A number as float, NumPy's and a tensor of one element too; NaN for anything else."""
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return math.nan
 
 
 def _whole(value: Any) -> int | None:
@@ -618,12 +694,28 @@ def _whole(value: Any) -> int | None:
 
 
 def plain(value: Any) -> Any:
-    """JSON's types alone; anything else as text."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)[:200]
+    """JSON's types alone; numbers of other types as float, anything else as its type's name.
+
+    Raises:
+        Unreadable: more than MOST_VALUES, a shared container's counted wherever it is met.
+    """
+    count = 0
+
+    def walk(part: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES:
+            raise Unreadable("corrupt", f"flags or history of over {MOST_VALUES:,} values; refused")
+        if isinstance(part, dict):
+            return {str(k): walk(v) for k, v in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [walk(v) for v in part]
+        if isinstance(part, (int, float, str, type(None))):
+            return part
+        number = _real(part)
+        return f"({type(part).__name__})" if math.isnan(number) else number
+
+    return walk(value)
 
 
 # --- one tensor ----------------------------------------------------------------------------------
@@ -641,18 +733,21 @@ def moment_bound(beta1: float, beta2: float) -> float:
 
 
 def _measure(
-    name: str, raw: Tensor, ema: Any, state: dict[str, Tensor], summary: Summary
+    name: str, raw: Tensor, ema: Any, state: dict[str, Any], summary: Summary
 ) -> Parameter:
     parameter = Parameter(name, list(raw.shape), str(raw.dtype).removeprefix("torch."), {})
-    fits = isinstance(ema, Tensor) and ema.shape == raw.shape
-    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
-    has_moments = m is not None and v is not None and m.shape == v.shape == raw.shape
+    fitting = {
+        key: t.reshape(-1)
+        for key, t in {**state, "ema": ema}.items()
+        if isinstance(t, Tensor) and t.shape == raw.shape
+    }
+    m, v = fitting.get("exp_avg"), fitting.get("exp_avg_sq")
     parameter.adam_step = _real(state.get("step"))
     _measure_elements(
         parameter,
         raw.reshape(-1),
-        ema.reshape(-1) if fits else None,
-        (m.reshape(-1), v.reshape(-1)) if has_moments and m is not None and v is not None else None,
+        fitting.get("ema"),
+        None if m is None or v is None else (m, v),
         summary.optimizer,
     )
     stride = max(1, raw.numel() // SAMPLE)
@@ -744,6 +839,8 @@ def _add_moments(
     settings: dict[str, Any],
 ) -> None:
     beta1, beta2 = settings.get("betas") or (math.nan, math.nan)
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        beta1 = beta2 = math.nan
     eps, step = settings.get("eps", 1e-8), max(parameter.adam_step, 1.0)
     parameter.v_negative += int((v < 0).sum())
     root = v.clamp_min(0.0).sqrt()

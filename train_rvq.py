@@ -1209,7 +1209,19 @@ def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
     if run.flags.num_workers and not run.flags.persistent_workers:
         # A process forked now would hold the half-written file open, and its space, for an epoch.
         check_save(run, wait=True)
-    return iter(run.loader), end
+    batches = iter(run.loader)
+    # torch's handler would raise for a dead loader in the middle of a step, where nothing can be
+    # saved; without it the next micro-batch does, between two steps.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return name_dead_loaders(batches), end
+
+
+def name_dead_loaders(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same micro-batches; a pipe that broke is a loader that died, and no fault of a disk."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"a loader process died: {error}") from error
 
 
 def report_step(run: Run, stats: StepStats) -> None:

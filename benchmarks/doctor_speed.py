@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,17 +42,18 @@ def main() -> None:
         writer.join()
         paths = sorted(Path(folder).glob("*.pt"))
         size = sum(p.stat().st_size for p in paths)
-        reads, doctors = [], []
+        reads, doctors, peaks = [], [], []
         for _ in range(flags.rounds):
             reads.append(seconds_to_read(paths))
-            doctors.append(seconds_of_doctor(folder))
-    peak = max(peaks) / 1e6
+            seconds, peak = seconds_of_doctor(folder)
+            doctors.append(seconds)
+            peaks.append(peak)
     read, doctor = statistics.median(reads), statistics.median(doctors)
     print(f"{flags.files} files of {flags.shape}, {size / 1e9:.2f} GB, n = {flags.rounds} rounds")
     print(f"reading    {read:6.1f} s ({min(reads):.1f} to {max(reads):.1f})")
     print(f"the doctor {doctor:6.1f} s ({min(doctors):.1f} to {max(doctors):.1f})")
     print(f"{doctor / read:.1f} times as long, {doctor / size * 1e9:.2f} s/GB")
-    print(f"largest process {peak:.2f} GB")
+    print(f"largest process {max(peaks):.2f} GB")
 
 
 def write_run(folder: Path, files: int, shape: tuple[int, ...]) -> None:
@@ -96,14 +96,18 @@ def seconds_to_read(paths: list[Path]) -> float:
     return time.perf_counter() - started
 
 
-def seconds_of_doctor(folder: str) -> float:
-    """Of a whole process, start and report included."""
+def seconds_of_doctor(folder: str) -> tuple[float, float]:
+    """Of a whole process, start and report included; and GB of its largest process."""
+    script = (
+        "import resource, subprocess, sys\n"
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
+        "assert 'VERDICT' in done.stdout, done.stderr\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
     started = time.perf_counter()
-    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "VERDICT" not in done.stdout:
-        raise SystemExit(done.stderr)
-    return time.perf_counter() - started
+    command = [sys.executable, "-c", script, sys.executable, str(ROOT / "ckpt_doctor.py"), folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return time.perf_counter() - started, float(done.stdout) / 1e6
 
 
 if __name__ == "__main__":

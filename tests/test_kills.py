@@ -184,7 +184,7 @@ def test_a_killed_loader_process_ends_the_run_after_a_save(tunes, tmp_path):
     os.kill(children(process)[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1, output
-    assert "killed by signal" in output
+    assert "exited unexpectedly" in output or "a loader process died" in output
     assert load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"] >= 5
 
 
