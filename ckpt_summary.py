@@ -269,7 +269,7 @@ def _child(
         torch.set_num_threads(
             1
         )  # memory is the limit; threads wait for each other on a busy machine
-        _limit_this_process(path)
+        _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
         message = {"answer": work(path, tell, *arguments)}
     except Unreadable as error:
         message = {"problem": error.problem}
@@ -283,9 +283,9 @@ def _child(
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _limit_this_process(path: str) -> None:
-    """No files written, no core, memory by the file's size, minutes of computing."""
-    size = os.path.getsize(path)
+def _limit_this_process(paths: list[str]) -> None:
+    """No files written, no core, memory by the files' size, minutes of computing."""
+    size = sum(map(os.path.getsize, paths))
     with open("/proc/self/status") as file:
         held = dict(line.split(":", 1) for line in file)
     mapped, data = (int(held[name].split()[0]) << 10 for name in ("VmSize", "VmData"))

@@ -163,7 +163,6 @@ REFUSED_LATELY, LATELY = 10, 1000  # or after so many of the last so many steps,
 ROLLBACK_STEPS = 100  # a state so much older than the event has not seen what led to it
 MAX_ROLLBACKS = 3  # within FORGIVEN_AFTER steps; then the run stops
 FORGIVEN_AFTER = 5000  # steps beyond an event, after which it counts no more
-LR_DOUBLING = 25  # accepted steps in which a cut learning rate doubles on its way back
 SUSPECT_STEPS = 30  # whose windows the rest of the epoch leaves out: refused and accepted ones
 MAX_BARRED = 0.2  # share of the windows that may be left out for good
 
@@ -271,6 +270,15 @@ def keep_interval(planned_steps: int) -> int:
     not above 500: minutes of a large one.
     """
     return min(500, max(100, planned_steps // 20))
+
+
+def lr_doubling(planned_steps: int) -> int:
+    """Accepted steps in which a cut learning rate doubles on its way back.
+
+    A hundredth of the run: three cuts then cost 3 % of it. At most 25; at least 4, over which
+    trouble that is the rate's fault has shown itself.
+    """
+    return min(25, max(4, planned_steps // 100))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -68,7 +68,15 @@ from npq_dataset import (
 )
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
-from stability import LR_DOUBLING, MAX_ROLLBACKS, SUSPECT_STEPS, Ema, Guard, Ladder, not_finite
+from stability import (
+    MAX_ROLLBACKS,
+    SUSPECT_STEPS,
+    Ema,
+    Guard,
+    Ladder,
+    lr_doubling,
+    not_finite,
+)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal when interrupted
 
@@ -477,7 +485,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
         update(run, lr, grad_norm)
         state.guard.accept(loss, grad_norm, ce)
         p.step += 1
-        p.lr_scale = min(p.lr_goal, p.lr_scale * 2 ** (1 / LR_DOUBLING))
+        p.lr_scale = min(p.lr_goal, p.lr_scale * 2 ** (1 / lr_doubling(p.schedule_steps)))
         p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
         p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
     else:

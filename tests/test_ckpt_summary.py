@@ -263,6 +263,7 @@ def write_zip_of_pairs(path: Path, entries: list[tuple[str, bytes]]) -> None:
 # --- containers that are not what they seem ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compressed_entries_are_refused_at_once(good):
     bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = b"".join(bomb.compress(bytes(1 << 24)) for _ in range(64)) + bomb.flush()
@@ -371,6 +372,7 @@ def test_pickles_that_eat_memory_or_never_end(good, tmp_path):
         problem_of(with_pickle(good, data))
 
 
+@pytest.mark.slow
 def test_shared_containers_are_not_walked_once_for_each_reference(good):
     """Forty lists, each holding the one before twice: 2^40 references when walked."""
     content = content_of(good)
@@ -390,6 +392,7 @@ def copying_bomb(name: bytes, argument: bytes, copies: int) -> bytes:
     return b"\x80\x02](c" + name + b"q\x00" + argument + b"\x85q\x01" + call * copies + b"e."
 
 
+@pytest.mark.slow
 def test_calls_of_harmless_types_cannot_fill_the_memory(good):
     numbers = b"(" + b"K\x01" * 50_000 + b"t"
     pairs = b"](" + b"".join(b"M" + struct.pack("<H", i) + b"N\x86" for i in range(20_000)) + b"e"
@@ -641,6 +644,7 @@ def test_odd_optimizers_cost_no_more_than_the_row(spoil, good):
     assert len(summary.parameters) == len(content["model"])
 
 
+@pytest.mark.slow
 def test_a_huge_history_is_read(good):
     content = content_of(good)
     row = {"event": "step", "step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5}
