@@ -211,15 +211,13 @@ class Run:
 
 def scheduled_lr(summary: Summary, step: float) -> float:
     """Learning rate that a file's own flags plan for a step: warm-up, cosine, eta_min; or NaN."""
-    flags, progress = summary.flags, summary.progress
-    total = progress.get("schedule_steps")
+    flags, total = summary.flags, summary.counter("schedule_steps", 0.0)
     if summary.style != "own" or not total or flags.get("max_seconds"):
         return math.nan
     if flags.get("schedule", "cosine") != "cosine":
         return math.nan
-    lr, floor = float(flags.get("lr", math.nan)), float(flags.get("eta_min", math.nan))
-    warmup = float(flags.get("warmup_ratio", 0.0)) * total
-    scale = float(progress.get("lr_scale", 1.0))
+    lr, floor = summary.flag("lr"), summary.flag("eta_min")
+    warmup, scale = summary.flag("warmup_ratio", 0.0) * total, summary.counter("lr_scale", 1.0)
     if step < warmup:
         return scale * lr * step / warmup
     done = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
@@ -393,7 +391,7 @@ def _matrices(summary: Summary) -> list[Parameter]:
 
 def _peak_lr(run: Run, summary: Summary) -> float:
     saved = [s.optimizer.get("lr", math.nan) for s in run.readable]
-    return max([float(summary.flags.get("lr") or 0.0), *[x for x in saved if math.isfinite(x)]])
+    return max([summary.flag("lr", 0.0), *[x for x in saved if math.isfinite(x)]])
 
 
 def check_scale(run: Run) -> Iterator[Finding]:
@@ -591,7 +589,7 @@ def check_average(run: Run) -> Iterator[Finding]:
 
 def _window(s: Summary) -> float:
     """Steps over which the EMA averages, warm-up of its decay included; NaN where it is unknown."""
-    decay = float(s.flags.get("ema") or math.nan)
+    decay = s.flag("ema")
     if s.style != "own" or not math.isfinite(decay) or not s.step:
         return math.nan
     return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
@@ -818,7 +816,7 @@ def check_learning_rate(run: Run) -> Iterator[Finding]:
         lr, planned = s.optimizer.get("lr", math.nan), scheduled_lr(s, s.step or 0)
         if not s.step or not math.isfinite(planned) or s.kind in ("panic", "quarantine"):
             continue
-        recovers = s.progress.get("lr_scale", 1.0) != s.progress.get("lr_goal", 1.0)
+        recovers = s.counter("lr_scale", 1.0) != s.counter("lr_goal", 1.0)
         if abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
             level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
             text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
@@ -871,13 +869,13 @@ def _check_saved_lr(run: Run) -> Iterator[Finding]:
     peak, lowest, before = 0.0, math.inf, None
     for s in run.series:
         lr = s.optimizer.get("lr", math.nan)
-        epochs = s.flags.get("epochs")
+        epochs = s.flag("epochs", 0.0)
         if s.style == "own" or not math.isfinite(lr):
             continue
         if lowest < 0.9 * peak and lr > 1.1 * lowest:
             text = f"lr rose to {lr:.3g} after it had fallen to {lowest:.3g}"
             if epochs and s.epoch is not None and s.epoch > epochs:
-                text += f"; epoch {s.epoch} lies beyond the plan of {epochs}"
+                text += f"; epoch {s.epoch} lies beyond the plan of {epochs:g}"
             yield _in_file(
                 s, "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, value=lr, baseline=lowest,
                 after=before,

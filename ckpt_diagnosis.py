@@ -221,7 +221,7 @@ def _way_on(
             "resume it there, at half the lr, or train anew here."
         )
     command = ["python", "train_rvq.py", "--resume", healthy.path, *_folder_flags(run, healthy)]
-    lr = healthy.flags.get("lr")
+    lr = healthy.flag("lr", 0.0)
     if verdict is Verdict.HEALTHY:
         return shlex.join(command), "Nothing is wrong; this goes on from the newest state."
     if cause is Cause.OVERFITTING:
@@ -275,13 +275,13 @@ def _run_flags(summary: Summary) -> list[str]:
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    lr = summary.flags.get("lr")
+    lr = summary.flag("lr", 0.0)
     return [*words, *(["--lr", f"{lr / 2:g}"] if lr else [])]
 
 
 def _against_overfitting(run: Run, command: list[str], healthy: Summary) -> tuple[str, str]:
-    dropout = min(0.5, float(healthy.flags.get("dropout") or 0.0) + 0.1)
-    decay = 2 * float(healthy.flags.get("weight_decay") or 0.02)
+    dropout = min(0.5, healthy.flag("dropout", 0.0) + 0.1)
+    decay = 2 * healthy.flag("weight_decay", 0.02)
     flags = ["--dropout", f"{dropout:g}", "--weight-decay", f"{decay:g}"]
     return shlex.join([*command, *flags]), (
         "Weights are sound, the data is learned by heart: add data, or go on from before the rise "

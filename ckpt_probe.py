@@ -40,7 +40,7 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
 
 def probe_windows(data: Sequence[str], summaries: Sequence[Summary], windows: int) -> np.ndarray:
     """Windows [N, T, K] of 16-bit codes, spread evenly over the files."""
-    ctx = min([MAX_FRAMES, *[int(s.flags.get("ctx") or MAX_FRAMES) for s in summaries]])
+    ctx = min([MAX_FRAMES, *[int(s.flag("ctx", MAX_FRAMES)) for s in summaries]])
     codebooks = next((len(s.vocab_sizes) for s in summaries if s.vocab_sizes), None)
     corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
     train, _ = split_corpus(corpus, ctx=ctx, val_split=0.0)

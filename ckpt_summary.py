@@ -11,6 +11,7 @@ hostile or broken file costs one row of a report. What it hands back is JSON, ne
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -131,14 +132,23 @@ class Summary:
         """File name."""
         return os.path.basename(self.path)
 
+    def flag(self, name: str, default: float = math.nan) -> float:
+        """A flag of the run as a number; the default where it is none."""
+        value = _real(self.flags.get(name))
+        return default if math.isnan(value) else value
+
+    def counter(self, name: str, default: float = math.nan) -> float:
+        """A number of the run's progress; the default where it is none."""
+        value = _real(self.progress.get(name))
+        return default if math.isnan(value) else value
+
     @functools.cached_property
     def moment(self) -> tuple[int, float, int]:
         """Step, training seconds and content: equal for copies of one state of a run."""
         content = tuple(
             (p.name, p.rms, p.ema_rms, p.m_rms, p.v_root, *p.sample[:4]) for p in self.parameters
         )
-        seconds = _real(self.progress.get("seconds"))
-        return self.step or 0, 0.0 if math.isnan(seconds) else seconds, hash(repr(content))
+        return self.step or 0, self.counter("seconds", 0.0), hash(repr(content))
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -641,6 +651,8 @@ def _odd_moments(name: str, state: dict[str, Any], shape: tuple[int, ...] | None
 
 
 def _expected_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    if not 0 < int(architecture.get("layers", 1)) <= 1000:
+        raise ValueError(f"{architecture['layers']} layers")
     with _Unfilled():
         model = CodesTransformer(ModelConfig.from_dict(architecture))
     return {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -684,7 +696,8 @@ def _text(value: Any) -> str:
 def _real(value: Any) -> float:
     """A number as float, NumPy's and a tensor of one element too; NaN for anything else."""
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     return math.nan
 
 
@@ -710,6 +723,8 @@ def plain(value: Any) -> Any:
             return {str(k): walk(v) for k, v in part.items()}
         if isinstance(part, (list, tuple)):
             return [walk(v) for v in part]
+        if isinstance(part, int) and part.bit_length() > 64:
+            return "(a huge number)"
         if isinstance(part, (int, float, str, type(None))):
             return part
         number = _real(part)
