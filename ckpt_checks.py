@@ -654,7 +654,7 @@ def _cosine(run: Run, s: Summary) -> _Cosine | None:
     measured = [(p.update_cos, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
     measured = [(cos, root) for cos, root in measured if math.isfinite(cos)]
     lr = s.optimizer.get("lr", 0.0)
-    if len(measured) < 3 or not lr > 0.15 * _window_lr(run, s, window):
+    if len(measured) < 3 or not lr > 0.05 * _window_lr(run, s, window):
         return None
     usual = math.sqrt(min(1.0, NOISE_STEPS / window))
     roots = sum(root for _, root in measured)
@@ -768,22 +768,35 @@ def check_codebooks(run: Run) -> Iterator[Finding]:
     good: dict[tuple[str, int], tuple[Rows, int]] = {}
     for s in run.series:
         for p in s.parameters:
-            typical = float(np.median([r.median for r in p.rows])) if p.rows else 0.0
-            for r in p.rows:
-                old, after = good.get((p.name, r.codebook), (None, None))
-                said = _judge_rows(p, r, old, typical if len(p.rows) >= 3 else math.nan)
-                if said is None:
-                    good[p.name, r.codebook] = r, s.step or 0
-                    continue
-                check, text, value, baseline = said
-                yield _in_file(
-                    s, check, Level.SUSPECT, Cause.INSTABILITY, text, value=value, after=after,
-                    baseline=baseline, where=f"{p.name} codebook {r.codebook}",
-                )  # fmt: skip
+            yield from _judge_table(s, p, good)
+
+
+def _judge_table(
+    s: Summary, p: Parameter, good: dict[tuple[str, int], tuple[Rows, int]]
+) -> Iterator[Finding]:
+    known = {
+        r.codebook: good[p.name, r.codebook][0] for r in p.rows if (p.name, r.codebook) in good
+    }
+    typical = float(np.median([r.median for r in p.rows])) if len(p.rows) >= 3 else math.nan
+    ratios = [
+        r.median / max(known[r.codebook].median, 1e-12) for r in p.rows if r.codebook in known
+    ]
+    growth = float(np.median(ratios)) if len(ratios) >= 3 else 1.0  # of the table as a whole
+    for r in p.rows:
+        said = _judge_rows(p, r, known.get(r.codebook), typical, growth)
+        if said is None:
+            good[p.name, r.codebook] = r, s.step or 0
+            continue
+        check, text, value, baseline = said
+        after = good[p.name, r.codebook][1] if r.codebook in known else None
+        yield _in_file(
+            s, check, Level.SUSPECT, Cause.INSTABILITY, text, value=value, after=after,
+            baseline=baseline, where=f"{p.name} codebook {r.codebook}",
+        )  # fmt: skip
 
 
 def _judge_rows(
-    p: Parameter, r: Rows, old: Rows | None, typical: float
+    p: Parameter, r: Rows, old: Rows | None, typical: float, growth: float
 ) -> tuple[str, str, float, float] | None:
     """Check, text, value and baseline of what is wrong with a codebook's rows, or None."""
     which = f"codebook {r.codebook} in {p.name}"
@@ -794,7 +807,7 @@ def _judge_rows(
     if old is not None and r.low < 0.3 * old.low:
         text = f"the shortest rows of {which} shrank to norm {r.low:.2g}, before {old.low:.2g}"
         return "G8", text, r.low, old.low
-    jumped = old is not None and not 0.4 < r.median / max(old.median, 1e-12) < 4
+    jumped = old is not None and not 0.4 < r.median / max(old.median * growth, 1e-12) < 4
     settled = old is not None and old.median > 0.05
     stands_out = not math.isnan(typical) and not 0.2 < r.median / max(typical, 1e-12) < 5
     if (stands_out and (old is None or jumped)) or (jumped and settled):
