@@ -654,7 +654,7 @@ def _cosine(run: Run, s: Summary) -> _Cosine | None:
     measured = [(p.update_cos, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
     measured = [(cos, root) for cos, root in measured if math.isfinite(cos)]
     lr = s.optimizer.get("lr", 0.0)
-    if len(measured) < 3 or not lr > 0.05 * _window_lr(run, s, window):
+    if len(measured) < 3 or not lr > 0.12 * _window_lr(run, s, window):
         return None
     usual = math.sqrt(min(1.0, NOISE_STEPS / window))
     roots = sum(root for _, root in measured)
@@ -677,7 +677,7 @@ def _judge_direction(s: Summary, now: _Cosine, before: _Cosine | None) -> Iterat
             f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
-    elif (now.mean < 0.12 and now.z > 30) or fell:
+    elif (now.mean < 0.08 and now.z > 30) or fell:
         text = (
             f"Adam's moments of {now.lost:.0%} of the tensors have nothing to do with the latest "
             "updates: they are of another tensor, another state or another run"
