@@ -1036,10 +1036,10 @@ def _check_gradient_norms(run: Run) -> Iterator[Finding]:
 def _check_refusals(run: Run) -> Iterator[Finding]:
     skips, total = run.history.of("skip"), max([1, *(r["step"] for r in run.history.rows)])
     bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
-    for event in ("panic", "rollback"):
+    for event in ("rollback", "quarantine"):
         for row in run.history.of(event)[:1]:
             first = min([r["step"] for r in bad] or [row["step"]])
-            text = f"{event} at step {row['step']}: the guard refused one step after another"
+            text = f"{event} at step {row['step']}: {str(row.get('reason'))[:100]}"
             yield Finding(
                 "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=row["step"], after=first - 1,
                 value=len(bad),

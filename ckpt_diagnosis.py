@@ -106,7 +106,7 @@ def _first_known(finding: Finding) -> tuple[int, int]:
 
 
 def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
-    """Signs of instability count as warnings once val has reached a new best after them."""
+    """Warnings instead: signs of instability before a new best val, and files set aside as bad."""
     best_at = [
         r["step"] for i, r in enumerate(run.history.epochs)
         if isinstance(r.get("val"), float)
@@ -114,16 +114,20 @@ def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
     ]  # fmt: skip
     healed = max(best_at, default=-1)
 
-    def forgiven(f: Finding) -> bool:
-        soft = f.check in ("H1", "H2", "H3") and f.level <= Level.DIVERGED
-        return soft and f.level >= Level.SUSPECT and f.step is not None and f.step < healed
+    aside = {s.path for s in run.readable if s.kind in ("panic", "quarantine")}
 
-    return [
-        Finding(**{**f.__dict__, "level": Level.WARN, "text": f.text + "; val healed since"})
-        if forgiven(f)
-        else f
-        for f in findings
-    ]
+    def softened(f: Finding) -> Finding:
+        if f.level < Level.SUSPECT:
+            return f
+        if f.path in aside:
+            why = "the trainer itself set this file aside"
+        elif f.check in ("H1", "H2", "H3") and f.step is not None and f.step < healed:
+            why = "val healed since"
+        else:
+            return f
+        return Finding(**{**f.__dict__, "level": Level.WARN, "text": f"{f.text}; {why}"})
+
+    return [softened(f) for f in findings]
 
 
 def _onset(run: Run, first: Finding | None) -> tuple[int | None, int | None]:

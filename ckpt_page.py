@@ -270,12 +270,12 @@ white-space:nowrap}
 .onset{fill:var(--tint);stroke:var(--bad);stroke-width:.5}
 .healthy{stroke:var(--good);stroke-width:2;stroke-dasharray:2 3}
 .cursor{stroke:var(--ink);opacity:.5}
-.event{stroke-width:1.5;stroke:var(--warn)}.event.rollback,.event.panic{stroke:var(--bad)}
+.event{stroke-width:1.5;stroke:var(--warn)}.event.rollback,.event.quarantine{stroke:var(--bad)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--soft);min-height:18px}
 .legend>span{overflow-wrap:anywhere}.legend .mass{opacity:1}
 .key::before{content:"";display:inline-block;width:12px;height:3px;background:var(--c);
 margin-right:5px;vertical-align:middle;border-radius:2px}
-.tick{color:var(--warn)}.tick.rollback,.tick.panic{color:var(--bad)}
+.tick{color:var(--warn)}.tick.rollback,.tick.quarantine{color:var(--bad)}
 output{color:var(--ink);font-variant-numeric:tabular-nums}
 .strip{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:10px 22px}
 .lane{display:flex;align-items:center;height:30px;font-size:12px;color:var(--soft)}

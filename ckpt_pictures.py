@@ -59,7 +59,7 @@ def charts_of(d: Diagnosis, frame: Frame) -> list[Chart]:
     return [c for c in drawn if c.lines]
 
 
-EVENTS = ("skip", "panic", "rollback")
+EVENTS = ("skip", "quarantine", "rollback")
 
 
 def _metric_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:

@@ -174,6 +174,16 @@ def test_a_malicious_file_costs_a_row_and_never_runs(run_folder, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("RESUME WITH: python train_rvq.py --resume")
 
 
+def test_what_the_trainer_set_aside_itself_is_no_verdict_on_the_run(run_folder):
+    checkpoint = load_checkpoint(run_folder / "rvq_4cb_latest.pt")
+    checkpoint["model"]["blocks.0.mlp.up.weight"].fill_(float("nan"))
+    aside = run_folder / "rvq_4cb_quarantine_s00000200.pt"
+    save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, aside)
+    done = doctor(run_folder)
+    assert done.returncode == ExitCode.HEALTHY, done.stdout
+    assert "set this file aside" in " ".join(done.stdout.split())
+
+
 def test_nothing_usable(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
     done = doctor(tmp_path)
