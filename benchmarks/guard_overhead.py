@@ -39,7 +39,7 @@ def make_run(flags: argparse.Namespace, folder: Path) -> train_rvq.Run:
     shape = ["--codebooks", "9", "--vocab", str(flags.vocab), "--frames", str(20 * flags.ctx)]
     subprocess.run([*make, *shape], check=True, stdout=subprocess.DEVNULL)
     width = ["--d_model", flags.d_model, "--layers", flags.layers, "--heads", 2]
-    batch = ["--ctx", flags.ctx, "--batch", flags.batch, "--accum", 1, "--log-lr-steps", 1]
+    batch = ["--ctx", flags.ctx, "--batch", flags.batch, "--accum", 1]
     place = ["--data", folder / "codes", "--save_dir", folder / "run", "--num_workers", 0]
     argv = [*width, *batch, *place, "--device", "cpu", "--epochs", 10**6, "--lr", 1e-4]
     parsed, explicit = train_rvq.parse_flags([str(a) for a in argv])
@@ -73,11 +73,11 @@ class Bookkeeping:
 
 
 def one_step(run: train_rvq.Run, batches: Iterator[torch.Tensor], book: Bookkeeping) -> None:
-    """What `take_steps` does for a step, a metrics row at every one."""
+    """What `take_steps` does for a step; a metrics row every --log-lr-steps."""
     p, ladder = run.state.progress, run.state.ladder
     ladder.keep_due(p.step, p.schedule_steps)
     stats = train_rvq.train_step(run, batches)
-    if book.is_on:
+    if book.is_on and p.step % run.flags.log_lr_steps == 0:
         row = run.metrics.write("step", step=p.step, loss=stats.loss, lr=stats.lr, ce=stats.ce)
         run.console.line(f"step {row['step']} loss {stats.loss:.4f}")
 
@@ -108,7 +108,8 @@ def main() -> None:
         for _ in range(5):
             began = time.perf_counter()
             train_rvq.save(run, ring=True)
-            saves.append(time.perf_counter() - began)
+            saves.append(time.perf_counter() - began)  # what the steps wait for
+            train_rvq.finish_save(run)
     report(shares, blocks, saves, run)
 
 
