@@ -200,6 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--val-every", type=at_least(1), default=1, help="epochs between validations")
+    add("--val-every-seconds", type=positive,
+        help="training seconds between validations; overrides --val-every")
     add("--eval-audio-every", type=at_least(0), default=5, help="epochs between samples; 0 = none")
     add("--eval-frames", type=at_least(1), default=1290, help="length of a sample (1290 = 15 s)")
     add("--eval-temperature", type=positive, default=1.0, help="of sampling")
@@ -327,6 +329,7 @@ class Progress:
     best_val: float = math.inf
     best_epoch: int = 0
     validated_step: int = -1
+    validated_seconds: float = 0.0  # of --val-every-seconds
     epoch_loss: float = 0.0  # sum over the epoch's accepted steps
     epoch_steps: int = 0
     epoch_refused: int = 0
@@ -1178,11 +1181,13 @@ def train(run: Run) -> int:
 
 
 def take_steps(run: Run) -> bool:
-    """Step through what is left of the epoch, the run, or the time; True when the epoch is done."""
+    """Step until the epoch, the run or the time ends or validation is due; True at epoch's end."""
     p, ladder = run.state.progress, run.state.ladder
     batches, end = read_on(run)
     while p.position + run.windows_per_step <= end:
         if run.is_finished() or run.stop.signal is not None or run.guard_stop is not None:
+            break
+        if validation_due(run, complete=False):
             break
         keep = ladder.keep_due(p.step, p.schedule_steps)
         if keep and (reason := save(run, ring=True, spare=True)) is not None:
@@ -1286,7 +1291,7 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
 # --- rollback ------------------------------------------------------------------------------------
 
 # Of the present, not of the state gone back to: clocks run on, and `best` is still on the disk.
-NOT_ROLLED_BACK = ("seconds", "elapsed", "best_val", "best_epoch")
+NOT_ROLLED_BACK = ("seconds", "elapsed", "best_val", "best_epoch", "validated_seconds")
 
 
 def roll_back(run: Run, reason: str) -> bool:
@@ -1396,11 +1401,11 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
     epoch = p.epoch + 1
     is_last = run.is_finished() or (complete and epoch >= flags.epochs)
     is_best = False
-    if is_last or epoch % flags.val_every == 0:
+    if is_last or validation_due(run, complete=complete):
         result = evaluate(run)
         if result is None:
             return False
-        p.validated_step = p.step
+        p.validated_step, p.validated_seconds = p.step, p.seconds
         check_save(run, wait=True)  # if it fails, the best value is not what it was
         is_best = result.val < p.best_val  # never true for NaN
         if is_best:
@@ -1416,6 +1421,14 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
         write_samples(run)
     return True
+
+
+def validation_due(run: Run, *, complete: bool) -> bool:
+    """By training seconds where --val-every-seconds says so, else at the end of epochs."""
+    p, flags = run.state.progress, run.flags
+    if every := flags.val_every_seconds:
+        return p.seconds // every > p.validated_seconds // every
+    return complete and (p.epoch + 1) % flags.val_every == 0
 
 
 def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seconds: float) -> None:

@@ -31,7 +31,7 @@ from reporting import Console
 from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update
 
 FRACTIONS = (train_rvq.fraction, train_rvq.fraction_or_one)
-CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds"}
+CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds", "validated_seconds"}
 
 
 def make_run(*flags: str | Path) -> Run:
@@ -684,6 +684,25 @@ def test_a_budget_in_seconds_ends_the_run_and_bends_the_schedule(tunes, tmp_path
     assert max(rates) == pytest.approx(3e-3, rel=0.05)
     assert rates[-1] < 3e-4
     assert len(rows(tmp_path, "epoch")) == 1, "one validation at the end"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_validating_within_epochs_changes_no_weight_and_resumes_exactly(workers, tunes, tmp_path):
+    flags = ("--data", tunes, "--epochs", "2", "--num_workers", workers, "--archive-every", "0")
+    plain = train(*flags, "--save_dir", tmp_path / "plain")
+    timed = (*flags, "--val-every-seconds", "1e-9", "--save_dir")
+    every_step = train(*timed, tmp_path / "timed")
+    train(*timed, tmp_path / "cut", stop_at=5)
+    cut = train(*timed, tmp_path / "cut")
+    steps = every_step["progress"]["step"]
+    assert [r["step"] for r in rows(tmp_path / "timed", "epoch")] == list(range(1, steps + 1))
+    for other in (every_step, cut):
+        assert_same_tensors(weights_and_rng(other), weights_and_rng(plain))
+
+
+def weights_and_rng(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What validating must leave alone; the best value is not among it."""
+    return {name: checkpoint[name] for name in ("model", "ema", "optimizer", "guard", "rng")}
 
 
 def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
