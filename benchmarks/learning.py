@@ -212,9 +212,10 @@ def run_lines(run: dict[str, Any]) -> list[str]:
     """A run's figures, and a line for each of its validations."""
     head = (
         f"{run['variant']}, seed {run['seed']}: {run['params_m']:.2f} M parameters, "
-        f"{run['steps']} steps, {run['refused']} refused, {run['frames_per_s']} frames/s, "
-        f"{run['wall_s']} s in all, load {run['load']} before"
+        f"{run['steps']} steps, {run['refused']} refused, {run['frames_per_s']} frames/s"
     )
+    if "wall_s" in run:
+        head += f", {run['wall_s']} s in all, load {run['load']} before"
     columns = "  seconds     val  " + " ".join(f"{f'k{k}':>6}" for k in range(len(ce_end(run))))
     return [head, columns] + [
         f"  {row['seconds']:7.1f}  {shown(row['val'])}  " + " ".join(map(shown, row["ce"]))
@@ -357,7 +358,7 @@ def draw(
         end = statistics.mean(map(final_val, found))
         label = f"{name}  {end:.3f}" + (f"  n = {len(found)}" if len(found) > 1 else "")
         curve(axes, found, None, *looks[name], label, name == base)
-    axes.set(xlabel="training seconds", ylabel="val, nats per code", xlim=(0, seconds))
+    axes.set(xlabel="training seconds", ylabel="val, nats per code", xlim=(0, 1.01 * seconds))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="final val")
     small = lower.subplots(small_rows, 3, sharex=True, squeeze=False).flatten()
     for k, panel in enumerate(small):
@@ -365,7 +366,7 @@ def draw(
         for name, found in grouped.items() if k < count else ():
             curve(panel, found, k, *looks[name], name, name == base)
         panel.set_title(f"codebook {k}", fontsize=9)
-        panel.set_xlim(0, seconds)
+        panel.set_xlim(0, 1.01 * seconds)
     lower.supxlabel("training seconds", fontsize=9)
     lower.supylabel("CE on validation, nats", fontsize=9)
     for panel in (axes, *small):
@@ -384,16 +385,14 @@ def curve(
     label: str,
     bold: bool,
 ) -> None:
-    """Val, or CE of codebook k: mean over seeds, range shaded.
-
-    Seeds validate at almost the same seconds, so that a point is a mean of both.
-    """
-    some = [run["rows"] for run in found]
-    count = min(map(len, some))
-    x = np.mean([[row["seconds"] for row in rows[:count]] for rows in some], axis=0)
-    y = np.array(
-        [[r["val"] if k is None else r["ce"][k] for r in rows[:count]] for rows in some], float
-    )
+    """Val, or CE of codebook k: mean over seeds, range shaded, at the first seed's seconds."""
+    some = [
+        [(r["seconds"], r["val"] if k is None else r["ce"][k]) for r in run["rows"]]
+        for run in found
+    ]
+    curves = [np.array(points, dtype=float).T for points in some]
+    x = curves[0][0]
+    y = np.array([np.interp(x, seconds, values) for seconds, values in curves])
     width = 2.2 if bold or style == "--" else 1.2
     axes.plot(x, y.mean(axis=0), color=colour, linestyle=style, linewidth=width, label=label)
     axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
