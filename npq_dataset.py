@@ -4,7 +4,7 @@
     codes = map_codes(header)                         # [T, K], read-only memory map
     corpus = scan_corpus(find_npq_files(["npq_out"]), ctx=512)
     train, val = split_corpus(corpus, ctx=512, val_split=0.05)
-    windows = WindowDataset(corpus, train, ctx=512, stride=256)
+    windows = WindowDataset(corpus, train, ctx=512, stride=256, jitter_seed=0)
     batch = windows[np.array([0, 7, 9])]              # [3, 512, K] int16
 
 K = codebooks, T = frames, V = entries of a codebook. Everything on disk is little-endian.
@@ -768,23 +768,40 @@ MAX_OPEN_FILES = (
 )
 
 
+GOLDEN = (5**0.5 - 1) / 2  # no fraction is worse approximated, so its multiples spread most evenly
+
+
 class WindowDataset(Dataset[torch.Tensor]):
     """Windows of `ctx` frames every `stride` frames, each read from its place on disk.
 
     Indexed by an array of window numbers, it returns a whole batch: [B, ctx, K], int16 (int32 where
     a vocabulary exceeds 2^15), so that codes travel narrow and are widened on the device. The index
-    is two integers per file and a binary search; at most MAX_OPEN_FILES files are open at a time.
+    is a few numbers per file and a binary search; at most MAX_OPEN_FILES files are open at a time.
+
+    Numbers count on from epoch to epoch: epoch * len + window. With a `jitter_seed` each file's
+    windows move together, to other frames in each epoch, as (seed, epoch, file) alone say; else
+    every epoch is the same. A window never leaves its span, and stays within one and a half strides
+    of its place without jitter.
     """
 
-    def __init__(self, corpus: Corpus, spans: Spans, *, ctx: int, stride: int) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        spans: Spans,
+        *,
+        ctx: int,
+        stride: int,
+        jitter_seed: int | None = None,
+    ) -> None:
         self.paths, self.files = corpus.paths, corpus.files
         self.num_codebooks, self.ctx, self.stride = corpus.num_codebooks, ctx, stride
         self.dtype = np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32
         self.span_start = spans.start
-        length = spans.stop - spans.start
-        counts = np.where(length >= ctx, (length - ctx) // stride + 1, 0)
+        self.last_start = spans.stop - spans.start - ctx  # within the span; < 0: no window fits
+        counts = np.where(self.last_start >= 0, self.last_start // stride + 1, 0)
         self.last_window = np.cumsum(counts)  # exclusive, per file
         self.first_window = self.last_window - counts
+        self.phase = None if jitter_seed is None else _phases(jitter_seed, len(counts))
         self.open_files: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __len__(self) -> int:
@@ -794,22 +811,47 @@ class WindowDataset(Dataset[torch.Tensor]):
         return {**self.__dict__, "open_files": OrderedDict()}  # they stay with their process
 
     def locate(
-        self, windows: np.ndarray[Any, Any]
+        self, numbers: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """File numbers and first frames of window numbers, both [B]."""
-        file = np.searchsorted(self.last_window, windows, side="right")
-        return file, self.span_start[file] + (windows - self.first_window[file]) * self.stride
+        epoch, window = np.divmod(numbers, len(self))
+        file = np.searchsorted(self.last_window, window, side="right")
+        rank = window - self.first_window[file]
+        if self.phase is None:
+            return file, self.span_start[file] + rank * self.stride
+        share = (self.phase[file] + epoch * GOLDEN) % 1.0
+        return file, self.span_start[file] + self._jittered(file, rank, share)
 
-    def describe(self, windows: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-        """Where windows lie, for logs: file and first frame."""
+    def _jittered(
+        self,
+        file: np.ndarray[Any, Any],
+        rank: np.ndarray[Any, Any],
+        share: np.ndarray[Any, Any],
+    ) -> np.ndarray[Any, Any]:
+        """First frames [B], counted from the span's, of the rank-th windows of files.
+
+        A file's possible starts are cut into as many equal parts as it has windows, and each window
+        starts at the same share of its part, so that a file's windows stay a grid and cover it
+        evenly. From epoch to epoch the share goes on by the golden ratio, modulo 1 (Weyl 1916): the
+        starts of the first n epochs lie about 1 / n of a part apart, for every n. The first and the
+        last part reach half a stride beyond the span, and a start there becomes its end: else a
+        file's first and last frames would hardly ever be seen.
+        """
+        last, outside = self.last_start[file], min(self.stride, self.ctx) // 2
+        part = (last + (2 * outside + 1)) / (self.last_window[file] - self.first_window[file])
+        start = ((rank + share) * part).astype(np.int64) - outside
+        return np.minimum(np.maximum(start, 0), last)
+
+    def describe(self, windows: np.ndarray[Any, Any], epoch: int = 0) -> list[dict[str, Any]]:
+        """Where windows of an epoch lie, for logs: file and first frame."""
         return [
             {"file": self.paths[f], "frame": int(s)}
-            for f, s in zip(*self.locate(windows), strict=True)
+            for f, s in zip(*self.locate(epoch * len(self) + windows), strict=True)
         ]
 
-    def __getitem__(self, windows: np.ndarray[Any, Any]) -> torch.Tensor:
-        batch = np.empty((len(windows), self.ctx, self.num_codebooks), self.dtype)
-        files, starts = self.locate(windows)
+    def __getitem__(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
+        batch = np.empty((len(numbers), self.ctx, self.num_codebooks), self.dtype)
+        files, starts = self.locate(numbers)
         for row, file, start in zip(batch, files.tolist(), starts.tolist(), strict=True):
             self._open(file).read_into(row, start)
         return torch.from_numpy(batch)
@@ -826,8 +868,17 @@ class WindowDataset(Dataset[torch.Tensor]):
         return file
 
 
+def _phases(seed: int, files: int) -> np.ndarray[Any, Any]:
+    """Where in [0, 1) each file's jitter begins; a stream apart from those of the order."""
+    bits = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=(0,)))
+    return np.random.RandomState(bits).random_sample(files)
+
+
 class EpochOrder(Sampler[Any]):
     """Batches of window numbers in an order that depends on (seed, epoch, detours) alone.
+
+    The numbers that it gives out are epoch * num_windows + window, so that the epoch reaches loader
+    processes with each batch; everywhere else a window has the same number in all epochs.
 
     Only whole groups of batch * accum windows are given out: optimizer steps are never partial.
     `start` skips windows of the present epoch that a resumed run has used. Each rollback of a run
@@ -862,7 +913,7 @@ class EpochOrder(Sampler[Any]):
         return windows[np.random.RandomState(bits).permutation(len(windows))]
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
-        order = self.permutation(self.epoch)[self.start :]
+        order = self.epoch * self.num_windows + self.permutation(self.epoch)[self.start :]
         for first in range(0, len(order) // self.group * self.group, self.batch):
             yield order[first : first + self.batch]
 

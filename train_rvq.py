@@ -86,7 +86,9 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal 
 ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks", "qk_norm")
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
 LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
-LEVEL_FLAGS += ("accum", "cb_weights", "cb_weights_auto_alpha")
+LEVEL_FLAGS += ("accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
+# What a run did that was saved before a flag existed, where that is not the flag's default.
+BEFORE_THE_FLAG = {"jitter": False}
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
 COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
 
@@ -123,6 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", metavar="GLOB", help="globs, folders or .npq files")
     add("--ctx", type=at_least(2), default=512, help="frames in a window")
     add("--step", type=at_least(1), help="frames between window starts; without it ctx // 2")
+    add("--jitter", action=switch, default=True,
+        help="shift training windows from epoch to epoch")
     add("--val_split", type=fraction, default=0.05, help="share of the data that validates")
     add("--val-list", metavar="FILE", help="text file of validation files; overrides --val_split")
     add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
@@ -862,7 +866,7 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         restore(state, checkpoint, source)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
         settle_data_change(flags, state, checkpoint["data"], data, console)
-        forget_another_level(flags, state.guard, checkpoint["flags"])
+        forget_another_level(flags, state.guard, saved_flags(checkpoint))
         files.prune_ring(newest=state.progress.step)
         if not files.ring_steps():  # of a run that had ended, or of a version without a ring
             state.ladder.kept_step = None
@@ -916,6 +920,11 @@ def find_checkpoint(
     return checkpoint, str(path)
 
 
+def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's flags, and what its run did by flags that its version did not have."""
+    return {**BEFORE_THE_FLAG, **checkpoint["flags"]}
+
+
 def merge_flags(
     flags: argparse.Namespace,
     explicit: dict[str, Any],
@@ -923,8 +932,7 @@ def merge_flags(
     console: Console,
 ) -> argparse.Namespace:
     """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
-    saved = checkpoint["flags"]
-    progress = checkpoint["progress"]
+    saved, progress = saved_flags(checkpoint), checkpoint["progress"]
     merged = dict(vars(flags))
     merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
     merged.update(explicit)
@@ -994,17 +1002,21 @@ def open_data(
         train, val = split_corpus(corpus, **split)
     except (OSError, ValueError) as error:
         raise UsageError(f"--val-list: {error}; name a text file of validation files") from error
-    train_windows = WindowDataset(corpus, train, ctx=flags.ctx, stride=flags.step)
-    # Validation windows do not overlap: each frame counts once.
+    jitter_seed = flags.seed if flags.jitter else None
+    train_windows = WindowDataset(
+        corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
+    )
+    # Validation windows do not overlap: each frame counts once, and the same ones in each epoch.
     val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
     for line in corpus.summary.lines():
         console.line(line)
     console.line(
         f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
-        f"step={flags.step}); validation: {train.rule}"
+        f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
     )
     if not len(val_windows):
         console.problem("no validation windows: val will be n/a and no best checkpoint is kept")
+    # Without `jitter`: with it and without, a window has the same number and about the same place.
     identity = {
         "files": corpus.fingerprint(),
         "split": train.fingerprint() + val.fingerprint(),
@@ -1272,7 +1284,7 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
         loss=stats.loss,
         ce=stats.ce,
         grad_norm=stats.grad_norm,
-        windows=run.train_windows.describe(used),
+        windows=run.train_windows.describe(used, p.epoch),
     )
     run.console.problem(f"step {p.step + 1} refused, nothing changed: {stats.refused}")
     if stats.is_overflow:

@@ -18,15 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from npq_dataset import (
     MAX_OPEN_FILES,
     BadFilesError,
+    Corpus,
+    DataSummary,
     EpochOrder,
     NpqError,
+    Spans,
     WindowDataset,
     check_codes,
     find_npq_files,
@@ -1001,6 +1004,185 @@ def test_a_read_that_fails_gives_a_named_error(tmp_path):
         windows[np.array([0])]
 
 
+# --- jitter --------------------------------------------------------------------------------------
+
+
+def jittered_by_loops(spans, *, ctx, stride, seed, epoch) -> list[list[int]]:
+    """First frames of each file's windows, in Python's own numbers."""
+    stream = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=(0,)))
+    phases = np.random.RandomState(stream).random_sample(len(spans.start))
+    files, outside = [], min(stride, ctx) // 2
+    for first, stop, phase in zip(spans.start, spans.stop, phases, strict=True):
+        last = int(stop - first) - ctx
+        count = len(range(0, last + 1, stride))
+        share = (float(phase) + epoch * (math.sqrt(5) - 1) / 2) % 1
+        files.append([])
+        for rank in range(count):
+            start = int((rank + share) * ((last + 2 * outside + 1) / count)) - outside
+            files[-1].append(int(first) + min(max(start, 0), last))
+    return files
+
+
+def spans_alone(spans: list[tuple[int, int]], **keywords) -> WindowDataset:
+    """Windows that can be located but not read."""
+    start, stop = np.array(spans, dtype=np.int64).T
+    corpus = Corpus([str(i) for i in range(len(spans))], np.empty(0), (4,), 0, 1.0, DataSummary())
+    return WindowDataset(corpus, Spans(start, stop, ""), **keywords)
+
+
+def places(windows: WindowDataset, epoch: int) -> np.ndarray:
+    """[windows, 2]: file and first frame of each."""
+    return np.stack(windows.locate(epoch * len(windows) + np.arange(len(windows))), axis=1)
+
+
+@pytest.mark.parametrize("stride", [1, 7, CTX, 50])
+def test_jittered_windows_are_those_of_a_slow_loop(tmp_path, stride):
+    truth = write_zoo(tmp_path)
+    corpus = scan_corpus(list(truth), ctx=CTX, codebooks=4)
+    for spans in split_corpus(corpus, ctx=CTX, val_split=0.2):
+        windows = WindowDataset(corpus, spans, ctx=CTX, stride=stride, jitter_seed=5)
+        plain = WindowDataset(corpus, spans, ctx=CTX, stride=stride)
+        for epoch in (0, 1, 6, 249):
+            starts = jittered_by_loops(spans, ctx=CTX, stride=stride, seed=5, epoch=epoch)
+            expected = [
+                {"file": path, "frame": s}
+                for path, of_file in zip(corpus.paths, starts, strict=True)
+                for s in of_file
+            ]
+            assert windows.describe(np.arange(len(windows)), epoch) == expected
+            assert len(windows) == len(plain) == len(expected)
+            codes = [truth[p["file"]][p["frame"] : p["frame"] + CTX].tolist() for p in expected]
+            assert windows[epoch * len(windows) + np.arange(len(windows))].tolist() == codes
+            assert (places(plain, epoch) == places(plain, 0)).all()
+
+
+def test_golden_jitter():
+    """Pinned: a resumed run goes on with the windows that another version of numpy began."""
+    windows = spans_alone([(0, 2000), (0, 2100), (10, 1500)], ctx=512, stride=256, jitter_seed=0)
+    assert places(windows, 0)[:, 1].tolist() == [
+        0,
+        213,
+        504,
+        795,
+        1086,
+        1377,
+        82,
+        345,
+        609,
+        872,
+        1136,
+        1400,
+        1588,
+        10,
+        200,
+        509,
+        818,
+    ]
+    assert places(windows, 7)[:, 1].tolist() == [
+        17,
+        308,
+        599,
+        890,
+        1181,
+        1471,
+        0,
+        168,
+        431,
+        695,
+        958,
+        1222,
+        1486,
+        10,
+        301,
+        610,
+        919,
+    ]
+
+
+def test_jitter_depends_on_seed_and_epoch_alone():
+    spans = [(0, 300 + 7 * i) for i in range(50)]
+    windows = spans_alone(spans, ctx=32, stride=16, jitter_seed=3)
+    n = len(windows)
+    epochs = [places(windows, epoch) for epoch in range(4)]
+    assert all((a != b).any() for i, a in enumerate(epochs) for b in epochs[:i])
+    np.random.seed(1)
+    torch.manual_seed(1)
+    again = spans_alone(spans, ctx=32, stride=16, jitter_seed=3)
+    mixed = np.random.default_rng(0).permutation(4 * n)  # epochs in one batch, in any order
+    assert (np.stack(again.locate(mixed), axis=1) == np.concatenate(epochs)[mixed]).all()
+    other = spans_alone(spans, ctx=32, stride=16, jitter_seed=4)
+    assert (places(other, 0) != epochs[0]).any()
+
+
+lengths = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 400)), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths, st.integers(2, 64), st.integers(1, 500), st.integers(0, 2**40), st.integers(0, 999))
+@example([(0, 64), (5, 63)], 64, 32, 0, 0)
+@example([(0, 2**32 - 1)], 2, 2**31, 0, 10**6)
+def test_no_jittered_window_leaves_its_span_or_its_place(spans, ctx, stride, seed, epoch):
+    spans = [(first, first + length) for first, length in spans]
+    plain = spans_alone(spans, ctx=ctx, stride=stride)
+    if not len(plain):
+        return
+    file, start = places(spans_alone(spans, ctx=ctx, stride=stride, jitter_seed=seed), epoch).T
+    first, stop = np.array(spans).T
+    assert (file == places(plain, epoch)[:, 0]).all()
+    assert (first[file] <= start).all()
+    assert (start + ctx <= stop[file]).all()
+    assert (2 * np.abs(start - places(plain, epoch)[:, 1]) <= 3 * stride).all()
+    assert (np.diff(start)[np.diff(file) == 0] > 0).all(), "no two windows are the same"
+    is_full = stop[file] - first[file] == ctx
+    assert (start[is_full] == first[file][is_full]).all(), "there is no room"
+
+
+@pytest.mark.parametrize("rule", ["whole files", "tails", "list"])
+def test_jitter_never_reads_a_validation_frame(rule, many, few, tmp_path):
+    """Pitfall 11, in every epoch and to the last frame."""
+    corpus = scan_corpus(find_npq_files([few if rule == "tails" else many]), ctx=CTX)
+    listed = put(tmp_path / "val.txt", b"003.npq\n007.npq\n") if rule == "list" else None
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
+    assert (val.stop > val.start).any()
+    windows = WindowDataset(corpus, train, ctx=CTX, stride=5, jitter_seed=0)
+    seen = np.zeros((len(corpus.paths), int(corpus.files["frames"].max())), dtype=bool)
+    for epoch in range(60):
+        file, start = places(windows, epoch).T
+        seen[file[:, None], start[:, None] + np.arange(CTX)] = True
+    frame = np.arange(seen.shape[1])
+    usable = (train.start[:, None] <= frame) & (frame < train.stop[:, None])
+    usable &= (train.stop - train.start >= CTX)[:, None]
+    assert (seen == usable).all(), "all that may be read is read, and nothing else"
+
+
+@pytest.mark.parametrize("frames", [16, 17, 40, 203, 210])
+@pytest.mark.parametrize("stride", [1, 4, 7, 8, 16, 24, 100])
+def test_jitter_covers_a_file_evenly(frames, stride):
+    """Each frame is reached; but for the ends, each about as often as any other."""
+    windows = spans_alone([(0, frames)], ctx=CTX, stride=stride, jitter_seed=1)
+    epochs = 500
+    seen = np.zeros(frames)
+    for epoch in range(epochs):
+        for start in places(windows, epoch)[:, 1]:
+            seen[start : start + CTX] += 1
+    mean = epochs * len(windows) * CTX / frames
+    assert seen.sum() == pytest.approx(mean * frames)
+    assert seen.min() > 0
+    if stride > 1 and frames >= 200:  # with a stride of 1 every start is used in each epoch
+        assert seen.min() > 0.1 * mean
+        inner = seen[CTX:-CTX]
+        assert inner.max() < 1.1 * inner.min()
+        assert 0.9 * mean < inner.mean() < 1.25 * mean
+
+
+def test_a_few_epochs_lie_far_apart():
+    """The golden ratio: n starts of a window leave no gap of twice their mean distance or more."""
+    windows = spans_alone([(0, 512 + 255)], ctx=512, stride=256, jitter_seed=2)
+    for n in (4, 10, 30):
+        starts = sorted({int(places(windows, e)[0, 1]) for e in range(n)} | {0, 255})
+        assert max(np.diff(starts)) < 2 * 512 / n + 2
+
+
 # --- the order -----------------------------------------------------------------------------------
 
 
@@ -1047,6 +1229,13 @@ def test_an_epoch_is_whole_groups_of_distinct_windows(windows):
     assert set(used) <= set(range(windows))
 
 
+def test_numbers_count_on_from_epoch_to_epoch():
+    order = EpochOrder(103, batch=4, accum=2, seed=0)
+    for epoch in (0, 1, 7):
+        given = np.concatenate(epoch_of(order, epoch))
+        assert (given - epoch * 103 == order.permutation(epoch)[:96]).all()
+
+
 def test_start_skips_exactly_what_was_used():
     """Pitfall 18: after every optimizer step of an epoch."""
     order = EpochOrder(103, batch=4, accum=2, seed=0)
@@ -1056,6 +1245,24 @@ def test_start_skips_exactly_what_was_used():
 
 
 # --- loader processes ----------------------------------------------------------------------------
+
+
+def test_the_epoch_reaches_persistent_loader_processes(many):
+    """They hold a copy of the dataset, made in the first epoch."""
+    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
+    train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
+    windows = WindowDataset(corpus, train, ctx=CTX, stride=11, jitter_seed=0)
+    order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
+    loader = DataLoader(
+        windows, batch_size=None, sampler=order, num_workers=2, persistent_workers=True
+    )
+    for order.epoch in (0, 1, 5):
+        used = order.permutation(order.epoch)[: len(order) * 16]
+        expected = [
+            map_codes(read_header(p["file"]))[p["frame"] : p["frame"] + CTX].tolist()
+            for p in windows.describe(used, order.epoch)
+        ]
+        assert torch.cat(list(loader)).tolist() == expected
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -184,7 +184,7 @@ def test_a_detour_changes_the_rest_of_its_epoch_alone():
     assert (order.permutation(2)[40:] != here[40:]).any()
     order.epoch, order.start = 2, 16
     given = np.concatenate(list(order))
-    assert (given == order.permutation(2)[16 : 16 + len(given)]).all()
+    assert (given - 2 * 100 == order.permutation(2)[16 : 16 + len(given)]).all()
     assert len(order) * 4 == len(given) == (order.end() - 16) // 8 * 8
 
 
@@ -250,7 +250,7 @@ def test_nan_for_ever_rolls_back_three_times_and_stops(tunes, tmp_path, capsys):
 
 def test_scattered_refusals_bar_their_windows_and_end(tunes, tmp_path):
     """Bad windows in the data: one rollback, after which they are not drawn again."""
-    run = fast_run(tunes, tmp_path, "--max-steps", "140", "--lr", "1e-3")
+    run = fast_run(tunes, tmp_path, "--max-steps", "140", "--lr", "1e-3", "--no-jitter")
     bad = run.train_windows[np.array([20, 30, 40])].long()
     losses = run.losses
 

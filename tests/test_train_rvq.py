@@ -26,7 +26,7 @@ from conftest import TINY, assert_same_tensors, rows, run_trainer
 import train_rvq
 from checkpointing import FolderLock, load_checkpoint, save_checkpoint
 from model import CodesTransformer, Losses, ModelConfig
-from npq_dataset import EpochOrder, write_npq
+from npq_dataset import EpochOrder, map_codes, read_header, write_npq
 from reporting import Console
 from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update
 
@@ -344,6 +344,28 @@ def test_fp16_that_overflows_for_ever_stops(tunes, tmp_path, capsys):
     assert run.state.progress.step == 0
 
 
+def test_a_refusal_names_the_frames_that_were_used(tunes, tmp_path):
+    """In the second epoch, where jitter has moved them."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "2", "--num_workers", "2")
+    eager, seen = run.losses, []
+
+    def refusing(codes: torch.Tensor) -> Losses:
+        if run.state.progress.step != 11 or run.state.ladder.refusals:
+            return eager(codes)
+        seen.extend(codes)
+        return Losses(*(x * math.nan for x in eager(codes)))
+
+    run.losses = refusing
+    assert train_rvq.train_or_save(run) == 0
+    run.loader._iterator._shutdown_workers()
+    (row,) = rows(tmp_path, "skip")
+    assert row["epoch"] == 2
+    for place, codes in zip(row["windows"], seen, strict=True):
+        whole = map_codes(read_header(place["file"]))
+        assert whole[place["frame"] : place["frame"] + 32].tolist() == codes.tolist()
+    assert {p["frame"] % 16 for p in row["windows"]} != {0}
+
+
 # --- figures -------------------------------------------------------------------------------------
 
 
@@ -488,6 +510,28 @@ def test_arch_flags_may_be_left_out_when_resuming(tunes, tmp_path):
     assert (run.flags.d_model, run.flags.batch, run.flags.tag) == (32, 4, "base")
 
 
+def test_a_run_from_before_jitter_goes_on_without_it(tunes, tmp_path, capsys):
+    """A flag that the saved run did not have must not switch itself on in the middle."""
+    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
+    whole = comparable(train(*flags, tmp_path / "whole", "--no-jitter"))
+    old = train(*flags, tmp_path / "cut", "--no-jitter", stop_at=11)
+    del old["flags"]["jitter"]
+    save_checkpoint(old, tmp_path / "cut" / "rvq_4cb_latest.pt")
+    assert not make_run(*flags, tmp_path / "cut").flags.jitter
+    capsys.readouterr()
+    run = make_run(*flags, tmp_path / "cut", "--jitter")
+    assert "--jitter: saved False, asked True; asked wins" in capsys.readouterr().out
+    assert run.train_windows.phase is not None
+    assert run.state.progress.position == 3 * run.windows_per_step, "the epoch goes on"
+    assert not run.state.guard.losses, "of another level"
+    resumed = train(*flags, tmp_path / "cut")
+    assert_same_tensors(comparable(resumed), whole)
+    assert resumed["flags"]["jitter"] is False
+    with_it = train(*flags, tmp_path / "jittered")
+    assert with_it["flags"]["jitter"] is True
+    assert not torch.equal(with_it["model"]["head.weight"], whole["model"]["head.weight"])
+
+
 def test_ignore_arch_lists_what_does_not_fit(tunes, tmp_path, capsys):
     """Fault 7."""
     flags = ("--data", tunes, "--save_dir", tmp_path)
@@ -540,7 +584,7 @@ def test_other_workers_give_the_same_result(workers, tunes, tmp_path):
     """Fault 15."""
     flags = ("--data", tunes, "--epochs", "2", "--save_dir")
     whole = comparable(train(*flags, tmp_path / "whole"))
-    train(*flags, tmp_path / "cut", "--num_workers", workers[0], stop_at=5)
+    train(*flags, tmp_path / "cut", "--num_workers", workers[0], stop_at=11)  # in epoch 2
     resumed = comparable(train(*flags, tmp_path / "cut", "--num_workers", workers[1]))
     assert_same_tensors(resumed, whole)
 
