@@ -766,9 +766,7 @@ def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarra
 MAX_OPEN_FILES = (
     256  # per process; each holds a file descriptor, and 1024 of those is a common limit
 )
-
-
-GOLDEN = (5**0.5 - 1) / 2  # no fraction is worse approximated, so its multiples spread most evenly
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly, however many there are
 
 
 class WindowDataset(Dataset[torch.Tensor]):

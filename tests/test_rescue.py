@@ -224,9 +224,9 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     assert row["skipped_windows"] >= 10
     assert "10 steps in a row" in row["reason"]
     assert load_checkpoint(run.files.panic_snapshot(205))["progress"]["step"] == 205
-    refused = [w for r in rows(tmp_path, "skip") for w in r["windows"]]
-    detour = run.state.ladder.detours[0]
-    assert refused[0] in run.train_windows.describe(np.array(detour["barred"] + detour["suspects"]))
+    skip, detour = rows(tmp_path, "skip")[0], run.state.ladder.detours[0]
+    left_out = np.array(detour["barred"] + detour["suspects"])
+    assert skip["windows"][0] in run.train_windows.describe(left_out, skip["epoch"] - 1)
 
 
 def test_nan_for_ever_rolls_back_three_times_and_stops(tunes, tmp_path, capsys):
