@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckpt_summary import Parameter, Rows, Summary, moment_bound
+from ckpt_summary import NOISE_STEPS, Parameter, Rows, Summary, moment_bound
 
 
 class Level(enum.IntEnum):
@@ -210,16 +210,24 @@ class Run:
 
 
 def scheduled_lr(summary: Summary, step: float) -> float:
-    """Learning rate that a file's own flags plan for a step: warm-up, cosine, eta_min; or NaN."""
+    """Learning rate that a file's own flags plan for a step, before its groups' factors; or NaN.
+
+    Linear warm-up, then a cosine to eta_min or, of schedule `wsd` (warm-up, stable, decay: Hu et al.
+    2024), a constant and a linear fall to eta_min over the last share `cooldown`.
+    """
     flags, total = summary.flags, summary.counter("schedule_steps", 0.0)
+    schedule = flags.get("schedule", "cosine")
     if summary.style != "own" or not total or flags.get("max_seconds"):
         return math.nan
-    if flags.get("schedule", "cosine") != "cosine":
+    if schedule not in ("cosine", "wsd"):
         return math.nan
     lr, floor = summary.flag("lr"), summary.flag("eta_min")
     warmup, scale = summary.flag("warmup_ratio", 0.0) * total, summary.counter("lr_scale", 1.0)
     if step < warmup:
         return scale * lr * step / warmup
+    if schedule == "wsd":
+        fall = max(summary.flag("cooldown", 0.2) * total, 1e-9)
+        return scale * (floor + (lr - floor) * min(1.0, max(0.0, total - step) / fall))
     done = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
     return scale * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -292,7 +300,13 @@ def _same_moment(run: Run) -> Iterator[Finding]:
 
 # --- weights and moments: absolute limits --------------------------------------------------------
 
-PART_NAMES = {"raw": "weights", "ema": "EMA", "m": "first moments", "v": "second moments"}
+PART_NAMES = {
+    "raw": "weights",
+    "ema": "EMA",
+    "m": "first moments",
+    "v": "second moments",
+    "momentum": "Muon's momentum",
+}
 
 
 def check_finite(run: Run) -> Iterator[Finding]:
@@ -337,15 +351,81 @@ def check_moments(run: Run) -> Iterator[Finding]:
             yield _in_file(s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
 
 
+def check_momentum(run: Run) -> Iterator[Finding]:
+    """F3, O2 of Muon: momentum that clipped gradients cannot make, that left its past, or is lost.
+
+    torch's Muon keeps a running mean of gradients, so none is longer than the longest of them.
+    """
+    clip, past = _largest_clip(run), list[float]()
+    for s in run.series:
+        members = [p for p in s.parameters if p.optimizer == "Muon" and math.isfinite(p.m_rms)]
+        if not members or any(p.bad.get("momentum") for p in members) or (s.step or 0) < 10:
+            continue
+        if still := [p for p in members if p.m_rms == 0]:
+            text = f"no gradient ever reached {still[0].name}, or its momentum was cleared"
+            finding = _in_file(
+                s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=still[0].name, value=0.0
+            )
+            yield _with_others(finding, len(still) - 1)
+            continue
+        longest = max(members, key=_momentum_norm)
+        norm = math.hypot(*map(_momentum_norm, members))
+        if norm > 1.01 * clip:
+            text = (
+                f"Muon's momentum has norm {norm:.3g}, most of it in {longest.name}; gradients "
+                f"clipped to {clip:g} cannot make it"
+            )
+            yield _in_file(
+                s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=longest.name, value=norm,
+                baseline=clip,
+            )  # fmt: skip
+        else:
+            yield from _judge_momentum(run, s, norm, past)
+
+
+def _momentum_norm(p: Parameter) -> float:
+    return p.m_rms * math.sqrt(math.prod(p.shape))
+
+
+def _largest_clip(run: Run) -> float:
+    """Largest --grad-clip of the run's starts; infinite where one did not clip or did not tell."""
+    flags = [s.flags for s in run.readable if s.style == "own"]
+    flags += [r["flags"] for r in run.history.rows if r["event"] in ("start", "resume")]
+    clips = [_number(f.get("grad_clip")) or math.inf for f in flags]
+    return max(clips, default=math.inf)
+
+
+def _judge_momentum(run: Run, s: Summary, norm: float, past: list[float]) -> Iterator[Finding]:
+    """Against the norms of the latest gradients, of which healthy runs have 0.01 to 0.08."""
+    near = [
+        r["grad_norm"] for r in run.history.steps
+        if isinstance(r.get("grad_norm"), float) and -40 < r["step"] - (s.step or 0) <= 0
+    ]  # fmt: skip
+    usual = float(np.median(near)) if near else 1.0
+    share, n = norm / max(usual, 1e-30), len(past)
+    centre = float(np.median(past)) if past else share
+    limit = 8 if near else 30
+    if n >= 3 and not 1 / limit < share / centre < limit:
+        text = f"Muon's momentum has norm {norm:.2g}, {share / centre:.2g} times what it had before"
+        text += f", at gradients of norm {usual:.2g}" if near else ""
+        yield _in_file(
+            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, value=share, baseline=centre, n=n
+        )
+    else:
+        past.append(share)
+
+
 def check_updates(run: Run) -> Iterator[Finding]:
-    """O1, O2, O3: the step that Adam takes."""
+    """O1, O2, O3: the step that Adam takes; of Muon, whose step has one size, O3 alone."""
     seen: dict[str, list[float]] = {}
     for s in run.series:
         for p in _matrices(s):
             yield from _check_update(s, p, seen.setdefault(p.name, []))
     for s in run.series:
         lr = s.optimizer.get("lr", math.nan)
-        large = [(lr * p.update_rms / p.rms, p) for p in _matrices(s) if p.rms > 1e-2]
+        large = [
+            (lr * p.lr_factor * p.update_rms / p.rms, p) for p in _matrices(s) if p.rms > 1e-2
+        ]
         worst = max(large, key=lambda pair: pair[0], default=None)
         if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
             text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
@@ -355,7 +435,7 @@ def check_updates(run: Run) -> Iterator[Finding]:
 
 
 def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Finding]:
-    if not math.isfinite(p.update_rms) or p.adam_step < 10:
+    if p.optimizer == "Muon" or not math.isfinite(p.update_rms) or p.adam_step < 10:
         return
     if p.v_zero == 1.0:
         text = f"no gradient ever reached {p.name}, or its moments were cleared"
@@ -407,16 +487,14 @@ def check_scale(run: Run) -> Iterator[Finding]:
 
 # --- weights against their past ------------------------------------------------------------------
 
-NOISE_STEPS = 19  # steps over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
 
-
-def travel(lr: float, update_rms: float, steps: float) -> float:
+def travel(lr: float, update_rms: float, steps: float, noise_steps: float = NOISE_STEPS) -> float:
     """Distance that a tensor covers in so many steps when its gradients are noise.
 
-    Updates of lr * update_rms each, alike within NOISE_STEPS: a straight line at first, a random
+    Updates of lr * update_rms each, alike within `noise_steps`: a straight line at first, a random
     walk after. Healthy tensors cover 0.2 to 4 of it.
     """
-    return lr * update_rms * math.sqrt(steps * min(steps, NOISE_STEPS))
+    return lr * update_rms * math.sqrt(steps * min(steps, noise_steps))
 
 
 @dataclass
@@ -485,7 +563,8 @@ def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding 
     for p in b.parameters:
         old = before.get(p.name)
         if old is not None and old.shape == p.shape and not old.bad and not p.bad and steps > 0:
-            found += _judge_move(a, b, old, p, lr, steps, pasts.setdefault(p.name, _Past()))
+            past = pasts.setdefault(p.name, _Past())
+            found += _judge_move(a, b, old, p, lr * p.lr_factor, steps, past)
     for check in ("G2", "G1"):
         of_check = [f for f in found if f[1].check == check]
         if of_check:
@@ -508,13 +587,14 @@ def _judge_move(
     furthest = max(furthest, abs(new.largest - old.largest))
     update = np.nanmax([old.update_rms, new.update_rms, 0.0])
     facts = {"after": a.step, "where": new.name}
-    betas = b.optimizer.get("betas") or [0.9, 0.999]
+    bound = new.step_bound if new.optimizer else moment_bound(0.9, 0.999)
     decay = b.optimizer.get("weight_decay", 0.0)
     # Of the largest lr on the way: the mean times a factor that covers warm-up and cosine.
-    reach = 2 * lr * steps * (moment_bound(*betas) + decay * max(old.largest, new.largest))
+    reach = 2 * lr * steps * (bound + decay * max(old.largest, new.largest))
     if math.isfinite(reach) and furthest > 1.1 * reach + 1e-6:
         text = (
-            f"{new.name} moved by up to {furthest:.3g} in {steps} steps; Adam at lr {lr:.2g} can "
+            f"{new.name} moved by up to {furthest:.3g} in {steps} steps; {new.optimizer or 'Adam'} "
+            f"at lr {lr:.2g} can "
             f"move a weight by {reach:.2g} at most"
         )
         yield (
@@ -531,7 +611,7 @@ def _judge_move(
             ),
         )
         return
-    usual = travel(lr, update, steps)
+    usual = travel(lr, update, steps, new.noise_steps)
     if not usual or not math.isfinite(usual) or math.prod(new.shape) < 512:
         return
     pace = moved / usual
@@ -542,7 +622,7 @@ def _judge_move(
         return
     n = len(past.values)
     ratio = pace / past.centre() if n >= 3 else math.nan
-    leap = pace > 3 * straight and pace > 6
+    leap = pace > 2 * straight if new.optimizer == "Muon" else pace > max(3 * straight, 6)
     # Healthy runs stay below 1.7 times the largest and 2.7 times the median of their past.
     burst = n >= 3 and ratio > 3.5 and math.log(pace / 2.2) > max(past.values) and pace > 1
     if leap or burst:
@@ -577,7 +657,9 @@ def check_average(run: Run) -> Iterator[Finding]:
         lr = _window_lr(run, s, window)
         found = [
             f for p in _matrices(s)
-            for f in _judge_average(run, s, p, lr, window, pasts.setdefault(p.name, _Past()))
+            for f in _judge_average(
+                run, s, p, lr * p.lr_factor, window, pasts.setdefault(p.name, _Past())
+            )
         ]  # fmt: skip
         if found:
             yield _with_others(max(found, key=lambda f: f[0])[1], len(found) - 1)
@@ -602,13 +684,13 @@ def _window_lr(run: Run, s: Summary, window: float) -> float:
 def _judge_average(
     run: Run, s: Summary, p: Parameter, lr: float, window: float, past: _Past
 ) -> Iterator[tuple[float, Finding]]:
-    usual = travel(lr, p.update_rms, window)
+    usual = travel(lr, p.update_rms, window, p.noise_steps)
     if not usual or not math.isfinite(usual) or not math.isfinite(p.ema_distance):
         return
     apart = p.ema_distance / usual
     straight = lr * p.update_rms * window / usual
     n = len(past.values)
-    far = apart > 3 * straight and apart > 5
+    far = apart > 2 * straight if p.optimizer == "Muon" else apart > max(3 * straight, 5)
     burst = n >= 3 and apart > 4 * past.centre() and past.z(apart) > 6 and apart > 2
     near = n >= 3 and apart < past.centre() / 20 and apart < 0.02
     if far or burst or near:
@@ -627,17 +709,16 @@ def _judge_average(
 
 
 class _Cosine(NamedTuple):
-    """Between raw minus EMA, the sum of the latest updates, and the way that Adam goes.
+    """Between raw minus EMA, the sum of the latest updates, and the way that the optimizer goes.
 
-    It is about sqrt(NOISE_STEPS / window), of which healthy runs have 0.24 to 0.82; n elements that
-    have nothing to do with each other have 0 +- 1 / sqrt(n).
+    It is about `_usual_cosine`, of which healthy runs have 0.24 to 0.82; n elements that have
+    nothing to do with each other have 0 +- 1 / sqrt(n).
     """
 
-    mean: float  # over the tensors, in units of sqrt(NOISE_STEPS / window)
+    mean: float  # over the tensors, in units of what is usual
     z: float  # that a mean of 1 would have
     lost: float  # share of the tensors whose own cosine may be 0
     lr: float
-    usual: float  # sqrt(NOISE_STEPS / window)
     tensors: int
 
     @property
@@ -646,24 +727,33 @@ class _Cosine(NamedTuple):
         return self.mean < -0.1 and -self.mean * self.z > 8
 
 
+ORTHOGONAL = 0.65  # cosine between Muon's momentum and what orthogonalising makes of it
+
+
+def _usual_cosine(p: Parameter, window: float) -> float:
+    """Of noise: the part of a window of updates that the newest, which are alike, make up."""
+    alike = math.sqrt(min(1.0, p.noise_steps / window))
+    return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
+
+
 def _cosine(run: Run, s: Summary) -> _Cosine | None:
     """None where it says nothing: late in a schedule the sum is of older, larger updates."""
     window = _window(s)
     if math.isnan(window):
         return None
-    measured = [(p.update_cos, math.sqrt(math.prod(p.shape))) for p in _matrices(s)]
-    measured = [(cos, root) for cos, root in measured if math.isfinite(cos)]
+    measured = [
+        (p.update_cos, _usual_cosine(p, window), math.sqrt(math.prod(p.shape)))
+        for p in _matrices(s) if math.isfinite(p.update_cos)
+    ]  # fmt: skip
     lr = s.optimizer.get("lr", 0.0)
     if len(measured) < 3 or not lr > 0.12 * _window_lr(run, s, window):
         return None
-    usual = math.sqrt(min(1.0, NOISE_STEPS / window))
-    roots = sum(root for _, root in measured)
+    expected = sum(usual * root for _, usual, root in measured)
     return _Cosine(
-        mean=sum(cos * root for cos, root in measured) / roots / usual,
-        z=usual * roots / math.sqrt(len(measured)),
-        lost=sum(cos * root < 3 for cos, root in measured) / len(measured),
+        mean=sum(cos * root for cos, _, root in measured) / expected,
+        z=expected / math.sqrt(len(measured)),
+        lost=sum(cos * root < 3 for cos, _, root in measured) / len(measured),
         lr=lr,
-        usual=usual,
         tensors=len(measured),
     )
 
@@ -673,32 +763,42 @@ def _judge_direction(s: Summary, now: _Cosine, before: _Cosine | None) -> Iterat
     fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
     if now.exchanged:
         text = (
-            "Adam's steps lead from the raw weights towards the EMA and not away from it "
+            f"{_method(s)}'s steps lead from the raw weights towards the EMA and not away from it "
             f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
     elif (now.mean < 0.08 and now.z > 30) or fell:
         text = (
-            f"Adam's moments of {now.lost:.0%} of the tensors have nothing to do with the latest "
+            f"{_method(s)}'s moments of {now.lost:.0%} of the tensors have nothing to do with the latest "
             "updates: they are of another tensor, another state or another run"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
     elif now.mean > 0.25:
-        yield from _lost_directions(s, now.mean * now.usual)
+        yield from _lost_directions(s, now.mean)
+
+
+def _method(s: Summary) -> str:
+    """Name of the optimizer for a sentence."""
+    return str(s.optimizer.get("method") or "Adam")
 
 
 def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
     """Single tensors whose moments are not theirs, where those of the others are."""
-    measured = _matrices(s)
+    measured, window = _matrices(s), _window(s)
+    expected = {p.name: mean * _usual_cosine(p, window) for p in measured}
     lost = [
         p for p in measured
-        if p.update_cos < 0.05 * mean and mean * math.sqrt(math.prod(p.shape)) > 12
+        if p.update_cos < 0.05 * expected[p.name]
+        and expected[p.name] * math.sqrt(math.prod(p.shape)) > 12
     ]  # fmt: skip
     if lost:
-        text = f"Adam's moments of {lost[0].name} have nothing to do with its latest updates"
+        text = (
+            f"{lost[0].optimizer or 'Adam'}'s moments of {lost[0].name} have nothing to do with "
+            "its latest updates"
+        )
         finding = _in_file(
             s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, where=lost[0].name,
-            value=lost[0].update_cos, baseline=mean, n=len(measured),
+            value=lost[0].update_cos, baseline=expected[lost[0].name], n=len(measured),
         )  # fmt: skip
         yield _with_others(finding, len(lost) - 1)
 
@@ -708,12 +808,12 @@ def check_attention(run: Run) -> Iterator[Finding]:
     gains: dict[str, float] = {}
     for s in run.series:
         for p in s.parameters:
-            if len(p.shape) != 1 or p.bad or not p.name.endswith("weight"):
+            if len(p.shape) != 1 or p.bad or not p.name.endswith("weight") or not _is_gain(p):
                 continue
             before = gains.get(p.name)
             doubled = before is not None and p.rms > 2 * before and p.rms > 2
-            is_query = p.place.role in ("attn.q_norm", "attn.k_norm")
-            if (p.largest > 10 and p.place.role != "bos") or doubled:
+            is_query = p.place.role.endswith(("attn.q_norm", "attn.k_norm"))
+            if p.largest > 10 or doubled:
                 text = f"gains of {p.name}: RMS {p.rms:.3g}, largest {p.largest:.3g}"
                 if is_query:
                     text += "; the attention logits that they bound can run away"
@@ -724,6 +824,11 @@ def check_attention(run: Run) -> Iterator[Finding]:
             else:
                 gains[p.name] = p.rms
     yield from _logit_growth(run)
+
+
+def _is_gain(p: Parameter) -> bool:
+    """Whether it is the gain of a norm, as far as a name can tell."""
+    return "norm" in p.name or "ln" in p.name
 
 
 def _logit_growth(run: Run) -> Iterator[Finding]:
@@ -754,7 +859,7 @@ def check_ranks(run: Run) -> Iterator[Finding]:
         for p in b.parameters:
             old = before.get(p.name, math.nan)
             # The head and outputs of blocks start at zero and find their rank in the first epochs.
-            if p.stable_rank < 0.5 * old and old > 6 and p.place.role not in ("head", "embed"):
+            if p.stable_rank < 0.5 * old and old > 6 and not p.place.role.endswith(("head", "embed")):
                 level = Level.SUSPECT if p.stable_rank < 1.5 else Level.INFO
                 text = f"stable rank of {p.name} fell from {old:.1f} to {p.stable_rank:.1f}"
                 yield _in_file(
@@ -826,16 +931,27 @@ def _judge_rows(
 def check_learning_rate(run: Run) -> Iterator[Finding]:
     """S1: the saved and the logged learning rate against the schedule."""
     for s in run.readable:
-        lr, planned = s.optimizer.get("lr", math.nan), scheduled_lr(s, s.step or 0)
+        planned = scheduled_lr(s, s.step or 0)
         if not s.step or not math.isfinite(planned) or s.kind in ("panic", "quarantine"):
             continue
-        recovers = s.counter("lr_scale", 1.0) != s.counter("lr_goal", 1.0)
-        if abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
-            level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
-            text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
-            yield _in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
+        groups = s.optimizer.get("groups") or [{"lr": s.optimizer.get("lr", math.nan)}]
+        off = [f for g in groups if (f := _judge_lr(s, g, planned * g.get("lr_factor", 1.0)))]
+        if off:
+            yield max(off, key=lambda f: (f.level, abs(f.value - f.baseline)))
     yield from _check_logged_lr(run)
     yield from _check_saved_lr(run)
+
+
+def _judge_lr(s: Summary, group: dict[str, Any], planned: float) -> Finding | None:
+    lr = group["lr"]
+    recovers = s.counter("lr_scale", 1.0) != s.counter("lr_goal", 1.0)
+    if not abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
+        return None
+    level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
+    text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
+    if len(s.optimizer.get("groups", [])) > 1 and (factor := group.get("lr_factor", 1.0)) != 1:
+        text += f" ({group['method']}'s group at {factor:g} times the run's)"
+    return _in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
 
 
 def _check_logged_lr(run: Run) -> Iterator[Finding]:
@@ -1095,8 +1211,8 @@ def _judge_probe(
 
 
 CHECKS: tuple[Check, ...] = (
-    check_container, check_keys, check_steps, check_finite, check_moments, check_updates,
-    check_scale, check_displacement, check_average, check_attention, check_ranks, check_codebooks,
+    check_container, check_keys, check_steps, check_finite, check_moments,
+    check_momentum, check_updates, check_scale, check_displacement, check_average, check_attention, check_ranks, check_codebooks,
     check_learning_rate, check_best, check_guessing, check_validation, check_steps_of_training,
     check_probe,
 )  # fmt: skip

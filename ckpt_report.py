@@ -311,7 +311,7 @@ NUMBERS = (
     *("rms", "largest", "ema_rms", "ema_distance", "m_rms", "v_root", "v_negative"),
     *("m_over_bound", "v_zero", "v_tiny", "update_rms", "update_cos", "adam_step", "stable_rank"),
 )
-BAD = ("raw", "ema", "m", "v")
+BAD = ("raw", "ema", "m", "v", "momentum")
 
 
 def as_csv(diagnoses: Sequence[Diagnosis]) -> str:

@@ -45,6 +45,7 @@ from model import CodesTransformer, ModelConfig
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
 CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the processor's caches
 MOST_VALUES = 5_000_000  # of flags, progress or history
+NOISE_STEPS = 19.0  # over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
 SILENCE = 120.0  # seconds without a sign of life after which a child is given up
 
 ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
@@ -76,19 +77,23 @@ class Parameter:
     name: str
     shape: list[int]
     dtype: str
-    bad: dict[str, int]  # non-finite values in "raw", "ema", "m" and "v"
+    bad: dict[str, int]  # non-finite values in "raw", "ema", "m", "v" and Muon's "momentum"
+    optimizer: str = ""  # "AdamW" or "Muon"; "" where it is not known
+    lr_factor: float = 1.0  # its group's multiple of the run's learning rate
+    noise_steps: float = NOISE_STEPS  # over which its optimizer's updates stay alike
+    step_bound: float = math.inf  # farthest that a step can move an element, over lr
     rms: float = math.nan
     largest: float = math.nan
     ema_rms: float = math.nan
     ema_distance: float = math.nan  # RMS of raw - EMA
-    m_rms: float = math.nan
+    m_rms: float = math.nan  # of the first moment, which is Muon's momentum
     v_root: float = math.nan  # root of the mean second moment
     v_negative: int = 0
     m_over_bound: int = 0  # elements where abs(m) > C sqrt(v), which no gradients can produce
     v_zero: float = math.nan  # share of second moments that are zero: no gradient ever came
     v_tiny: float = math.nan  # share, of those that are not, whose root is below eps
-    update_rms: float = math.nan  # of Adam's step before lr
-    update_cos: float = math.nan  # between raw - EMA and the way that Adam goes
+    update_rms: float = math.nan  # of the optimizer's step before lr
+    update_cos: float = math.nan  # between raw - EMA and the way that Adam, or momentum, goes
     adam_step: float = math.nan
     stable_rank: float = math.nan  # squared Frobenius norm over squared spectral norm
     sample: list[float] = dataclasses.field(default_factory=list)
@@ -122,7 +127,9 @@ class Summary:
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     misfits: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
-    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)  # lr, betas, eps, decay
+    # "method", such as "Muon + AdamW", Adam's betas and eps, largest decay, and the run's "lr":
+    # a group's over its factor; "groups" have their own.
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float | None = None  # of the GradScaler
     ema_equals_raw: bool = False
     parameters: list[Parameter] = dataclasses.field(default_factory=list)
@@ -169,12 +176,29 @@ BLOCK_PARTS = (
     *("norm2", "mlp.up", "mlp.down"),
 )
 OLD_PARTS = {"mlp.0": "mlp.up", "mlp.3": "mlp.down"}
-STAGES = (("embed", "embeds"), ("bos",), ("pos",), ("blocks",), ("norm", "ln_f"), ("head", "heads"))
+STAGES = (
+    *(("embed", "embeds"), ("bos",), ("pos",), ("blocks",), ("norm", "ln_f")),
+    *(("depth",), ("head", "heads")),
+)
+LAST = 1 << 30  # layer of what follows the blocks of a depth transformer
 
 
 def place_of(name: str) -> Place:
-    """Place of a parameter by its name, in this project's models and in the older script's."""
+    """Place of a parameter by its name, in this project's models and in the older script's.
+
+    What belongs to a depth transformer has the roles of the main one after `depth.`; a name that is
+    not known stands last, under a role of its own.
+    """
     words = name.removeprefix("_orig_mod.").split(".")
+    if words[0] == "depth" and len(words) > 1:
+        inner = place_of(".".join(words[1:]))
+        blocks = STAGES.index(("blocks",))
+        layer = inner.layer if inner.stage == blocks else -1
+        if inner.role in ("norm", "head"):
+            layer = LAST
+        return inner._replace(
+            stage=STAGES.index(("depth",)), layer=layer, role=f"depth.{inner.role}"
+        )
     stage = next((i for i, names in enumerate(STAGES) if words[0] in names), len(STAGES))
     kind = ".bias" if words[-1] == "bias" else ""
     if words[0] == "blocks" and len(words) > 2 and words[1].isdigit():
@@ -379,15 +403,16 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
         _describe_own(summary, content)
     else:
         _describe_old(summary, content)
-    states = _optimizer_states(content.get("optimizer", content.get("opt")), content["model"])
-    _note_misfits(summary, content, states)
+    members = _optimizer_members(content.get("optimizer", content.get("opt")), content["model"])
+    _note_misfits(summary, content, members)
     average = _dict(content.get("ema"))
     done = 0
     for name, raw in content["model"].items():
         if isinstance(name, str) and isinstance(raw, Tensor) and raw.is_floating_point():
-            ema, state = average.get(name), states.get(name, {})
+            ema = average.get(name)
+            group, state = members.get(name, ({}, {}))
             tensors = [t for t in (raw, ema, *state.values()) if isinstance(t, Tensor)]
-            summary.parameters.append(_measure(name, raw, ema, state, summary))
+            summary.parameters.append(_measure(name, raw, ema, group, state, summary))
             for tensor in tensors:
                 forget_pages(tensor)
                 done += tensor.numel() * tensor.element_size()
@@ -548,17 +573,39 @@ def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
 
 
 def _optimizer_settings(state: Any) -> dict[str, Any]:
-    groups = _groups(state)
+    groups = [_group_settings(g) for g in _groups(state)]
     if not groups:
         return {}
-    betas = [_real(b) for b in _list(groups[0].get("betas"))]
+    adam = next((g for g in groups if g["method"] != "Muon"), groups[0])
     return {
-        "lr": max(_real(g.get("lr")) for g in groups),
-        "initial_lr": max(_real(g.get("initial_lr")) for g in groups),
-        "betas": betas if len(betas) == 2 else [],
-        "eps": _real(groups[0].get("eps")),
-        "weight_decay": max(_real(g.get("weight_decay")) for g in groups),
+        "method": " + ".join(dict.fromkeys(g["method"] for g in groups if g["method"])),
+        "lr": max(g["lr"] / g["lr_factor"] for g in groups),
+        "initial_lr": max(_real(g.get("initial_lr")) for g in _groups(state)),
+        "betas": adam["betas"],
+        "eps": adam["eps"],
+        "weight_decay": max(g["weight_decay"] for g in groups),
+        "groups": groups,
     }
+
+
+def _group_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the doctor needs of a param_group; the optimizer is told by the settings it has."""
+    betas = [_real(b) for b in _list(group.get("betas"))]
+    factor = _real(group.get("lr_factor", 1.0))
+    return {
+        "method": _method(group),
+        "lr": _real(group.get("lr")),
+        "lr_factor": factor if 0 < factor < math.inf else 1.0,
+        "betas": betas if len(betas) == 2 else [],
+        "eps": _real(group.get("eps")),
+        "momentum": _real(group.get("momentum")),
+        "weight_decay": _real(group.get("weight_decay")),
+        "tensors": len(_list(group.get("params"))),
+    }
+
+
+def _method(group: dict[str, Any]) -> str:
+    return "Muon" if "ns_steps" in group else "AdamW" if "betas" in group else ""
 
 
 def _groups(state: Any) -> list[dict[str, Any]]:
@@ -570,23 +617,30 @@ def _scale(state: Any) -> float | None:
     return _real(state["scale"]) if "scale" in state else None
 
 
-def _optimizer_states(state: Any, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Moments by parameter name; without names in the file, by the order of the parameters."""
+Member = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _optimizer_members(state: Any, model: dict[str, Any]) -> dict[str, Member]:
+    """Group and moments by parameter name; without names in the file, by the parameters' order."""
     groups, moments = _groups(state), _dict(_dict(state).get("state"))
     names: dict[int, str] = {}
     for group in groups:
         pairs = zip(_list(group.get("params")), _list(group.get("param_names")), strict=False)
         names.update((i, n) for i, n in pairs if isinstance(i, int) and isinstance(n, str))
+    home = {i: g for g in groups for i in _list(g.get("params")) if isinstance(i, int)}
     if not names:
-        indices = sorted(i for g in groups for i in _list(g.get("params")) if isinstance(i, int))
         named = [n for n, t in model.items() if isinstance(t, Tensor) and t.is_floating_point()]
-        if len(indices) == len(named):
-            names = dict(zip(indices, named, strict=True))
-    return {names[i]: s for i, s in moments.items() if i in names and isinstance(s, dict)}
+        if len(home) == len(named):
+            names = dict(zip(sorted(home), named, strict=True))
+    return {
+        names[i]: (home.get(i, {}), s)
+        for i, s in moments.items()
+        if i in names and isinstance(s, dict)
+    }
 
 
 def _note_misfits(
-    summary: Summary, content: dict[str, Any], states: dict[str, dict[str, Any]]
+    summary: Summary, content: dict[str, Any], members: dict[str, Member]
 ) -> None:
     """Kinds, keys and shapes: against the saved architecture, EMA and moments against the model."""
     shapes = _shapes(content["model"])
@@ -604,13 +658,15 @@ def _note_misfits(
         summary.misfits += _differences("EMA", _shapes(ema), shapes)
     if any(name.startswith("_orig_mod.") for name in shapes):
         summary.misfits.append("names begin with _orig_mod.: a compiled module was saved")
-    if not states and (summary.step or 0) > 0:
+    if not members and (summary.step or 0) > 0:
         summary.misfits.append("no optimizer state")
     summary.misfits += _odd_groups(content.get("optimizer", content.get("opt")))
-    for name, state in states.items():
+    for name, (_, state) in members.items():
         summary.misfits += _odd_moments(name, state, shapes.get(name))
-    if states and (lost := sorted(shapes.keys() - states.keys())) and summary.style == "own":
-        summary.misfits.append(f"no optimizer state for {', '.join(lost[:3])}")
+    if summary.style == "own" and members:
+        summary.misfits += _odd_methods(summary, members)
+        if lost := sorted(shapes.keys() - members.keys()):
+            summary.misfits.append(f"no optimizer state for {', '.join(lost[:3])}")
 
 
 def _shapes(tensors: dict[Any, Any]) -> dict[str, tuple[int, ...]]:
@@ -635,6 +691,24 @@ def _odd_groups(state: Any) -> list[str]:
                 odd.append(f"optimizer group {i}: expected a list `{key}`, found {found}")
         if (betas := group.get("betas")) is not None and len(_list(betas)) != 2:
             odd.append(f"optimizer group {i}: expected two `betas`")
+    return odd
+
+
+STATE_KEYS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
+def _odd_methods(summary: Summary, members: dict[str, Member]) -> list[str]:
+    """Moments that a group's optimizer would lack or not have, and a --optim that is another."""
+    odd = []
+    for name, (group, state) in members.items():
+        method = _method(group)
+        expected = STATE_KEYS.get(method, set())
+        foreign = set().union(*STATE_KEYS.values()) - expected if expected else set()
+        odd += [f"{method} has no {key} of {name}" for key in sorted(expected - state.keys())]
+        odd += [f"{method} has a foreign {key} of {name}" for key in sorted(foreign & state.keys())]
+    said, method = summary.flags.get("optim", "adamw"), summary.optimizer.get("method", "")
+    if said in ("adamw", "muon") and method and (said == "muon") != ("Muon" in method):
+        odd.append(f"--optim {said}, but the optimizer's groups are of {method}")
     return odd
 
 
@@ -747,8 +821,50 @@ def moment_bound(beta1: float, beta2: float) -> float:
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
 
 
+def newton_schulz_gain(coefficients: list[float], steps: int) -> float:
+    """Largest singular value that Muon's Newton-Schulz iteration leaves; 1.20 with torch's own.
+
+    It divides a matrix by its Frobenius norm, so that singular values lie in [0, 1], and takes each
+    to a s + b s^3 + c s^5, `steps` times (Jordan et al. 2024, "Muon"). Infinite for other settings.
+    """
+    if len(coefficients) != 3 or not 1 <= steps <= 20:
+        return math.inf
+    a, b, c = coefficients
+    s = np.linspace(0.0, 1.0, 10_001)
+    with np.errstate(all="ignore"):
+        for _ in range(steps):
+            s = a * s + b * s**3 + c * s**5
+        gain = float(np.abs(s).max())
+    return gain if math.isfinite(gain) else math.inf
+
+
+def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:
+    """How far a step of Muon goes: all that is known of it beforehand, whatever the gradients.
+
+    Orthogonalised, an update of shape [A, B] has min(A, B) singular values near 1, so RMS
+    1 / sqrt(max(A, B)), and no element above the largest of them; then `adjust_lr_fn` scales it by
+    the shape (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable", section 2.2).
+    """
+    rows, columns = parameter.shape
+    ratio = math.sqrt(max(1.0, rows / max(columns, 1)))
+    if group.get("adjust_lr_fn") == "match_rms_adamw":
+        ratio = 0.2 * math.sqrt(max(rows, columns))
+    coefficients = [_real(c) for c in _list(group.get("ns_coefficients"))]
+    gain = newton_schulz_gain(coefficients, _whole(group.get("ns_steps")) or 0)
+    parameter.update_rms = ratio / math.sqrt(max(rows, columns, 1))
+    parameter.step_bound = ratio * gain
+    momentum = _real(group.get("momentum"))
+    if 0 <= momentum < 1:
+        parameter.noise_steps = (1 + momentum) / (1 - momentum)
+
+
 def _measure(
-    name: str, raw: Tensor, ema: Any, state: dict[str, Any], summary: Summary
+    name: str,
+    raw: Tensor,
+    ema: Any,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    summary: Summary,
 ) -> Parameter:
     parameter = Parameter(name, list(raw.shape), str(raw.dtype).removeprefix("torch."), {})
     fitting = {
@@ -756,15 +872,14 @@ def _measure(
         for key, t in {**state, "ema": ema}.items()
         if isinstance(t, Tensor) and t.shape == raw.shape
     }
-    m, v = fitting.get("exp_avg"), fitting.get("exp_avg_sq")
+    settings = _group_settings(group)
+    parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
+    if parameter.optimizer == "Muon" and raw.dim() == 2:
+        _describe_muon(parameter, group)
+    elif parameter.optimizer == "AdamW" and settings["betas"]:
+        parameter.step_bound = moment_bound(*settings["betas"])
     parameter.adam_step = _real(state.get("step"))
-    _measure_elements(
-        parameter,
-        raw.reshape(-1),
-        fitting.get("ema"),
-        None if m is None or v is None else (m, v),
-        summary.optimizer,
-    )
+    _measure_elements(parameter, raw.reshape(-1), fitting, settings)
     stride = max(1, raw.numel() // SAMPLE)
     parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].float().tolist()
     if parameter.bad.get("raw") or not raw.numel():
@@ -795,15 +910,14 @@ class _Sums:
 
 
 def _measure_elements(
-    parameter: Parameter,
-    raw: Tensor,
-    ema: Tensor | None,
-    moments: tuple[Tensor, Tensor] | None,
-    settings: dict[str, Any],
+    parameter: Parameter, raw: Tensor, others: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
+    """Fill in what sums over elements tell; `others` by the optimizer's keys, and "ema"."""
     sums, count = _Sums(), raw.numel()
     bad: Counter[str] = Counter()
     largest = 0.0
+    ema, m, v = (others.get(key) for key in ("ema", "exp_avg", "exp_avg_sq"))
+    momentum = others.get("momentum_buffer") if parameter.optimizer == "Muon" else None
     for first in range(0, count, CHUNK):
         span = slice(first, first + CHUNK)
         w = finite_chunk(raw[span], "raw", bad)
@@ -815,24 +929,25 @@ def _measure_elements(
             d = w - e
             sums.add("e", e.square().sum())
             sums.add("d", d.square().sum())
-        if moments is not None:
-            m, v = (
-                finite_chunk(moments[0][span], "m", bad),
-                finite_chunk(moments[1][span], "v", bad),
-            )
-            _add_moments(parameter, sums, m, v, d, settings)
+        if momentum is not None:
+            _add_momentum(sums, finite_chunk(momentum[span], "momentum", bad), d)
+        elif m is not None and v is not None:
+            moments = finite_chunk(m[span], "m", bad), finite_chunk(v[span], "v", bad)
+            _add_moments(parameter, sums, *moments, d, settings)
     parameter.bad = {part: n for part, n in bad.items() if n}
     parameter.rms, parameter.largest = sums.rms("w", count), largest
+    values = sums.values
     if ema is not None:
         parameter.ema_rms, parameter.ema_distance = sums.rms("e", count), sums.rms("d", count)
-    if moments is not None and count:
-        values = sums.values
-        parameter.m_rms, parameter.v_root = sums.rms("m", count), sums.rms("v", count)
+    if momentum is not None or (m is not None and v is not None and count):
+        parameter.m_rms = sums.rms("m", count)
+        norms = math.sqrt(max(values["d"] * values["u"], 0.0))
+        parameter.update_cos = values["du"] / norms if norms else math.nan
+    if momentum is None and m is not None and v is not None and count:
+        parameter.v_root = sums.rms("v", count)
         parameter.v_zero = values["zero"] / count
         parameter.v_tiny = values["tiny"] / max(count - values["zero"], 1)
         parameter.update_rms = sums.rms("u", count)
-        norms = math.sqrt(max(values["d"] * values["u"], 0.0))
-        parameter.update_cos = values["du"] / norms if norms else math.nan
 
 
 def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
@@ -843,6 +958,14 @@ def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
         bad[what] += int((~finite).sum())
         chunk = chunk.masked_fill(~finite, 0.0)
     return chunk
+
+
+def _add_momentum(sums: _Sums, m: Tensor, d: Tensor | None) -> None:
+    """Muon goes the way of its momentum, once orthogonalised, which would take a product a file."""
+    sums.add("m", m.square().sum())
+    sums.add("u", m.square().sum())
+    if d is not None:
+        sums.add("du", -(d * m).sum())
 
 
 def _add_moments(
@@ -885,12 +1008,16 @@ def _stable_rank(matrix: Tensor) -> float:
 
 
 def _rows_of_codebooks(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[Rows]:
-    """Facts of each codebook's rows; a joint table [K * V, D] holds V rows for each."""
+    """Facts of each codebook's rows; a joint table [K * V, D] holds V rows for each.
+
+    Rows after these, up to V, stand for codes that a pattern leaves open.
+    """
     if codebook >= 0:
         return [_rows(matrix, codebook)]
-    if not vocab_sizes or len(matrix) != len(vocab_sizes) * max(vocab_sizes):
+    rows = len(vocab_sizes) * max(vocab_sizes, default=0)
+    if not rows or not rows <= len(matrix) <= rows + max(vocab_sizes):
         return []
-    tables = matrix.unflatten(0, (len(vocab_sizes), -1))
+    tables = matrix[:rows].unflatten(0, (len(vocab_sizes), -1))
     return [_rows(t[:v], k) for k, (t, v) in enumerate(zip(tables, vocab_sizes, strict=True))]
 
 

@@ -3,6 +3,7 @@
     python benchmarks/doctor_scoreboard.py                # 12 faults x 5 seeds: the published score
     python benchmarks/doctor_scoreboard.py --extra        # and what lies beyond the list
     python benchmarks/doctor_scoreboard.py --quick        # one seed, fewer healthy runs
+    python benchmarks/doctor_scoreboard.py --muon --extra # the same of runs with --optim muon
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
@@ -42,6 +43,7 @@ from planted_faults import (  # noqa: E402
     FILE_EXTRA,
     FILE_FAULTS,
     METRICS_FAULTS,
+    MUON_FAULTS,
     TRAINED,
     TRAINED_EXTRA,
     WRONG_ADAM,
@@ -177,8 +179,8 @@ def remembered(folder: Path, make: Callable[[], Truth | None]) -> Truth | None:
 class Bench:
     """Folders of one scoreboard: data, healthy runs, and cases."""
 
-    def __init__(self, root: Path, *, quick: bool = False) -> None:
-        self.root, self.quick = root, quick
+    def __init__(self, root: Path, *, quick: bool = False, muon: bool = False) -> None:
+        self.root, self.quick, self.muon = root, quick, muon
         root.mkdir(parents=True, exist_ok=True)
         for number, shape in enumerate(SHAPES):
             if not (root / f"data{number}").exists():
@@ -195,6 +197,7 @@ class Bench:
     ) -> None:
         for flags in starts:
             words = ["--data", str(self.data(number)), "--save_dir", str(folder), *COMMON]
+            words += ["--optim", "muon"] if self.muon else []
             log = folder.with_name(folder.name + ".log")
             code = train([*words, *flags.split()], sabotage, log)
             if code not in (0, 3):  # done, or stopped by the guard
@@ -248,7 +251,7 @@ def make_faults(bench: Bench, faults: Sequence[str], seeds: Sequence[int]) -> li
 def make_fault(bench: Bench, fault: str, seed: int, folder: Path) -> Truth:
     number = seed % len(SHAPES)
     rng = np.random.default_rng([seed, *fault.encode()])
-    sabotages, files = {**TRAINED, **TRAINED_EXTRA}, {**FILE_FAULTS, **FILE_EXTRA}
+    sabotages, files = {**TRAINED, **TRAINED_EXTRA}, {**FILE_FAULTS, **FILE_EXTRA, **MUON_FAULTS}
     if fault == "overfit":
         return make_overfit(bench, seed, folder)
     if fault == "lr 1 without warm-up":
@@ -445,6 +448,7 @@ def main() -> int:
         "--quick", action="store_true", help="one seed of eight faults, two healthy runs"
     )
     parser.add_argument("--extra", action="store_true", help="also the faults beyond the list")
+    parser.add_argument("--muon", action="store_true", help="train with --optim muon")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults alone")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the runs there, leave them")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
@@ -452,7 +456,7 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         root = (flags.keep or Path(name)).absolute()
-        passed = run_bench(Bench(root, quick=flags.quick), flags)
+        passed = run_bench(Bench(root, quick=flags.quick, muon=flags.muon), flags)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0 if passed else 1
 
@@ -472,6 +476,7 @@ def run_bench(bench: Bench, flags: argparse.Namespace) -> bool:
             "exponent flip",
             *FILE_EXTRA,
             *METRICS_FAULTS,
+            *(MUON_FAULTS if flags.muon else ()),
         ]
         beyond = make_faults(bench, extra, seeds[:2])
     print(

@@ -8,6 +8,7 @@ Shared by benchmarks/doctor_scoreboard.py and the tests. Nothing here knows the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -31,7 +32,7 @@ from make_codes import make_tune
 import train_rvq
 from checkpointing import save_checkpoint
 from npq_dataset import write_npq
-from stability import Ema, Guard
+from stability import Ema, Guard, not_finite
 
 Checkpoint = dict[str, Any]
 
@@ -88,14 +89,24 @@ class Sabotage:
 
 
 def train(argv: Sequence[str], sabotage: Sabotage | None, log: Path) -> int:
-    """train_rvq.py's own main, with a fault planted in it or without; its exit code."""
+    """train_rvq.py's own main, with a fault planted in it or without; its exit code.
+
+    `--optim muon` works with a trainer that lacks the flag, too: `_muon_patches`.
+    """
+    words = [*argv]
     with open(log, "a", encoding="utf-8") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(file))
         stack.enter_context(contextlib.redirect_stderr(file))
+        if "--optim" in words and "--optim" not in train_rvq.build_parser().format_help():
+            at = words.index("--optim")
+            patches = _muon_patches() if words[at + 1] == "muon" else ()
+            del words[at : at + 2]
+            for patch in patches:
+                stack.enter_context(patch)
         if sabotage is not None:
             for patch in _patches(sabotage):
                 stack.enter_context(patch)
-        return train_rvq.main([*argv])
+        return train_rvq.main(words)
 
 
 def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -140,6 +151,84 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
     if not s.guarded:
         yield mock.patch.object(Guard, "judge", return_value=None)
         yield mock.patch.object(train_rvq, "unsound", return_value=None)
+
+
+# --- Muon, until the trainer has it --------------------------------------------------------------
+
+LR_FACTORS = {"muon": 2.0, "head": 0.5, "rest": 1.0}
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of the blocks and its AdamW for the rest, as one optimizer.
+
+    One state dict, Muon's groups first; each group takes its own multiple, `lr_factor`, of the
+    learning rate that the trainer sets.
+    """
+
+    def __init__(self, model: torch.nn.Module, flags: argparse.Namespace) -> None:
+        named = list(model.named_parameters())
+        inner = [(n, p) for n, p in named if "blocks." in n and p.dim() == 2]
+        head = [(n, p) for n, p in named if n == "head.weight"]
+        rest = [(n, p) for n, p in named if n != "head.weight" and (n, p) not in inner]
+        decay = {"weight_decay": flags.weight_decay}
+        self.parts = (
+            torch.optim.Muon(
+                [{"params": inner, **decay, "lr_factor": LR_FACTORS["muon"]}],
+                lr=flags.lr, adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [
+                    {"params": head, **decay, "lr_factor": LR_FACTORS["head"]},
+                    {"params": rest, "weight_decay": 0.0, "lr_factor": LR_FACTORS["rest"]},
+                ],
+                lr=flags.lr, betas=(0.9, 0.95),
+            ),
+        )  # fmt: skip
+        super().__init__([p for _, p in named], {})
+        self.param_groups = [g for part in self.parts for g in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of both; every group's lr is multiplied by its factor first."""
+        for group in self.param_groups:
+            group["lr"] *= group["lr_factor"]
+        for part in self.parts:
+            part.step()
+            self.state.update(part.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, into both parts."""
+        first = 0
+        for part in self.parts:
+            own = part.state_dict()
+            count = sum(len(g["params"]) for g in own["param_groups"])
+            states = state_dict["state"]
+            taken = {i: states[i + first] for i in range(count) if i + first in states}
+            part.load_state_dict({"state": taken, "param_groups": own["param_groups"]})
+            self.state.update(part.state)
+            first += count
+        self.param_groups = [g for part in self.parts for g in part.param_groups]
+
+
+def _muon_patches() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    build = train_rvq.build_state
+
+    def with_muon(flags: argparse.Namespace, model: Any, *others: Any) -> train_rvq.TrainState:
+        state = build(flags, model, *others)
+        flags.optim = "muon"
+        state.optimizer = MuonAndAdamW(model, flags)
+        return state
+
+    def unsound(run: train_rvq.Run) -> str | None:
+        tensors = {f"model {n}": t for n, t in run.state.model.state_dict().items()}
+        tensors |= {f"ema {n}": t for n, t in run.state.ema.state_dict().items()}
+        for i, state in run.state.optimizer.state_dict()["state"].items():
+            tensors |= {f"{key} of {i}": t for key, t in state.items() if t.dim()}
+        if bad := not_finite(tensors):
+            return f"{len(bad)} tensors are not finite, first {bad[0]}"
+        return run.state.guard.worse_than_guessing()
+
+    yield mock.patch.object(train_rvq, "build_state", with_muon)
+    yield mock.patch.object(train_rvq, "unsound", unsound)
 
 
 # --- faults in training --------------------------------------------------------------------------
@@ -314,8 +403,8 @@ def moments_lost(_: np.random.Generator, onset: int) -> Sabotage:
 
     def clear(run: train_rvq.Run) -> None:
         for state in run.state.optimizer.state.values():
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
+            for key in MOMENTS & state.keys():
+                state[key].zero_()
 
     return Sabotage(onset, ("O2",), after=clear)
 
@@ -460,25 +549,29 @@ def _states(c: Checkpoint) -> dict[Any, dict[str, Tensor]]:
     return states
 
 
+FIRST = {"exp_avg", "momentum_buffer"}  # moments by their keys in AdamW's and Muon's state
+MOMENTS = {*FIRST, "exp_avg_sq"}
+
+
 def _foreign_adam(s: Scene) -> None:
-    _take_moments(s, s.foreign, ("exp_avg", "exp_avg_sq"))
+    _take_moments(s, s.foreign, MOMENTS)
 
 
 def _older_adam(s: Scene) -> None:
-    _take_moments(s, s.older, ("exp_avg", "exp_avg_sq", "step"))
+    _take_moments(s, s.older, {*MOMENTS, "step"})
 
 
 def _older_adam_right_step(s: Scene) -> None:
-    _take_moments(s, s.older, ("exp_avg", "exp_avg_sq"))
+    _take_moments(s, s.older, MOMENTS)
 
 
 def _older_m(s: Scene) -> None:
-    _take_moments(s, s.older, ("exp_avg",))
+    _take_moments(s, s.older, FIRST)
 
 
-def _take_moments(s: Scene, source: Checkpoint, keys: tuple[str, ...]) -> None:
+def _take_moments(s: Scene, source: Checkpoint, keys: set[str]) -> None:
     for i, state in _states(s.c).items():
-        for key in keys:
+        for key in keys & state.keys():
             state[key] = _states(source)[i][key].clone()
 
 
@@ -495,32 +588,30 @@ def _adam_between_layers(s: Scene) -> None:
 
 def _m_and_v_exchanged(s: Scene) -> None:
     for state in _states(s.c).values():
-        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]
+        if "exp_avg" in state:
+            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]
 
 
-def _scaled_moment(key: str, factor: float) -> Callable[[Scene], None]:
+def _scaled_moment(keys: set[str], factor: float) -> Callable[[Scene], None]:
     def spoil(s: Scene) -> None:
         for state in _states(s.c).values():
-            state[key] = state[key] * factor
+            for key in keys & state.keys():
+                state[key] = state[key] * factor
 
     return spoil
-
-
-def _moments_zeroed(s: Scene) -> None:
-    _scaled_moment("exp_avg", 0.0)(s)
-    _scaled_moment("exp_avg_sq", 0.0)(s)
 
 
 def _moments_shuffled(s: Scene) -> None:
     """Each pair (m, v) stays a possible one, but belongs to another weight."""
     for state in _states(s.c).values():
-        order = torch.from_numpy(s.rng.permutation(state["exp_avg"].numel()))
-        for key in ("exp_avg", "exp_avg_sq"):
+        keys = sorted(MOMENTS & state.keys())
+        order = torch.from_numpy(s.rng.permutation(state[keys[0]].numel()))
+        for key in keys:
             state[key] = state[key].flatten()[order].view_as(state[key]).clone()
 
 
 def _negative_v(s: Scene) -> None:
-    state = _states(s.c)[0]
+    state = next(state for state in _states(s.c).values() if "exp_avg_sq" in state)
     state["exp_avg_sq"] = state["exp_avg_sq"].clone()
     state["exp_avg_sq"].view(-1)[3] *= -1
     state["exp_avg_sq"].view(-1)[3] -= 1e-12
@@ -689,11 +780,11 @@ FILE_EXTRA: dict[str, FileFault] = {
     "model of another run": FileFault(_foreign_model, W),
     "file of another run": FileFault(_foreign_file, (*W, "I4")),
     "weights and moments stand still": FileFault(_older_weights, ("G1", "I4")),
-    "moments zeroed": FileFault(_moments_zeroed, ("O2", "F3")),
-    "first moments zeroed": FileFault(_scaled_moment("exp_avg", 0.0), ("O2",)),
-    "first moments x 100": FileFault(_scaled_moment("exp_avg", 100.0), ("F3", "O2")),
-    "second moments x 100": FileFault(_scaled_moment("exp_avg_sq", 100.0), ("O2",)),
-    "second moments / 100": FileFault(_scaled_moment("exp_avg_sq", 0.01), ("F3", "O2")),
+    "moments zeroed": FileFault(_scaled_moment(MOMENTS, 0.0), ("O2", "F3")),
+    "first moments zeroed": FileFault(_scaled_moment(FIRST, 0.0), ("O2",)),
+    "first moments x 100": FileFault(_scaled_moment(FIRST, 100.0), ("F3", "O2")),
+    "second moments x 100": FileFault(_scaled_moment({"exp_avg_sq"}, 100.0), ("O2",)),
+    "second moments / 100": FileFault(_scaled_moment({"exp_avg_sq"}, 0.01), ("F3", "O2")),
     "moments of another run": FileFault(_foreign_adam, ("O2", "G3", "O5")),
     "moments of an older step": FileFault(_older_adam_right_step, ("O2", "G3", "O5")),
     "moments between layers": FileFault(_adam_between_layers, ("O2", "G3", "O5")),
@@ -712,6 +803,75 @@ FILE_EXTRA: dict[str, FileFault] = {
     "a weight missing": FileFault(_missing_weight, ("I3",)),
     "a matrix transposed": FileFault(_transposed, ("I3",)),
     "4 KB of zeros": FileFault(zero_page, ("I1",), "name", is_raw=True),
+}
+
+
+def _on_momentum(change: Callable[[Tensor, np.random.Generator], Any]) -> Callable[[Scene], str]:
+    """A fault in the momentum of one matrix that Muon trains."""
+
+    def spoil(s: Scene) -> str:
+        groups = s.c["optimizer"]["param_groups"]
+        names = {i: n for g in groups for i, n in zip(g["params"], g["param_names"], strict=True)}
+        held = [i for i, state in _states(s.c).items() if "momentum_buffer" in state]
+        i = held[int(s.rng.integers(len(held)))]
+        _states(s.c)[i]["momentum_buffer"] = change(
+            _states(s.c)[i]["momentum_buffer"].clone(), s.rng
+        )
+        return str(names[i])
+
+    return spoil
+
+
+def _muon(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Scene], None]:
+    """A fault in the state of every matrix that Muon trains."""
+
+    def spoil(s: Scene) -> None:
+        for state in _states(s.c).values():
+            if "momentum_buffer" in state:
+                change(state)
+
+    return spoil
+
+
+def _foreign_momentum(s: Scene) -> None:
+    _take_moments(s, s.foreign, {"momentum_buffer"})
+
+
+def _group_lr(number: int, factor: float) -> Callable[[Scene], None]:
+    def spoil(s: Scene) -> None:
+        s.c["optimizer"]["param_groups"][number]["lr"] *= factor
+
+    return spoil
+
+
+def _as_adams(state: dict[str, Tensor]) -> None:
+    momentum = state.pop("momentum_buffer")
+    state.update(step=torch.tensor(9.0), exp_avg=momentum, exp_avg_sq=momentum.square())
+
+
+# Of checkpoints of --optim muon alone.
+MUON_FAULTS: dict[str, FileFault] = {
+    "NaN in a momentum": FileFault(_on_momentum(_some_nan), ("F1",)),
+    "Inf in a momentum": FileFault(_on_momentum(lambda m, _: m / 0), ("F1",)),
+    "a momentum's exponent bit": FileFault(_on_momentum(_one_huge), ("F1", "F3", "O2")),
+    "a momentum zeroed": FileFault(_on_momentum(_scaled(0.0)), ("O2",)),
+    "all momentum zeroed": FileFault(
+        _scaled_moment({"momentum_buffer"}, 0.0), ("O2",)
+    ),
+    "momentum x 1000": FileFault(_scaled_moment({"momentum_buffer"}, 1000.0), ("F3", "O2")),
+    "momentum x 30": FileFault(_scaled_moment({"momentum_buffer"}, 30.0), ("F3", "O2")),
+    "momentum / 100": FileFault(_scaled_moment({"momentum_buffer"}, 0.01), ("O2",)),
+    "momentum negated": FileFault(_scaled_moment({"momentum_buffer"}, -1.0), ("G3",)),
+    "a momentum transposed": FileFault(
+        _on_momentum(lambda m, _: m.T[: len(m) // 2].contiguous()), ("I3",)
+    ),
+    "a momentum re-drawn": FileFault(_on_momentum(_redrawn), ("G3",)),
+    "momentum of another run": FileFault(_foreign_momentum, ("G3", "O2")),
+    "momentum missing": FileFault(_muon(lambda s: s.clear()), ("I3",)),
+    "Adam's moments in Muon's group": FileFault(_muon(_as_adams), ("I3",)),
+    "lr of Muon's group x 10": FileFault(_group_lr(0, 10.0), ("S1",)),
+    "lr of the head's group / 10": FileFault(_group_lr(1, 0.1), ("S1",)),
+    "factor of Muon's group left out": FileFault(_group_lr(0, 1 / LR_FACTORS["muon"]), ("S1",)),
 }
 
 
