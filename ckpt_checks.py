@@ -212,8 +212,8 @@ class Run:
 def scheduled_lr(summary: Summary, step: float) -> float:
     """Learning rate that a file's own flags plan for a step, before its groups' factors; or NaN.
 
-    Linear warm-up, then a cosine to eta_min or, of schedule `wsd` (warm-up, stable, decay: Hu et al.
-    2024), a constant and a linear fall to eta_min over the last share `cooldown`.
+    Linear warm-up, then a cosine to eta_min or, for schedule `wsd` (warm-up, stable, decay: Hu et
+    al. 2024), a constant and a linear fall to eta_min over the last share `cooldown`.
     """
     flags, total = summary.flags, summary.counter("schedule_steps", 0.0)
     schedule = flags.get("schedule", "cosine")
@@ -423,9 +423,7 @@ def check_updates(run: Run) -> Iterator[Finding]:
             yield from _check_update(s, p, seen.setdefault(p.name, []))
     for s in run.series:
         lr = s.optimizer.get("lr", math.nan)
-        large = [
-            (lr * p.lr_factor * p.update_rms / p.rms, p) for p in _matrices(s) if p.rms > 1e-2
-        ]
+        large = [(lr * p.lr_factor * p.update_rms / p.rms, p) for p in _matrices(s) if p.rms > 1e-2]
         worst = max(large, key=lambda pair: pair[0], default=None)
         if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
             text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
@@ -665,7 +663,7 @@ def check_average(run: Run) -> Iterator[Finding]:
             yield _with_others(max(found, key=lambda f: f[0])[1], len(found) - 1)
         cosine = _cosine(run, s)
         if cosine is not None:
-            yield from _judge_direction(s, cosine, before)
+            yield from _judge_direction(run, s, cosine, before)
             before = cosine
 
 
@@ -736,14 +734,16 @@ def _usual_cosine(p: Parameter, window: float) -> float:
     return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
 
 
-def _cosine(run: Run, s: Summary) -> _Cosine | None:
-    """None where it says nothing: late in a schedule the sum is of older, larger updates."""
+def _cosine(run: Run, s: Summary, method: str = "") -> _Cosine | None:
+    """Of all tensors or one optimizer's; None late in a schedule, when the sum is of older, larger
+    updates and says nothing."""
     window = _window(s)
     if math.isnan(window):
         return None
     measured = [
         (p.update_cos, _usual_cosine(p, window), math.sqrt(math.prod(p.shape)))
-        for p in _matrices(s) if math.isfinite(p.update_cos)
+        for p in _matrices(s)
+        if math.isfinite(p.update_cos) and method in ("", p.optimizer)
     ]  # fmt: skip
     lr = s.optimizer.get("lr", 0.0)
     if len(measured) < 3 or not lr > 0.12 * _window_lr(run, s, window):
@@ -758,7 +758,9 @@ def _cosine(run: Run, s: Summary) -> _Cosine | None:
     )
 
 
-def _judge_direction(s: Summary, now: _Cosine, before: _Cosine | None) -> Iterator[Finding]:
+def _judge_direction(
+    run: Run, s: Summary, now: _Cosine, before: _Cosine | None
+) -> Iterator[Finding]:
     facts = {"value": now.mean, "baseline": before.mean if before else 0.5, "n": now.tensors}
     fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
     if now.exchanged:
@@ -767,10 +769,17 @@ def _judge_direction(s: Summary, now: _Cosine, before: _Cosine | None) -> Iterat
             f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
+    elif (muon := _cosine(run, s, "Muon")) and muon.mean < 0.08 and muon.z > 30:
+        facts |= {"value": muon.mean, "n": muon.tensors}
+        text = (
+            f"Muon's momentum has nothing to do with the latest updates of its {muon.tensors} "
+            "tensors: it is of other tensors, another state or another run"
+        )
+        yield _in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
     elif (now.mean < 0.08 and now.z > 30) or fell:
         text = (
-            f"{_method(s)}'s moments of {now.lost:.0%} of the tensors have nothing to do with the latest "
-            "updates: they are of another tensor, another state or another run"
+            f"{_method(s)}'s moments of {now.lost:.0%} of the tensors have nothing to do with "
+            "the latest updates: they are of another tensor, another state or another run"
         )
         yield _in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
     elif now.mean > 0.25:
@@ -859,7 +868,11 @@ def check_ranks(run: Run) -> Iterator[Finding]:
         for p in b.parameters:
             old = before.get(p.name, math.nan)
             # The head and outputs of blocks start at zero and find their rank in the first epochs.
-            if p.stable_rank < 0.5 * old and old > 6 and not p.place.role.endswith(("head", "embed")):
+            if (
+                p.stable_rank < 0.5 * old
+                and old > 6
+                and not p.place.role.endswith(("head", "embed"))
+            ):
                 level = Level.SUSPECT if p.stable_rank < 1.5 else Level.INFO
                 text = f"stable rank of {p.name} fell from {old:.1f} to {p.stable_rank:.1f}"
                 yield _in_file(
@@ -1211,8 +1224,8 @@ def _judge_probe(
 
 
 CHECKS: tuple[Check, ...] = (
-    check_container, check_keys, check_steps, check_finite, check_moments,
-    check_momentum, check_updates, check_scale, check_displacement, check_average, check_attention, check_ranks, check_codebooks,
-    check_learning_rate, check_best, check_guessing, check_validation, check_steps_of_training,
-    check_probe,
+    check_container, check_keys, check_steps, check_finite, check_moments, check_momentum,
+    check_updates, check_scale, check_displacement, check_average, check_attention, check_ranks,
+    check_codebooks, check_learning_rate, check_best, check_guessing, check_validation,
+    check_steps_of_training, check_probe,
 )  # fmt: skip

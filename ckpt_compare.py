@@ -23,19 +23,23 @@ from ckpt_summary import (
     finite_chunk,
     forget_pages,
     in_child,
+    method_of,
+    methods_of,
     open_safely,
     plain,
 )
 
 PARTS = ("model", "ema")
+SETTINGS = ("lr", "lr_factor", "weight_decay", "betas", "eps", "momentum", "adjust_lr_fn")
 
 
 def compare(a: str, b: str) -> dict[str, Any] | Problem:
     """Differences of two checkpoint files, or why one could not be read.
 
     Returns:
-        "paths"; "facts": [name, in a, in b] of what is no tensor and differs; "tensors": a dict for
-        each tensor of the raw weights and the EMA, largest relative change first.
+        "paths"; "optimizers" of both, such as "Muon + AdamW"; "facts": [name, in a, in b] of what
+        is no tensor and differs; "tensors": a dict for each tensor of the raw weights and the EMA,
+        largest relative change first.
     """
     answer: dict[str, Any] | Problem = in_child(_compare_in_child, a, lambda _: None, b)
     return answer
@@ -56,7 +60,8 @@ def _compare_in_child(a: str, tell: Callable[[int], None], b: str) -> dict[str, 
             tensors.append({"part": part, "name": name, **_change(old.get(name), new.get(name))})
             tell(len(tensors))
     tensors.sort(key=lambda t: (-t["change"], t["part"], t["name"]))
-    return {"paths": [a, b], "facts": facts, "tensors": tensors}
+    optimizers = [methods_of(c.get("optimizer", c.get("opt"))) for c in (first, second)]
+    return {"paths": [a, b], "optimizers": optimizers, "facts": facts, "tensors": tensors}
 
 
 def _open(path: str) -> dict[str, Any]:
@@ -85,7 +90,8 @@ def _facts(content: dict[str, Any]) -> dict[str, Any]:
     kept["saved_at"] = plain(content.get("saved_at"))
     groups = (content.get("optimizer") or content.get("opt") or {}).get("param_groups") or []
     for i, group in enumerate(groups):
-        kept.update({f"optimizer.{i}.{k}": plain(group.get(k)) for k in ("lr", "betas", "eps")})
+        kept[f"optimizer.{i}"] = method_of(group) or "-"
+        kept.update({f"optimizer.{i}.{k}": plain(group[k]) for k in SETTINGS if k in group})
     return kept
 
 
@@ -121,7 +127,9 @@ def _change(old: Any, new: Any) -> dict[str, Any]:
 
 def comparison_lines(result: dict[str, Any]) -> list[str]:
     """The table that --compare prints."""
-    lines = [f"A {result['paths'][0]}", f"B {result['paths'][1]}", ""]
+    pairs = zip("AB", result["paths"], result["optimizers"], strict=True)
+    lines = [f"{letter} {path} ({method or 'no optimizer'})" for letter, path, method in pairs]
+    lines.append("")
     lines += [f"  {name}: {_short(a)} -> {_short(b)}" for name, a, b in result["facts"]]
     lines += ["", f"  {'change':>9} {'RMS A':>10} {'RMS B':>10} {'largest':>10}  tensor"]
     same = 0

@@ -274,7 +274,10 @@ def _from_average(run: Run, findings: list[Finding]) -> tuple[str | None, str]:
 def _run_flags(summary: Summary) -> list[str]:
     """The saved run's flags that shape a new one."""
     words: list[str] = []
-    for name in ("data", "ctx", "step", "batch", "accum", "epochs", "dropout", "weight_decay"):
+    for name in (
+        *("data", "ctx", "step", "batch", "accum", "epochs", "dropout", "weight_decay"),
+        *("optim", "schedule", "cooldown"),
+    ):
         value = summary.flags.get(name)
         if value is not None:
             values = value if isinstance(value, list) else [value]

@@ -192,7 +192,17 @@ def _files(d: Diagnosis) -> str:
     return f"<h2>Files</h2>{_html_table(head, rows)}"
 
 
-TENSOR_HEAD = ("tensor", "shape", "RMS", "largest", "raw - EMA", "update", "stable rank", "bad")
+TENSOR_HEAD = (
+    "tensor",
+    "shape",
+    "optimizer",
+    "RMS",
+    "largest",
+    "raw - EMA",
+    "update",
+    "stable rank",
+    "bad",
+)
 
 
 def _tensors(d: Diagnosis) -> str:
@@ -205,7 +215,8 @@ def _tensors(d: Diagnosis) -> str:
     for s in sorted(chosen.values(), key=lambda s: s.step or 0):
         rows = [
             ("", (
-                f"<code>{escaped(p.name)}</code>", " x ".join(map(str, p.shape)), figure(p.rms),
+                f"<code>{escaped(p.name)}</code>", " x ".join(map(str, p.shape)),
+                p.optimizer or "-", figure(p.rms),
                 figure(p.largest), figure(p.ema_distance), figure(p.update_rms),
                 figure(p.stable_rank, ".3g"),
                 escaped(", ".join(f"{part} {n}" for part, n in p.bad.items() if n) or "-"),

@@ -103,8 +103,15 @@ def _tensor_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
     update = {
         name: [(step, p.update_rms) for step, p in found if p.update_rms > 0]
         for name, found in tensors.items()
+        if found[-1][1].optimizer != "Muon"
     }
     yield Chart("Adam's step before lr, RMS", _highlighted(update, named), log=True)
+    momentum = {
+        name: [(step, p.m_rms) for step, p in found if p.m_rms > 0]
+        for name, found in tensors.items()
+        if found[-1][1].optimizer == "Muon"
+    }
+    yield Chart("Muon's momentum, RMS", _highlighted(momentum, named), log=True)
 
 
 def _files_within(d: Diagnosis, frame: Frame) -> list[Summary]:

@@ -173,7 +173,9 @@ def header(d: Diagnosis) -> str:
     """The run, and what there is of it."""
     rows = len(d.run.history.rows)
     files = len(d.run.summaries)
-    return f"{printable(d.run.name)}: {files} files, {rows or 'no'} rows of metrics"
+    methods = dict.fromkeys(s.optimizer.get("method") for s in d.run.readable)
+    optimizer = "".join(f", {method}" for method in methods if method)
+    return f"{printable(d.run.name)}: {files} files, {rows or 'no'} rows of metrics{optimizer}"
 
 
 HEAD = ("step", "epoch", "file", "kind", "size", "best val", "state")
@@ -308,7 +310,7 @@ def _plain(value: Any) -> Any:
 
 
 NUMBERS = (
-    *("rms", "largest", "ema_rms", "ema_distance", "m_rms", "v_root", "v_negative"),
+    *("lr_factor", "rms", "largest", "ema_rms", "ema_distance", "m_rms", "v_root", "v_negative"),
     *("m_over_bound", "v_zero", "v_tiny", "update_rms", "update_cos", "adam_step", "stable_rank"),
 )
 BAD = ("raw", "ema", "m", "v", "momentum")
@@ -319,7 +321,7 @@ def as_csv(diagnoses: Sequence[Diagnosis]) -> str:
     text = io.StringIO()
     table = csv.writer(text)
     head = ("run", "file", "kind", "step", "epoch", "state", "tensor", "shape", "dtype")
-    table.writerow([*head, *NUMBERS, *(f"bad_{part}" for part in BAD)])
+    table.writerow([*head, "optimizer", *NUMBERS, *(f"bad_{part}" for part in BAD)])
     for d in diagnoses:
         for s in by_step(d):
             start = [printable(d.run.name), printable(s.path), s.kind, s.step, s.epoch]
@@ -334,4 +336,11 @@ def _csv_cells(p: Parameter) -> list[Any]:
     numbers = [getattr(p, name) for name in NUMBERS]
     shape = "x".join(map(str, p.shape))
     known = ["" if isinstance(x, float) and math.isnan(x) else x for x in numbers]
-    return [printable(p.name), shape, p.dtype, *known, *(p.bad.get(part, 0) for part in BAD)]
+    return [
+        printable(p.name),
+        shape,
+        p.dtype,
+        p.optimizer,
+        *known,
+        *(p.bad.get(part, 0) for part in BAD),
+    ]

@@ -192,20 +192,17 @@ def place_of(name: str) -> Place:
     words = name.removeprefix("_orig_mod.").split(".")
     if words[0] == "depth" and len(words) > 1:
         inner = place_of(".".join(words[1:]))
-        blocks = STAGES.index(("blocks",))
-        layer = inner.layer if inner.stage == blocks else -1
-        if inner.role in ("norm", "head"):
-            layer = LAST
-        return inner._replace(
-            stage=STAGES.index(("depth",)), layer=layer, role=f"depth.{inner.role}"
+        layer = LAST if inner.role in ("norm", "head") else inner.layer
+        return Place(
+            STAGES.index(("depth",)), layer, inner.part, inner.codebook, f"depth.{inner.role}"
         )
     stage = next((i for i, names in enumerate(STAGES) if words[0] in names), len(STAGES))
     kind = ".bias" if words[-1] == "bias" else ""
     if words[0] == "blocks" and len(words) > 2 and words[1].isdigit():
-        inner = ".".join(words[2:-1])
-        inner = OLD_PARTS.get(inner, inner)
-        part = BLOCK_PARTS.index(inner) if inner in BLOCK_PARTS else len(BLOCK_PARTS)
-        return Place(stage, int(words[1]), part, -1, inner + kind)
+        part_name = ".".join(words[2:-1])
+        part_name = OLD_PARTS.get(part_name, part_name)
+        part = BLOCK_PARTS.index(part_name) if part_name in BLOCK_PARTS else len(BLOCK_PARTS)
+        return Place(stage, int(words[1]), part, -1, part_name + kind)
     codebook = int(words[1]) if len(words) > 2 and words[1].isdigit() else -1
     role = STAGES[stage][0] if stage < len(STAGES) else name
     return Place(stage, -1, 0, codebook, role + kind)
@@ -578,7 +575,7 @@ def _optimizer_settings(state: Any) -> dict[str, Any]:
         return {}
     adam = next((g for g in groups if g["method"] != "Muon"), groups[0])
     return {
-        "method": " + ".join(dict.fromkeys(g["method"] for g in groups if g["method"])),
+        "method": methods_of(state),
         "lr": max(g["lr"] / g["lr_factor"] for g in groups),
         "initial_lr": max(_real(g.get("initial_lr")) for g in _groups(state)),
         "betas": adam["betas"],
@@ -593,7 +590,7 @@ def _group_settings(group: dict[str, Any]) -> dict[str, Any]:
     betas = [_real(b) for b in _list(group.get("betas"))]
     factor = _real(group.get("lr_factor", 1.0))
     return {
-        "method": _method(group),
+        "method": method_of(group),
         "lr": _real(group.get("lr")),
         "lr_factor": factor if 0 < factor < math.inf else 1.0,
         "betas": betas if len(betas) == 2 else [],
@@ -604,7 +601,13 @@ def _group_settings(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _method(group: dict[str, Any]) -> str:
+def methods_of(state: Any) -> str:
+    """The optimizers of a state dict by name, such as "AdamW" or "Muon + AdamW"; "" for none."""
+    return " + ".join(dict.fromkeys(filter(None, map(method_of, _groups(state)))))
+
+
+def method_of(group: dict[str, Any]) -> str:
+    """The optimizer of a param_group by the settings that it has; "" where it is not known."""
     return "Muon" if "ns_steps" in group else "AdamW" if "betas" in group else ""
 
 
@@ -639,9 +642,7 @@ def _optimizer_members(state: Any, model: dict[str, Any]) -> dict[str, Member]:
     }
 
 
-def _note_misfits(
-    summary: Summary, content: dict[str, Any], members: dict[str, Member]
-) -> None:
+def _note_misfits(summary: Summary, content: dict[str, Any], members: dict[str, Member]) -> None:
     """Kinds, keys and shapes: against the saved architecture, EMA and moments against the model."""
     shapes = _shapes(content["model"])
     for key in ("progress", "flags", "architecture", "ema", "optimizer", "opt"):
@@ -701,7 +702,7 @@ def _odd_methods(summary: Summary, members: dict[str, Member]) -> list[str]:
     """Moments that a group's optimizer would lack or not have, and a --optim that is another."""
     odd = []
     for name, (group, state) in members.items():
-        method = _method(group)
+        method = method_of(group)
         expected = STATE_KEYS.get(method, set())
         foreign = set().union(*STATE_KEYS.values()) - expected if expected else set()
         odd += [f"{method} has no {key} of {name}" for key in sorted(expected - state.keys())]

@@ -855,9 +855,7 @@ MUON_FAULTS: dict[str, FileFault] = {
     "Inf in a momentum": FileFault(_on_momentum(lambda m, _: m / 0), ("F1",)),
     "a momentum's exponent bit": FileFault(_on_momentum(_one_huge), ("F1", "F3", "O2")),
     "a momentum zeroed": FileFault(_on_momentum(_scaled(0.0)), ("O2",)),
-    "all momentum zeroed": FileFault(
-        _scaled_moment({"momentum_buffer"}, 0.0), ("O2",)
-    ),
+    "all momentum zeroed": FileFault(_scaled_moment({"momentum_buffer"}, 0.0), ("O2",)),
     "momentum x 1000": FileFault(_scaled_moment({"momentum_buffer"}, 1000.0), ("F3", "O2")),
     "momentum x 30": FileFault(_scaled_moment({"momentum_buffer"}, 30.0), ("F3", "O2")),
     "momentum / 100": FileFault(_scaled_moment({"momentum_buffer"}, 0.01), ("O2",)),

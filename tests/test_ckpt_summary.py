@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_trainer
-from planted_faults import cut_off, flip_a_bit
+from planted_faults import cut_off, flip_a_bit, train
 from torch import nn
 
 import ckpt_summary
@@ -32,6 +32,7 @@ from ckpt_summary import (
     Summary,
     kind_of,
     moment_bound,
+    newton_schulz_gain,
     pickle_globals,
     place_of,
     summarize,
@@ -809,6 +810,21 @@ def test_old_names_sort_as_a_forward_pass_meets_them():
     assert place_of("_orig_mod." + order[5]) == place_of(order[5])
 
 
+def test_names_of_a_depth_transformer_and_unknown_ones():
+    names = [
+        *("blocks.0.mlp.down.weight", "norm.weight", "depth.embed.weight", "depth.proj.weight"),
+        *("depth.blocks.0.attn.qkv.weight", "depth.blocks.1.norm1.weight", "depth.norm.weight"),
+        *("head.weight", "lag"),
+    ]
+    places = [place_of(n) for n in names]
+    assert [p.stage for p in places] == sorted(p.stage for p in places)
+    assert places[4] < places[5] < places[6] < places[7] < places[8]
+    assert places[4].role == "depth.attn.qkv"
+    assert places[7].role == "head"
+    for odd in ("depth", "depth.", "depth.depth.depth", "blocks.x", "depth.blocks..weight", ""):
+        place_of(odd)
+
+
 def test_kinds_by_name():
     assert kind_of("a/rvq_9cb_latest.pt") == ("latest", None)
     assert kind_of("rvq_9cb_x_best_e0012__20250801-101112.pt") == ("best archive", 12)
@@ -984,6 +1000,139 @@ def test_chunks_change_nothing(good, monkeypatch):
         assert b.rms == pytest.approx(a.rms)
         assert b.update_cos == pytest.approx(a.update_cos)
         assert b.ema_distance == pytest.approx(a.ema_distance)
+
+
+# --- Muon ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def muon_run(tunes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`latest` of a real run with --optim muon."""
+    folder = tmp_path_factory.mktemp("muon")
+    flags = ["--data", str(tunes), "--save_dir", str(folder), "--epochs", "1", *TINY]
+    assert train([*flags, "--optim", "muon"], None, folder / "log") == 0
+    return folder / "rvq_4cb_latest.pt"
+
+
+@pytest.fixture
+def muon(muon_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, to spoil."""
+    path = tmp_path / "rvq_4cb_latest.pt"
+    path.write_bytes(muon_run.read_bytes())
+    return path
+
+
+def muon_states(content: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """State by name of the parameters in Muon's groups."""
+    groups = [g for g in content["optimizer"]["param_groups"] if "ns_steps" in g]
+    states = content["optimizer"]["state"]
+    return {
+        n: states[i] for g in groups for i, n in zip(g["params"], g["param_names"], strict=True)
+    }
+
+
+def test_a_muon_checkpoint_is_described(muon):
+    summary, content = summarize(muon), content_of(muon)
+    states = muon_states(content)
+    assert summary.problem is None
+    assert summary.misfits == []
+    assert summary.optimizer["method"] == "Muon + AdamW"
+    assert summary.optimizer["betas"] == [0.9, 0.95]
+    groups = content["optimizer"]["param_groups"]
+    assert [g["lr"] for g in summary.optimizer["groups"]] == [g["lr"] for g in groups]
+    base = groups[0]["lr"] / groups[0].get("lr_factor", 1.0)
+    assert summary.optimizer["lr"] == pytest.approx(base)
+    for p in summary.parameters:
+        assert (p.optimizer == "Muon") == (p.name in states)
+        if p.name in states:
+            momentum, weight = states[p.name]["momentum_buffer"], content["model"][p.name]
+            assert p.m_rms == pytest.approx(rms(momentum))
+            assert math.isnan(p.adam_step)
+            assert math.isnan(p.v_root)
+            d = (weight - content["ema"][p.name]).double().flatten()
+            m = momentum.double().flatten()
+            assert p.update_cos == pytest.approx(-float(d @ m / d.norm() / m.norm()), abs=1e-6)
+        else:
+            assert p.adam_step == summary.step
+
+
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 128)])
+def test_a_step_of_muon_is_as_large_as_told(adjust, shape, tmp_path):
+    """Against torch's own, for gradients of every kind of spectrum."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust)
+    sizes, furthest = [], 0.0
+    for power in (0.0, 0.5, 1.0, 3.0):
+        u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        weight.grad = u @ torch.diag(s * torch.arange(1, len(s) + 1).float() ** -power) @ v
+        optimizer.state.clear()
+        before = weight.detach().clone()
+        optimizer.step()
+        sizes.append(rms(before - weight.detach()))
+        furthest = max(furthest, float((before - weight.detach()).abs().max()))
+    state = optimizer.state_dict()
+    state["param_groups"][0]["param_names"] = ["w"]
+    torch.save({"model": {"w": weight.detach()}, "opt": state, "global_step": 1}, tmp_path / "a.pt")
+    (p,) = summarize(tmp_path / "a.pt").parameters
+    assert 0.7 * p.update_rms < sizes[0] < 1.2 * p.update_rms
+    assert max(sizes) < p.update_rms * newton_schulz_gain([3.4445, -4.775, 2.0315], 5)
+    assert furthest < p.step_bound
+
+
+def test_no_singular_value_leaves_the_iteration_above_its_gain():
+    """bfloat16 rounds to 1 in 256."""
+    gain = newton_schulz_gain([3.4445, -4.775, 2.0315], 5)
+    assert gain == pytest.approx(1.2024, abs=1e-3)
+    largest = 0.0
+    for first in np.linspace(0.01, 1.0, 100):
+        rest = math.sqrt(max(0.0, 1 - first * first))
+        s = torch.linalg.svdvals(
+            torch.optim._muon._zeropower_via_newtonschulz(
+                torch.diag(torch.tensor([first, rest])), (3.4445, -4.775, 2.0315), 5, 1e-7
+            ).float()
+        )
+        largest = max(largest, float(s[0]))
+    assert 1.1 < largest < 1.02 * gain
+    assert newton_schulz_gain([3.0], 5) == newton_schulz_gain([9.0, 9.0, 9.0], 20) == math.inf
+
+
+def test_momentum_that_is_missing_foreign_or_not_finite(muon):
+    content = content_of(muon)
+    name, state = next(iter(muon_states(content).items()))
+    momentum = state["momentum_buffer"]
+    momentum.view(-1)[:5] = math.nan
+    torch.save(content, muon)
+    bad = {p.name: p.bad for p in summarize(muon).parameters if p.bad}
+    assert bad == {name: {"momentum": 5}}
+
+    state["momentum_buffer"] = momentum[1:].clone()
+    torch.save(content, muon)
+    assert [m for m in summarize(muon).misfits if "momentum_buffer" in m and name in m]
+
+    del state["momentum_buffer"]
+    state["exp_avg"] = torch.zeros(3)
+    torch.save(content, muon)
+    misfits = " ".join(summarize(muon).misfits)
+    assert f"Muon has no momentum_buffer of {name}" in misfits
+    assert f"Muon has a foreign exp_avg of {name}" in misfits
+
+
+def test_an_optimizer_other_than_the_flags_say(muon):
+    content = content_of(muon)
+    content["flags"]["optim"] = "adamw"
+    torch.save(content, muon)
+    assert "--optim adamw, but" in " ".join(summarize(muon).misfits)
+
+
+@pytest.mark.parametrize("key", ["ns_steps", "ns_coefficients", "momentum", "lr_factor", "lr"])
+@pytest.mark.parametrize("value", [None, "x", 10**30, -1.0, math.nan, [1.0], 0])
+def test_odd_settings_of_muon_cost_no_more_than_the_row(key, value, muon):
+    content = content_of(muon)
+    content["optimizer"]["param_groups"][0][key] = value
+    torch.save(content, muon)
+    assert summarize(muon).problem is None
 
 
 # --- nothing is touched, nothing runs away -------------------------------------------------------
