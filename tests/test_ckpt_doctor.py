@@ -15,13 +15,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, rows, run_trainer, wait_for
+from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
 from checkpointing import load_checkpoint, save_checkpoint
-from ckpt_checks import History, scheduled_lr
+from ckpt_checks import History, Run, check_learning_rate, scheduled_lr
 from ckpt_doctor import ExitCode, build_parser
 from ckpt_summary import Summary
 
@@ -43,6 +45,25 @@ def run_folder(healthy_run, tmp_path) -> Path:
     """A copy of it, to be harmed; without hard links, so that a file is harmed alone."""
     shutil.copytree(healthy_run, tmp_path / "run")
     return tmp_path / "run"
+
+
+def muon_run_of(seed: int, tunes: Path, folder: Path) -> Path:
+    """A run of six epochs with --optim muon and an archive of each."""
+    flags = ["--data", str(tunes), "--save_dir", str(folder), "--seed", str(seed), *TINY]
+    flags += ["--epochs", "6", "--archive-every", "1", "--step", "4", "--optim", "muon"]
+    assert train(flags, None, folder.with_name(f"log{seed}")) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def muon_run(tunes, tmp_path_factory) -> Path:
+    return muon_run_of(0, tunes, tmp_path_factory.mktemp("doctor") / "muon")
+
+
+@pytest.fixture(scope="session")
+def other_muon_run(tunes, tmp_path_factory) -> Path:
+    """Of the same shape with another seed."""
+    return muon_run_of(1, tunes, tmp_path_factory.mktemp("doctor") / "other")
 
 
 def doctor(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -91,6 +112,43 @@ def test_a_healthy_run_is_healthy_and_left_as_it_was(healthy_run, tmp_path):
     assert "HEALTHY" in (tmp_path / "a.html").read_text()
     assert (tmp_path / "a.csv").read_text().count("\n") > 100
     assert digest(healthy_run) == before
+
+
+def test_a_healthy_run_with_muon_is_healthy_and_says_who_trained_it(muon_run, tmp_path):
+    done = doctor(muon_run, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
+    assert done.returncode == ExitCode.HEALTHY, done.stdout
+    assert "Muon + AdamW" in done.stdout
+    page = (tmp_path / "a.html").read_text()
+    assert "Muon + AdamW" in page
+    assert "momentum, RMS" in page
+    (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]
+    methods = [g["method"] for g in run["files"][-1]["optimizer"]["groups"]]
+    assert methods[0] == "Muon"
+    assert methods[-1] == "AdamW"
+    latest, first = muon_run / "rvq_4cb_latest.pt", next(muon_run.glob("*_epoch_e0001__*.pt"))
+    assert "(Muon + AdamW)" in doctor("--compare", first, latest).stdout
+
+
+QUICK_FAULTS = ("NaN in a momentum", "a momentum zeroed", "lr of Muon's group x 10")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK_FAULTS else pytest.param(n, marks=pytest.mark.slow) for n in MUON_FAULTS],
+)
+def test_faults_in_muons_state_are_found(name, muon_run, request, tmp_path):
+    copy_run(muon_run, tmp_path / "run")
+    fault, rng = MUON_FAULTS[name], np.random.default_rng(5)
+    foreign = muon_run
+    if name == "momentum of another run":
+        foreign = request.getfixturevalue("other_muon_run")
+    truth = plant(tmp_path / "run", fault, foreign, rng)
+    run = findings(tmp_path / "run", tmp_path)
+    grave = [f for f in run["findings"] if f["level"] not in ("info", "warn")]
+    named = {f["check"] for f in grave if Path(f["path"] or "").name in truth.bad}
+    assert named & set(fault.causes), grave
+    assert {Path(f["path"]).name for f in grave if f["path"]} <= truth.bad, "a sound file blamed"
+    assert Path(run["last_healthy"]).name not in truth.bad
 
 
 def explode(checkpoint: dict[str, Any]) -> None:
@@ -320,6 +378,43 @@ def test_the_planned_lr_is_the_trainers(step):
     summary.progress = {"schedule_steps": 1000, "lr_scale": 0.5}
     expected = 0.5 * train_rvq.lr_at_step(step, 1000, **flags)
     assert scheduled_lr(summary, step) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [(50, 1.5e-3), (100, 3e-3), (101, 3e-3), (749, 3e-3), (750, 3e-3), (875, 1.6e-3), (1000, 2e-4),
+     (1500, 2e-4)],
+)  # fmt: skip
+def test_the_planned_lr_of_wsd(step, lr):
+    """Linear warm-up over 100 steps, constant, linear fall over the last 250 of 1000."""
+    flags = {"lr": 3e-3, "eta_min": 2e-4, "warmup_ratio": 0.1}
+    flags |= {"schedule": "wsd", "cooldown": 0.25}
+    summary = Summary("x", "latest", None, style="own", flags=flags)
+    summary.progress = {"schedule_steps": 1000, "lr_scale": 0.5}
+    assert scheduled_lr(summary, step) == pytest.approx(0.5 * lr, rel=1e-12)
+    del flags["cooldown"]
+    assert scheduled_lr(summary, 799) == pytest.approx(0.5 * 3e-3)
+    assert scheduled_lr(summary, 900) == pytest.approx(0.5 * 1.6e-3)
+
+
+def test_each_groups_lr_is_held_against_its_own_multiple():
+    flags = {"lr": 3e-3, "eta_min": 2e-4, "warmup_ratio": 0.1, "schedule": "wsd"}
+
+    def said(*lrs: float) -> list[str]:
+        summary = Summary("x", "latest", None, style="own", step=500, flags=flags)
+        summary.progress = {"schedule_steps": 1000}
+        groups = [
+            {"method": m, "lr": lr, "lr_factor": f}
+            for m, lr, f in zip(("Muon", "AdamW", "AdamW"), lrs, (10.0, 0.5, 1.0), strict=True)
+        ]
+        summary.optimizer = {"lr": 3e-3, "groups": groups}
+        run = Run("x", [summary], History([]))
+        return [f"{f.level.name} {f.text}" for f in check_learning_rate(run)]
+
+    assert said(3e-2, 1.5e-3, 3e-3) == []
+    assert said(3e-2, 1.5e-3, 3.1e-3)[0].startswith("WARN lr 0.0031")
+    assert said(3e-2, 3e-3, 3e-3)[0].startswith("SUSPECT lr 0.003")
+    assert "Muon's group at 10 times the run's" in said(3e-3, 1.5e-3, 3e-3)[0]
 
 
 def test_history_leaves_out_what_a_resume_took_back():
