@@ -595,19 +595,10 @@ def _judge_move(
             f"at lr {lr:.2g} can "
             f"move a weight by {reach:.2g} at most"
         )
-        yield (
-            furthest / reach,
-            _in_file(
-                b,
-                "G2",
-                Level.DIVERGED,
-                Cause.INSTABILITY,
-                text,
-                value=furthest,
-                baseline=reach,
-                **facts,
-            ),
-        )
+        yield furthest / reach, _in_file(
+            b, "G2", Level.DIVERGED, Cause.INSTABILITY, text, value=furthest, baseline=reach,
+            **facts,
+        )  # fmt: skip
         return
     usual = travel(lr, update, steps, new.noise_steps)
     if not usual or not math.isfinite(usual) or math.prod(new.shape) < 512:
