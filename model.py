@@ -1,18 +1,26 @@
 """The model: a causal transformer over the K parallel codes of each frame.
 
-    model = CodesTransformer(ModelConfig(vocab_sizes=(1024,) * 9))
+    model = CodesTransformer(ModelConfig(vocab_sizes=(1024,) * 9, pattern="depth"))
     logits = model(codes)                        # [B, T, K] int64 -> [B, T, K, V]
-    losses = model.losses(codes, label_smoothing=0.05)
+    ce, objective = model.losses(codes, label_smoothing=0.05)
 
     cache = KeyValueCache(model, batch=1, ctx=512)
-    logits = model.prefill(prompt, cache)        # [B, T, K], T may be 0 -> [B, K, V]
-    logits = model.step(frame, cache)            # [B, K], drawn from them -> [B, K, V]
+    state = model.prefill(prompt, cache)         # [B, T, K], T may be 0 -> [B, D]
+    frame = model.draw(state, choose)            # -> [B, K]
+    state = model.step(frame, cache)             # -> [B, D], of the next frame
 
-Alignment is the model's contract: logits[:, t] predicts codes[:, t] from codes[:, :t]. Nobody
-outside shifts anything.
+Alignment is the model's contract: logits[:, t, k] predicts codes[:, t, k]. What it may depend on is
+the pattern's order; in each the sum of the log-probabilities is the log-likelihood of the window:
+
+- parallel: codes[:, t] given codes[:, :t]; the K codes of a frame are independent of each other.
+- delay: codebook k lags k frames behind, so codes[:, t, k] also sees what stands left of it in the
+  picture of `shift`: lower codebooks of its own frame, and of later ones (MusicGen: Copet et al.
+  2023, section 2.2).
+- depth: a small transformer runs over the K codes of each frame, so codes[:, t, k] sees all of
+  codes[:, :t] and codes[:, t, :k] (RQ-Transformer: Lee et al. 2022; Moshi: Defossez et al. 2024).
 
 B windows of a micro-batch, T frames, K codebooks, V entries of the largest codebook, D model width,
-H attention heads, C = D / H channels of a head.
+H attention heads, C = D / H channels of a head, N = B * T frames, E width of the depth transformer.
 """
 
 from __future__ import annotations
@@ -29,6 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from losses import Losses, linear_cross_entropy
+
+PATTERNS = ("parallel", "delay", "depth")
+ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -42,13 +55,15 @@ class ModelConfig:
     mlp_ratio: int = 4
     rope_base: float = 10_000.0
     qk_norm: bool = True
+    pattern: str = "parallel"
+    depth_layers: int = 2  # of the depth transformer; other patterns have none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
         if not self.vocab_sizes or min(self.vocab_sizes) < 2:
             raise ValueError(f"vocab_sizes: expected at least 2 entries each, {self.vocab_sizes=}")
-        if min(self.d_model, self.layers, self.heads, self.mlp_ratio) < 1:
-            raise ValueError("d_model, layers, heads and mlp_ratio: expected at least 1 each")
+        if min(self.d_model, self.layers, self.heads, self.mlp_ratio, self.depth_layers) < 1:
+            raise ValueError("d_model, layers, heads, mlp_ratio, depth_layers: expected at least 1")
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
             raise ValueError(
                 f"--d_model {self.d_model} over --heads {self.heads}: expected a whole, even "
@@ -56,6 +71,8 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout: expected 0 <= dropout < 1, found {self.dropout}")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"--pattern: expected one of {PATTERNS}, found {self.pattern!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint; `from_dict` is the way back."""
@@ -76,12 +93,56 @@ class ModelConfig:
         """K."""
         return len(self.vocab_sizes)
 
+    @property
+    def channels(self) -> int:
+        """C of the backbone's heads."""
+        return self.d_model // self.heads
 
-class Losses(NamedTuple):
-    """Mean losses over the frames of a batch, nats per code, float32 [K] each."""
+    @property
+    def lag(self) -> int:
+        """Frames that the last codebook lags behind the first."""
+        return self.num_codebooks - 1 if self.pattern == "delay" else 0
 
-    ce: Tensor  # plain cross-entropy
-    objective: Tensor  # with label smoothing and z-loss; what training minimises
+    def depth(self) -> ModelConfig:
+        """The depth transformer's own architecture: half the width, in heads of 32 channels."""
+        width = max(32, self.d_model // 64 * 32)
+        return dataclasses.replace(
+            self, d_model=width, heads=width // 32, layers=self.depth_layers, dropout=0.0
+        )
+
+
+# --- the delay pattern ---------------------------------------------------------------------------
+
+
+def shift(codes: Tensor, lag: int) -> Tensor:
+    """Delay codebook k by k frames: [B, T, K] -> [B, T + lag, K], ABSENT where nothing is.
+
+    K = 3, T = 4, lag = 2; a column is what the model takes in or predicts at once:
+
+        k = 0    a0 a1 a2 a3  .  .
+        k = 1     . b0 b1 b2 b3  .
+        k = 2     .  . c0 c1 c2 c3
+
+    With lag 0 the codes stay as they are: the other patterns.
+    """
+    if not lag:
+        return codes
+    frames, k = codes.shape[1], codes.shape[2]
+    shifted = codes.new_full((len(codes), frames + lag, k), ABSENT)
+    for i in range(k):
+        shifted[:, i : i + frames, i] = codes[..., i]
+    return shifted
+
+
+def unshift(shifted: Tensor, lag: int) -> Tensor:
+    """The way back: [B, T + lag, K, ...] -> [B, T, K, ...]."""
+    if not lag:
+        return shifted
+    frames = shifted.shape[1] - lag
+    return torch.stack([shifted[:, i : i + frames, i] for i in range(shifted.shape[2])], dim=2)
+
+
+# --- the model -----------------------------------------------------------------------------------
 
 
 class CodesTransformer(nn.Module):
@@ -98,20 +159,30 @@ class CodesTransformer(nn.Module):
     absent: Tensor | None
 
     def __init__(
-        self, config: ModelConfig, *, grad_checkpoint: bool = False, embed_grad: float = 1.0
+        self,
+        config: ModelConfig,
+        *,
+        grad_checkpoint: bool = False,
+        embed_grad: float = 1.0,
+        code_dropout: float = 0.0,
+        depth_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
         self.embed_grad = embed_grad
+        self.code_dropout = code_dropout
+        self.depth_share = depth_share
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
         self.embed_norm = nn.RMSNorm(d, eps=1e-8, elementwise_affine=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(d, eps=NORM_EPS)
-        self.head = nn.Linear(d, k * v, bias=False)
+        self.depth = DepthTransformer(config) if config.pattern == "depth" else None
+        width = config.depth().d_model if self.depth else d
+        self.head = nn.Linear(width, k * v, bias=False)
         self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)  # [K]
         sizes = torch.tensor(config.vocab_sizes)
         self.register_buffer("sizes", sizes, persistent=False)  # [K]
@@ -129,24 +200,61 @@ class CodesTransformer(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 nn.init.zeros_(p)
-            elif name.endswith(("attn.qkv.weight", "mlp.up.weight")):
+            elif name.endswith(("attn.qkv.weight", "mlp.up.weight", "proj.weight")):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            elif name in ("embed.weight", "bos", "head.weight"):
+            elif name.endswith(("embed.weight", "bos", "head.weight")):
                 nn.init.normal_(p, std=0.001)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
-        x = self.embed_past(codes)
+        states = self.head_states(self.hidden_states(codes), codes)
+        return self.logits_of(states).unflatten(0, codes.shape[:2])
+
+    def losses(
+        self,
+        codes: Tensor,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        weights: Tensor | None = None,
+    ) -> Losses:
+        """Losses of codes [B, T, K] under the pattern's order; weights [K] as `losses.py` has them.
+
+        In training the depth transformer sees a share `depth_share` of the frames, drawn anew each
+        time: an unbiased estimate at a fraction of its cost.
+        """
+        hidden, frames = self.hidden_states(codes), codes
+        if self.depth and self.training and self.depth_share < 1:
+            count = max(1, round(self.depth_share * codes[..., 0].numel()))
+            drawn = torch.randperm(codes[..., 0].numel(), device=codes.device)[:count]
+            hidden, frames = hidden.flatten(0, 1)[drawn][None], codes.flatten(0, 1)[drawn][None]
+        return linear_cross_entropy(
+            self.head_states(hidden, frames),
+            self.head.weight.unflatten(0, (len(self.sizes), -1)),
+            frames.flatten(0, 1),
+            self.sizes,
+            absent=self.absent,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+
+    def hidden_states(self, codes: Tensor) -> Tensor:
+        """Codes [B, T, K] -> the backbone's normalised output [B, T + lag, D]."""
+        shifted = shift(codes, self.config.lag)
+        if self.code_dropout and self.training:
+            gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
+            shifted = shifted.masked_fill(gone, ABSENT)
+        x = self.embed_past(shifted)
         if self.embed_grad != 1.0:  # of the tables alone (GLM-130B: Zeng et al. 2022)
             x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
         x = self.dropout(self.embed_norm(x))
-        rope = rotary_angles(torch.arange(codes.shape[1], device=codes.device), self.config)
+        rope = rotary_angles(torch.arange(x.shape[1], device=codes.device), self.config)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope)
-        return self.logits_of(x)
+        return self.norm(x)
 
     def embed_past(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] -> [B, T, D]: at frame t the summed embeddings of frame t - 1."""
@@ -154,36 +262,53 @@ class CodesTransformer(nn.Module):
         return torch.cat((bos, self.embed_frames(codes[:, :-1])), dim=1)
 
     def embed_frames(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, K] -> summed embeddings [B, T, D]."""
-        rows = (codes + self.row_offset).flatten(0, 1)
+        """Codes [B, T, K], some ABSENT -> summed embeddings [B, T, D]."""
+        rows = (codes.clamp(min=0) + self.row_offset).flatten(0, 1)
+        known = None
+        if self.config.lag or (self.code_dropout and self.training):
+            known = (codes >= 0).flatten(0, 1).to(self.embed.weight.dtype)
         # One bag per frame: gathers and sums without the [B, T, K, D] in between.
-        return F.embedding_bag(rows, self.embed.weight, mode="sum").unflatten(0, codes.shape[:2])
+        x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=known)
+        return x.unflatten(0, codes.shape[:2])
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        """Last hidden states [B, T, D] -> [B, T, K, V]."""
-        logits = self.head(self.norm(x)).unflatten(-1, (self.config.num_codebooks, -1))
+    def head_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """What the heads read: [1, N, D] for all codebooks, [K, N, D], or [K, N, E] of depth."""
+        if self.depth:
+            return self.depth(hidden.flatten(0, 1), codes.flatten(0, 1))
+        if self.config.lag:
+            heads = hidden[:, :, None].expand(-1, -1, codes.shape[-1], -1)
+            return unshift(heads, self.config.lag).flatten(0, 1).transpose(0, 1)
+        return hidden.flatten(0, 1)[None]
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Head states [1 or K, N, D or E] -> [N, K, V]."""
+        k = len(self.sizes)
+        if len(states) == 1:
+            logits = self.head(states[0]).unflatten(-1, (k, -1))
+        else:
+            head = self.head.weight.unflatten(0, (k, -1)).to(states.dtype)
+            logits = (states @ head.mT).transpose(0, 1)
         return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
 
-    def prefill(self, prompt: Tensor, cache: KeyValueCache) -> Tensor:
-        """Fill an empty cache with BOS and a prompt; logits [B, K, V] of the frame after it.
+    def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
+        """Fill an empty cache with BOS and what is known; state [B, D] of the column after it.
 
-        Of a prompt [B, T, K] longer than ctx - 1 frames the last ctx - 1 count. T may be 0.
+        Columns [B, T, K] are codes as `shift` leaves them; T may be 0, and less than cache.size.
         """
-        prompt = prompt[:, max(0, prompt.shape[1] - cache.ctx + 1) :]
-        x = self.bos.expand(len(prompt), 1, -1)
-        if prompt.shape[1]:
-            x = torch.cat((x, self.embed_frames(prompt)), dim=1)
+        x = self.bos.expand(len(columns), 1, -1)
+        if columns.shape[1]:
+            x = torch.cat((x, self.embed_frames(columns)), dim=1)
         cache.begin(x.shape[1])
         return self._through_cache(x, torch.arange(x.shape[1], device=x.device), cache)
 
-    def step(self, frame: Tensor, cache: KeyValueCache) -> Tensor:
-        """Take in the frame [B, K] just drawn; logits [B, K, V] of the next."""
+    def step(self, column: Tensor, cache: KeyValueCache) -> Tensor:
+        """Take in the column [B, K] just drawn; state [B, D] of the next."""
         cache.begin(1)
-        return self.advance(frame, cache)
+        return self.advance(column, cache)
 
-    def advance(self, frame: Tensor, cache: KeyValueCache) -> Tensor:
+    def advance(self, column: Tensor, cache: KeyValueCache) -> Tensor:
         """`step` after `cache.begin(1)`: static shapes and tensors alone, so it can be compiled."""
-        return self._through_cache(self.embed_frames(frame[:, None]), cache.position, cache)
+        return self._through_cache(self.embed_frames(column[:, None]), cache.position, cache)
 
     def _through_cache(self, x: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         x = self.embed_norm(x)
@@ -191,27 +316,23 @@ class CodesTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache.layer(layer))
         cache.position += x.shape[1]
-        return self.logits_of(x[:, -1:])[:, 0]
+        return self.norm(x[:, -1])
 
-    def losses(self, codes: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Losses:
-        """Cross-entropy of codes [B, T, K] given their past, per codebook.
+    def draw(self, state: Tensor, choose: Choose) -> Tensor:
+        """Draw the column [B, K] that follows: at once, or for depth one codebook after another.
 
-        Label smoothing spreads its share evenly over the V_k entries that the codebook has
-        (Szegedy et al. 2016, section 7). The z-loss is the square of the log partition, and keeps
-        it near 0 (Chowdhery et al. 2022, section 5).
+        `choose(logits [B, n, V], first)` draws codes [B, n] of codebooks first to first + n.
         """
-        logits = self(codes).float()
-        log_partition = logits.logsumexp(-1)  # [B, T, K]
-        target = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-        ce = (log_partition - target).mean((0, 1))
-        objective = ce
-        if z_loss:
-            objective = objective + z_loss * log_partition.square().mean((0, 1))
-        if not label_smoothing:
-            return Losses(ce, objective)
-        present = logits if self.absent is None else logits.masked_fill(self.absent, 0.0)
-        even = (target - present.sum(-1) / self.sizes).mean((0, 1))
-        return Losses(ce, objective + label_smoothing * even)
+        if self.depth is None:
+            return choose(self.logits_of(state[None]), 0)
+        column = torch.zeros(len(state), len(self.sizes), dtype=torch.int64, device=state.device)
+        head = self.head.weight.unflatten(0, (len(self.sizes), -1))
+        for k in range(len(self.sizes)):  # at most K positions: cheaper anew than from a cache
+            logits = self.depth(state, column[:, : k + 1])[k] @ head[k].T
+            if self.absent is not None:
+                logits = logits.masked_fill(self.absent[k], -math.inf)
+            column[:, k] = choose(logits[:, None], k)[:, 0]
+        return column
 
     def num_parameters(self) -> int:
         """Trainable parameters, all tables included."""
@@ -221,11 +342,48 @@ class CodesTransformer(nn.Module):
         """Floating-point operations to train on one frame, forward and backward.
 
         6 per weight of a matrix product (Kaplan et al. 2020, section 2.1) and 6 * ctx * D a layer
-        for causal attention's two products, half of whose square is masked.
+        for causal attention's two products, half of whose square is masked. The depth transformer
+        works on K positions of its share of the frames, its heads on one each.
         """
         weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        weights += self.head.weight.numel()
-        return 6 * weights + 6 * self.config.layers * ctx * self.config.d_model
+        head = self.head.weight.numel()
+        if self.depth:
+            inner = sum(p.numel() for p in self.depth.blocks.parameters() if p.dim() == 2)
+            head += self.depth.proj.weight.numel() + len(self.sizes) * inner
+            head = round(self.depth_share * head)
+        return 6 * (weights + head) + 6 * self.config.layers * ctx * self.config.d_model
+
+
+Choose = Callable[[Tensor, int], Tensor]
+
+
+class DepthTransformer(nn.Module):
+    """Blocks over the codes of one frame: position k sees the frame's state and codes 0 to k - 1."""
+
+    row_offset: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        own = config.depth()
+        k, v, e = config.num_codebooks, max(config.vocab_sizes), own.d_model
+        self.config = own
+        self.proj = nn.Linear(config.d_model, k * e, bias=False)  # of the state, for each position
+        self.embed = nn.Embedding((k - 1) * v, e)
+        self.embed_norm = nn.RMSNorm(e, eps=1e-8, elementwise_affine=False)
+        self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
+        self.norm = nn.RMSNorm(e, eps=NORM_EPS)
+        self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
+
+    def forward(self, states: Tensor, codes: Tensor) -> Tensor:
+        """States [N, D] of frames and their codes [N, k], k <= K -> [k, N, E]; the last is unused."""
+        k = codes.shape[1]
+        x = self.proj(states).unflatten(-1, (-1, self.config.d_model))[:, :k]
+        lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
+        x = x + F.pad(lower, (0, 0, 1, 0))
+        rope = rotary_angles(torch.arange(k, device=codes.device), self.config)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x).transpose(0, 1)
 
 
 class Block(nn.Module):
@@ -238,7 +396,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.mlp = SquaredReluMlp(config)
         # Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -255,11 +413,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        channels = config.d_model // config.heads
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(config.channels, eps=NORM_EPS)
+        self.k_norm = norm(config.channels, eps=NORM_EPS)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
@@ -286,6 +444,28 @@ class SquaredReluMlp(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al. 2014), with 16 random bits an element on a CPU.
+
+    torch's own draws a double an element there, which took 7 % of a step (benchmarks/README.md).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape; in training an element is 0 with probability p, else divided by 1 - p."""
+        if not (self.training and self.p):
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return x * (kept.to(x.dtype) / (1 - self.p))
+
+
 # --- positions -----------------------------------------------------------------------------------
 
 NORM_EPS = 1e-6
@@ -299,7 +479,7 @@ def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
 
     Rotary position embedding (Su et al. 2021).
     """
-    channels = config.d_model // config.heads
+    channels = config.channels
     exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
     angle = positions.float()[:, None] * config.rope_base**-exponent  # [T, C / 2]
     cos, sin = angle.cos(), angle.sin()
@@ -316,9 +496,9 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of BOS and the newest ctx - 1 frames: [L, B, H, ctx, C] each.
+    """Keys and values of BOS and the newest size - 1 columns: [L, B, H, size, C] each.
 
-    Past ctx frames the oldest frame gives way, but BOS stays in slot 0, turned so that it always
+    Size is what a window of ctx frames takes: ctx columns, and `lag` more. Past it the oldest frame gives way, but BOS stays in slot 0, turned so that it always
     seems as far away as in training at the farthest: models lean on their first position, and fall
     apart when it leaves (attention sinks: Xiao et al. 2023).
     """
@@ -327,12 +507,12 @@ class KeyValueCache:
         self, model: CodesTransformer, *, batch: int, ctx: int, dtype: torch.dtype | None = None
     ) -> None:
         config, weight = model.config, model.head.weight
-        channels = config.d_model // config.heads
-        shape = (config.layers, batch, config.heads, ctx, channels)
-        self.config, self.ctx = config, ctx
+        size = ctx + config.lag
+        shape = (config.layers, batch, config.heads, size, config.channels)
+        self.config, self.size = config, size
         self.keys = torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
         self.values = torch.zeros_like(self.keys)
-        unrotated = (*shape[:3], 1, channels)
+        unrotated = (*shape[:3], 1, config.channels)
         self.bos_keys = torch.zeros(unrotated, device=weight.device)  # float32
         self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next input
         self.host_position = 0  # the same; known without reading the device
@@ -341,16 +521,16 @@ class KeyValueCache:
     def begin(self, inputs: int) -> None:
         """Settle where the next inputs go and what they see: all on the device, no host read."""
         self.prefilling = self.host_position == 0
-        self.is_full = self.host_position >= self.ctx
+        self.is_full = self.host_position >= self.size
         self.host_position += inputs
         if self.prefilling:
             return
-        last, p = self.ctx - 1, self.position
+        last, p = self.size - 1, self.position
         self.slot = torch.where(p <= last, p, 1 + (p - 1) % last)  # [1]
         if self.is_full:
             self.bos_rope = rotary_angles(p - last, self.config)
         else:
-            self.seen = (torch.arange(self.ctx, device=p.device) <= p)[None]  # [1, ctx]
+            self.seen = (torch.arange(self.size, device=p.device) <= p)[None]  # [1, size]
 
     def layer(self, index: int) -> LayerCache:
         """The part of one block."""
@@ -358,7 +538,7 @@ class KeyValueCache:
 
 
 class LayerCache(NamedTuple):
-    """One block's keys and values [B, H, ctx, C], and its BOS key before rotation."""
+    """One block's keys and values [B, H, size, C], and its BOS key before rotation."""
 
     cache: KeyValueCache
     keys: Tensor
@@ -386,8 +566,29 @@ class LayerCache(NamedTuple):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention over the past, [B, H, T, C] each, by the best kernel."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return blocked_attention(q, k, v)
     with sdpa_kernels():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+    """The same by plain products, for `block` queries at a time over the keys they may see.
+
+    On CPUs SDPA's bfloat16 kernel took 2.4 times as long (benchmarks/README.md). It keeps the
+    attention weights for backward, B * H * T^2 / 2 of them a layer.
+    """
+    frames, scale = q.shape[2], q.shape[3] ** -0.5
+    batch = q.shape[:2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [B * H, T, C]
+    mixed = []
+    for first, q_block in zip(range(0, frames, block), q.split(block, dim=1), strict=True):
+        end = first + q_block.shape[1]
+        future = torch.full((end - first, end), -torch.inf, dtype=q.dtype, device=q.device)
+        future = future.triu(1 + first)
+        scores = torch.baddbmm(future, q_block, k[:, :end].mT, alpha=scale)
+        mixed.append(scores.softmax(-1) @ v[:, :end])
+    return torch.cat(mixed, dim=1).unflatten(0, batch)
 
 
 def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import CodesTransformer, KeyValueCache
+from model import CodesTransformer, KeyValueCache, shift, unshift
+
+TO_DRAW = -2  # in the place of a code that is not known yet
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Draw:
             raise ValueError("expected 0 < top-p <= 1")
         return draw
 
-    def __call__(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits [B, K, V] -> codes [B, K] int64, on the same device, without a host read."""
-        logits = logits.float() / logits.new_tensor(self.temperature).float()[:, None]
-        if any(self.top_k) or min(self.top_p) < 1:
-            logits = self._narrow(logits)
+    def __call__(self, logits: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
+        """Logits [B, n, V] of codebooks first to first + n -> codes [B, n] int64.
+
+        On the same device, without a host read.
+        """
+        of = slice(first, first + logits.shape[1])
+        logits = logits.float() / logits.new_tensor(self.temperature[of]).float()[:, None]
+        if any(self.top_k[of]) or min(self.top_p[of]) < 1:
+            logits = self._narrow(logits, of)
         # One uniform number per code, looked up in the summed probabilities. It is scaled by the
         # last sum, which strays from 1, and kept off 0, so that an entry without probability is
         # never hit.
@@ -60,13 +66,13 @@ class Draw:
         target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
         return torch.searchsorted(summed, target)[..., 0]
 
-    def _narrow(self, logits: Tensor) -> Tensor:
+    def _narrow(self, logits: Tensor, of: slice) -> Tensor:
         """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
         vocab = logits.shape[-1]
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(vocab, device=logits.device)
-        last = torch.tensor([k or vocab for k in self.top_k], device=logits.device)
-        share = torch.tensor(self.top_p, device=logits.device)
+        last = torch.tensor([k or vocab for k in self.top_k[of]], device=logits.device)
+        share = torch.tensor(self.top_p[of], device=logits.device)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
         dropped = (rank >= last[:, None]) | ((before >= share[:, None]) & (share < 1)[:, None])
@@ -105,16 +111,19 @@ def generate(
             f"prompt: expected codes [T, {k}] below {model.config.vocab_sizes}, found "
             f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
         )
-    cache = KeyValueCache(model, batch=batch, ctx=ctx)
+    cache, lag = KeyValueCache(model, batch=batch, ctx=ctx), model.config.lag
+    prompt = prompt[max(0, len(prompt) - ctx + 1) :].to(device)
+    # What is to come, as columns of the pattern: known codes, codes to draw, places without one.
+    to_draw = prompt.new_full((frames, k), TO_DRAW)
+    columns = shift(torch.cat((prompt, to_draw)).expand(batch, -1, -1), lag).clone()
     # Compiled twice at most: before the cache is full, and after.
     advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
-    codes = torch.empty((batch, frames, k), dtype=torch.int64, device=device)
-    logits = model.prefill(prompt.to(device).expand(batch, -1, -1), cache)
-    for frame in range(frames):
-        drawn = draw(logits, generator)
-        codes[:, frame] = drawn
+    state = model.prefill(columns[:, : len(prompt)], cache)
+    for t in range(len(prompt), columns.shape[1]):
+        drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
+        columns[:, t] = drawn = torch.where(columns[:, t] == TO_DRAW, drawn, columns[:, t])
         on_frame()
-        if frame + 1 < frames:
+        if t + 1 < columns.shape[1]:
             cache.begin(1)
-            logits = advance(drawn, cache)
-    return codes
+            state = advance(drawn, cache)
+    return unshift(columns, lag)[:, len(prompt) :]

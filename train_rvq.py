@@ -52,7 +52,8 @@ from checkpointing import (
     save_checkpoint,
     set_rng_state,
 )
-from model import CodesTransformer, Losses, ModelConfig
+from losses import Losses
+from model import PATTERNS, CodesTransformer, ModelConfig
 from npq_dataset import (
     BadFilesError,
     Corpus,
@@ -66,6 +67,7 @@ from npq_dataset import (
     split_corpus,
     write_npq,
 )
+from optimizer import build_optimizer, state_tensors
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -83,12 +85,13 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal 
 # --- flags ---------------------------------------------------------------------------------------
 
 # A resumed run keeps these.
-ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks", "qk_norm")
+ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks", "qk_norm", "pattern")
+ARCHITECTURE_FLAGS += ("depth_layers",)
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
 LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
-LEVEL_FLAGS += ("accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
+LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
 # What a run did that was saved before a flag existed, where that is not the flag's default.
-BEFORE_THE_FLAG = {"jitter": False}
+BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
 COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
 
@@ -141,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", type=at_least(1), default=12, help="attention heads")
     add("--dropout", type=fraction, default=0.1,
         help="on embeddings and on each block's two outputs")
+    add("--pattern", choices=PATTERNS, default="parallel",
+        help="what a code may depend on within its frame; see model.py")
+    add("--depth-layers", type=at_least(1), default=2, help="blocks of --pattern depth")
+    add("--depth-share", type=fraction_or_one, default=0.5,
+        help="depth: share of the frames in each micro-batch that its loss is made of")
+    add("--code-dropout", type=fraction, default=0.0, help="share of input codes hidden in training")
     add("--grad-checkpoint", action=switch, default=False, help="recompute blocks to save memory")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -149,7 +158,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
     add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
     add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
+    add("--optim", choices=("muon", "adamw"), default="muon",
+        help="muon: Muon for matrices within the model at 100 x --lr, AdamW for the rest at 25 x")
     add("--lr", type=positive, default=2e-4, help="peak learning rate")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine",
+        help="of the lr after warm-up: a cosine, or stable and then a linear cooldown")
+    add("--cooldown", type=fraction_or_one, default=0.2, help="wsd: share of the run that cools down")
     add("--weight-decay", type=not_negative, default=0.02,
         help="on the matrices of the blocks and head")
     add("--warmup-ratio", type=fraction, default=0.01, help="share of the run with rising lr")
@@ -274,15 +288,28 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
 
 
 def lr_at_step(
-    step: float, total: float, *, lr: float, eta_min: float, warmup_ratio: float
+    step: float,
+    total: float,
+    *,
+    lr: float,
+    eta_min: float,
+    warmup_ratio: float,
+    schedule: str = "cosine",
+    cooldown: float = 0.2,
 ) -> float:
-    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, cosine, then eta_min.
+    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, fall, then eta_min.
 
-    Past `total` it stays at eta_min for ever. Steps may also be seconds of a time budget.
+    `cosine` falls from the end of the warm-up on (Loshchilov and Hutter 2017). `wsd` stays, and
+    falls linearly over the last share `cooldown` of the run (warm-up, stable, decay: Hu et al.
+    2024, section 4; Haegele et al. 2024). Past `total` it is eta_min for ever. Steps may also be
+    seconds of a time budget.
     """
     warmup = warmup_ratio * total
     if step < warmup:
         return lr * step / warmup
+    if schedule == "wsd":
+        left = max(0.0, total - step) / (cooldown * total)
+        return eta_min + (lr - eta_min) * min(1.0, left)
     progress = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
     return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -300,19 +327,6 @@ def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[floa
         if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise UsageError(f"--cb-weights: expected {k} numbers >= 0, found {choice!r}")
     return [w * k / sum(weights) for w in weights]
-
-
-def parameter_groups(
-    model: CodesTransformer, weight_decay: float, *, decay_all: bool = False
-) -> list[dict[str, Any]]:
-    """Weight decay on matrices of products; on embeddings, BOS vector and gains with decay_all."""
-    named = list(model.named_parameters())
-    decayed = [(n, p) for n, p in named if p.dim() == 2 and n != "embed.weight"]
-    rest = [(n, p) for n, p in named if p.dim() != 2 or n == "embed.weight"]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": weight_decay if decay_all else 0.0},
-    ]
 
 
 # --- the state of a run --------------------------------------------------------------------------
@@ -519,10 +533,9 @@ def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
         with run.autocast():
             losses = run.losses(codes)
-        objective = (losses.objective * run.weights).mean()
-        state.scaler.scale(objective / accum).backward()
+        state.scaler.scale(losses.objective / accum).backward()
         # The sum is a new tensor: CUDA graphs overwrite their outputs at the next micro-batch.
-        facts = facts + torch.cat((objective.detach()[None], losses.ce.detach())) / accum
+        facts = facts + torch.cat((losses.objective.detach()[None], losses.ce)) / accum
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return torch.cat((facts, torch.nn.utils.get_total_norm(gradients)[None].float()))
@@ -535,7 +548,7 @@ def update(run: Run, lr: float, grad_norm: float) -> None:
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, run.flags.grad_clip / (grad_norm + 1e-6))
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
     state.optimizer.step()
     state.ema.update(state.progress.step + 1)
 
@@ -543,7 +556,8 @@ def update(run: Run, lr: float, grad_norm: float) -> None:
 def learning_rate(run: Run) -> float:
     """Of the step about to be taken: by steps, or by seconds where those are the budget."""
     p, flags = run.state.progress, run.flags
-    shape = {"lr": flags.lr, "eta_min": flags.eta_min, "warmup_ratio": flags.warmup_ratio}
+    names = ("lr", "eta_min", "warmup_ratio", "schedule", "cooldown")
+    shape = {name: getattr(flags, name) for name in names}
     if flags.max_seconds:
         seconds = p.seconds + p.epoch_seconds / max(p.epoch_steps, 1)
         return p.lr_scale * lr_at_step(seconds, flags.max_seconds, **shape)
@@ -567,7 +581,7 @@ def evaluate(run: Run) -> Validation | None:
     """Validate the EMA weights, eagerly; None when a signal asked to stop in the middle."""
     flags, model = run.flags, run.state.ema.model
     k = len(run.weights)
-    total = torch.zeros(2, k, device=run.device)
+    total = torch.zeros(k + 1, device=run.device)
     count = len(run.val_windows)
     for first in range(0, count, flags.batch):
         if run.stop.signal is not None:
@@ -575,11 +589,10 @@ def evaluate(run: Run) -> Validation | None:
         windows = np.arange(first, min(first + flags.batch, count))
         codes = run.val_windows[windows].to(run.device).long()
         with run.autocast():
-            losses = model.losses(codes, flags.label_smoothing, flags.z_loss)
-            total += torch.stack(losses) * len(windows)
-    ce, objective = (total / count if count else total * math.nan).tolist()
-    weighted = sum(w * x for w, x in zip(run.weights.tolist(), objective, strict=True)) / k
-    return Validation(sum(ce) / k, weighted, ce)
+            losses = model.losses(codes, flags.label_smoothing, flags.z_loss, run.weights)
+            total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
+    objective, *ce = (total / count if count else total * math.nan).tolist()
+    return Validation(sum(ce) / k, objective, ce)
 
 
 class StopSampling(Exception):
@@ -764,11 +777,7 @@ def unsound(run: Run) -> str | None:
     state = run.state
     tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
     tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
-    names = [
-        n for group in state.optimizer.state_dict()["param_groups"] for n in group["param_names"]
-    ]
-    for index, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"{m} of {names[index]}": moments[m] for m in ("exp_avg", "exp_avg_sq")}
+    tensors |= dict(state_tensors(state.optimizer))
     if bad := not_finite(tensors):
         return f"{len(bad)} tensors are not finite, first {bad[0]}"
     return state.guard.worse_than_guessing()
@@ -803,8 +812,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
         g.get("param_names") for g in saved["param_groups"]
     ]:
         raise CheckpointError(
-            f"{path}: its optimizer state is of other parameters; start from its weights alone "
-            "with --init-from"
+            f"{path}: its optimizer state is of another --optim or of other parameters; start from "
+            "its weights alone with --init-from"
         )
     for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
         group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
@@ -879,7 +888,10 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
         losses=functools.partial(
-            model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss
+            model.losses,
+            label_smoothing=flags.label_smoothing,
+            z_loss=flags.z_loss,
+            weights=torch.tensor(weights, device=device),
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=torch.tensor(weights, device=device),
@@ -1077,6 +1089,8 @@ def build_model(
                 flags.heads,
                 flags.dropout,
                 qk_norm=flags.qk_norm,
+                pattern=flags.pattern,
+                depth_layers=flags.depth_layers,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -1089,7 +1103,11 @@ def build_model(
             f"data has {list(corpus.vocab_sizes)}; see --codebooks, or start anew with --no-resume"
         )
     model = CodesTransformer(
-        config, grad_checkpoint=flags.grad_checkpoint, embed_grad=flags.embed_grad
+        config,
+        grad_checkpoint=flags.grad_checkpoint,
+        embed_grad=flags.embed_grad,
+        code_dropout=flags.code_dropout,
+        depth_share=flags.depth_share,
     ).to(device)
     if initial is not None:
         load_weights(model, initial["ema"], flags.init_from)
@@ -1103,10 +1121,12 @@ def build_state(
     device: torch.device,
 ) -> TrainState:
     """Optimizer, scaler, EMA and guard around a model."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, flags.weight_decay, decay_all=flags.decay_all),
+    optimizer = build_optimizer(
+        model,
+        optim=flags.optim,
         lr=flags.lr,
-        betas=(0.9, 0.95),
+        weight_decay=flags.weight_decay,
+        decay_all=flags.decay_all,
         fused=flags.fused_optim,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)

@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from make_codes import FRAMES_PER_NOTE, NOTES, make_tune  # noqa: E402
 
 from model import CodesTransformer, ModelConfig  # noqa: E402
-from train_rvq import lr_at_step, parameter_groups  # noqa: E402
+from optimizer import parameter_groups  # noqa: E402
+from train_rvq import lr_at_step  # noqa: E402
 
 K, V, CTX, BATCH, VAL = 4, 64, 32, 8, 32
 LR, EVENT, LENGTH = 3e-3, 0.4, 0.15  # the event's start and length as shares of the run
@@ -81,7 +82,7 @@ def train(variant: str, fault: str, seed: int, steps: int, width: int) -> dict[s
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(made["bf16"])):
-            model.losses(codes, 0.05, made["z_loss"]).objective.mean().backward()
+            model.losses(codes, 0.05, made["z_loss"]).objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), made["clip"] or math.inf)
         largest = max(largest, norm.item())
         optimizer.step()

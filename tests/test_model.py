@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -10,8 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import CodesTransformer, ModelConfig
+from losses import LOGITS_AT_ONCE
+from model import (
+    ABSENT,
+    PATTERNS,
+    CodesTransformer,
+    Dropout,
+    ModelConfig,
+    blocked_attention,
+    shift,
+    unshift,
+)
 
 CONFIG = ModelConfig((16, 16, 16), d_model=32, layers=2, heads=2, dropout=0.0)
 
@@ -32,17 +45,99 @@ def make_codes(config: ModelConfig = CONFIG, batch: int = 2, frames: int = 12) -
     return torch.stack(columns, dim=-1)
 
 
-def test_logits_depend_on_earlier_frames_alone():
-    model, codes = make_model().eval(), make_codes()
+def sees(pattern: str, t: int, k: int, frame: int, codebook: int) -> bool:
+    """Whether the pattern's order puts code (frame, codebook) before code (t, k)."""
+    return {
+        "parallel": frame < t,
+        "delay": frame + codebook < t + k,
+        "depth": (frame, codebook) < (t, k) and (frame < t or codebook < k),
+    }[pattern]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_logits_depend_on_what_the_pattern_puts_before_them_and_on_all_of_it(pattern):
+    config = dataclasses.replace(CONFIG, pattern=pattern)
+    model, codes = make_model(config).eval(), make_codes(config, frames=6)
     before = model(codes)
-    for frame in range(codes.shape[1]):
-        for k in range(codes.shape[2]):
+    for frame in range(6):
+        for codebook in range(3):
             changed = codes.clone()
-            changed[:, frame, k] = (changed[:, frame, k] + 5) % 16
-            moved = (model(changed) - before).abs().amax((0, 2, 3)) > 1e-6
-            assert not moved[: frame + 1].any()
-            if frame + 1 < codes.shape[1]:
-                assert moved[frame + 1], "the next frame must see the change"
+            changed[:, frame, codebook] = (changed[:, frame, codebook] + 5) % 16
+            moved = (model(changed) - before).abs().amax((0, 3)) > 1e-7
+            expected = [
+                [sees(pattern, t, k, frame, codebook) for k in range(3)] for t in range(6)
+            ]
+            assert moved.tolist() == expected, (frame, codebook)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_likelihoods_of_all_windows_sum_to_one(pattern):
+    """By enumeration: the K cross-entropies of a window sum to minus its log-likelihood."""
+    config = ModelConfig((3, 2, 2), d_model=32, layers=2, heads=2, dropout=0.0, pattern=pattern)
+    model = make_model(config).eval()
+    frames = list(itertools.product(*map(range, config.vocab_sizes)))
+    windows = torch.tensor(list(itertools.product(frames, frames)))  # [144, 2, 3]
+    with torch.no_grad():
+        ce = torch.stack([model.losses(window[None]).ce for window in windows])
+    likelihood = (-ce.sum(1) * windows.shape[1]).exp()
+    assert likelihood.sum().item() == pytest.approx(1, abs=1e-5)
+    assert likelihood.max() > 2 * likelihood.min()
+
+
+def test_shift_and_unshift_against_loops():
+    codes = make_codes()
+    shifted = shift(codes, 2)
+    for t in range(codes.shape[1] + 2):
+        for k in range(3):
+            inside = 0 <= t - k < codes.shape[1]
+            expected = codes[:, t - k, k] if inside else torch.full((2,), ABSENT)
+            assert torch.equal(shifted[:, t, k], expected)
+    assert torch.equal(unshift(shifted, 2), codes)
+
+
+def test_a_share_of_the_frames_estimates_the_whole():
+    config = dataclasses.replace(CONFIG, pattern="depth")
+    codes = make_codes(frames=32)
+    whole, share = make_model(config).train(), make_model(config, depth_share=0.25).train()
+    expected = whole.losses(codes, 0.05)
+    drawn = [share.losses(codes, 0.05) for _ in range(300)]
+    mean = torch.stack([losses.objective for losses in drawn]).mean()
+    torch.testing.assert_close(mean, expected.objective, rtol=0.01, atol=0)
+    assert len({losses.objective.item() for losses in drawn}) > 200, "drawn anew each time"
+    torch.testing.assert_close(share.eval().losses(codes, 0.05).ce, expected.ce)
+
+
+def test_code_dropout_hides_inputs_in_training_alone():
+    codes = make_codes()
+    other = codes.clone()
+    other[:, 0] = (other[:, 0] + 5) % 16
+    model = make_model(code_dropout=1 - 1e-9).train()
+    assert torch.equal(model(codes), model(other)), "nothing of the past is left"
+    assert not torch.equal(model.eval()(codes), model(other))
+    torch.testing.assert_close(model(codes), make_model().eval()(codes))
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share_everywhere():
+    torch.manual_seed(0)
+    x = Dropout(0.1).train()(torch.ones(4, 250_001))
+    assert x.mean().item() == pytest.approx(1, abs=0.003)
+    for offset in range(4):  # four elements come from one word of random bits
+        assert (x.flatten()[offset::4] == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
+
+
+@pytest.mark.parametrize("frames", [1, 128, 300])
+def test_blocked_attention_agrees_with_sdpa(frames):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, frames, 16, requires_grad=True).unbind(0)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(blocked_attention(q, k, v), expected)
+    slope = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(blocked_attention(q, k, v), (q, k, v), slope),
+        torch.autograd.grad(expected, (q, k, v), slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_logits_match_a_slow_reference():
@@ -92,20 +187,52 @@ def test_logits_match_a_slow_reference():
     torch.testing.assert_close(model(codes), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.05])
-def test_losses_match_cross_entropy_per_codebook(smoothing):
-    config = ModelConfig((16, 7, 11), d_model=32, layers=1, heads=2, dropout=0.0)
-    model, codes = make_model(config), make_codes(config)
-    losses = model.losses(codes, smoothing)
-    logits = model(codes)
+@pytest.mark.parametrize("at_once", [1, 10**6], ids=["one codebook at a time", "all"])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.05, 0.0), (0.1, 0.01)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_losses_and_gradients_match_cross_entropy_per_codebook(
+    pattern, smoothing, z_loss, at_once, monkeypatch
+):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
+    config = ModelConfig((16, 7, 11), 32, layers=1, heads=2, dropout=0.0, pattern=pattern)
+    model, codes = make_model(config).double(), make_codes(config)
+    weights = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    losses = model.losses(codes, smoothing, z_loss, weights)
+    logits, expected = model(codes), 0.0
     for k, v in enumerate(config.vocab_sizes):
         assert logits[:, :, k, v:].isneginf().all(), "entries a codebook lacks cannot be drawn"
         flat, target = logits[:, :, k, :v].reshape(-1, v), codes[:, :, k].reshape(-1)
         torch.testing.assert_close(losses.ce[k], F.cross_entropy(flat, target))
-        expected = F.cross_entropy(flat, target, label_smoothing=smoothing)
-        torch.testing.assert_close(losses.objective[k], expected)
-    losses.objective.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+        smoothed = F.cross_entropy(flat, target, label_smoothing=smoothing)
+        squares = flat.logsumexp(-1).square().mean()
+        expected = expected + weights[k] / 3 * (smoothed + z_loss * squares)
+    torch.testing.assert_close(losses.objective, expected)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(3 * losses.objective, parameters)
+    for (name, _), a, b in zip(
+        model.named_parameters(), ours, torch.autograd.grad(3 * expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_losses_never_hold_the_logits_of_all_codebooks():
+    """The largest tensor of a training step is that of one codebook, forward and backward."""
+    model = make_model(ModelConfig((512,) * 9, 32, layers=1, heads=2))
+    codes = make_codes(model.config, batch=16, frames=512)
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.numbers = max(self.numbers, tensor.numel())
+            return out
+
+    with Largest() as largest:
+        model.losses(codes, 0.05).objective.backward()
+    assert largest.numbers == 16 * 512 * 512
 
 
 def test_a_new_model_guesses_evenly():
@@ -138,7 +265,7 @@ def test_grad_checkpointing_changes_no_gradient():
     codes = make_codes()
     plain, checkpointed = make_model(), make_model(grad_checkpoint=True)
     for model in (plain, checkpointed):
-        model.train().losses(codes).objective.sum().backward()
+        model.train().losses(codes).objective.backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
 
@@ -155,7 +282,7 @@ def test_forward_and_backward_run_on_meta_without_a_host_read():
         model = CodesTransformer(CONFIG)
         codes = torch.empty(2, 12, 3, dtype=torch.int64)
     losses = model.losses(codes, 0.05)
-    losses.objective.mean().backward()
+    losses.objective.backward()
     assert losses.ce.is_meta
     assert all(p.grad.is_meta for p in model.parameters())
 
@@ -169,7 +296,8 @@ def test_one_gather_and_one_head_product_whatever_k():
         with torch.profiler.profile() as profile:
             model(codes)
         calls = {e.key: e.count for e in profile.key_averages()}
-        counts.append((calls["aten::mm"], calls["aten::embedding_bag"]))
+        products = calls["aten::mm"] + calls.get("aten::bmm", 0)
+        counts.append((products, calls["aten::embedding_bag"]))
     assert counts[0] == counts[1]
     assert counts[0][1] == 1
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
 import pytest
 import torch
-from test_model import make_codes, make_model
+from test_model import CONFIG, make_codes, make_model
 
-from model import CodesTransformer, KeyValueCache, ModelConfig, rotary_angles, rotate
+from model import PATTERNS, CodesTransformer, KeyValueCache, ModelConfig, rotary_angles, rotate
 from sampling import Draw, generate
 
 ANY = Draw.of(3)
@@ -38,7 +39,7 @@ def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> 
             mixed[:, :, p : p + 1] = weights @ v[:, :, seen]
         x = x + attn.out(mixed.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
-    return model.logits_of(x)
+    return model.logits_of(model.norm(x).flatten(0, 1)[None]).unflatten(0, (-1, length))
 
 
 @pytest.mark.parametrize("prompt_frames", [0, 1, 5])
@@ -46,21 +47,45 @@ def test_cached_equals_uncached_within_ctx(prompt_frames):
     model, codes = make_model().eval(), make_codes(frames=12)
     expected = model(codes)
     cache = KeyValueCache(model, batch=2, ctx=20)
-    logits = model.prefill(codes[:, :prompt_frames], cache)
-    torch.testing.assert_close(logits, expected[:, prompt_frames])
+    state = model.prefill(codes[:, :prompt_frames], cache)
+    torch.testing.assert_close(model.logits_of(state[None]), expected[:, prompt_frames])
     for frame in range(prompt_frames, 11):
-        logits = model.step(codes[:, frame], cache)
-        torch.testing.assert_close(logits, expected[:, frame + 1])
+        state = model.step(codes[:, frame], cache)
+        torch.testing.assert_close(model.logits_of(state[None]), expected[:, frame + 1])
+
+
+@pytest.mark.parametrize("prompt_frames", [0, 1, 5])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_frames, monkeypatch):
+    """Each draw's logits are those that one uncached pass over the sample gives its codes."""
+    config = ModelConfig((16, 9, 16), d_model=32, layers=2, heads=2, pattern=pattern)
+    model, prompt = make_model(config).eval(), make_codes(config, 1, 12)[0, :prompt_frames]
+    drawn_from: dict[int, list[torch.Tensor]] = {k: [] for k in range(3)}
+    draw = Draw.__call__
+
+    def record(self, logits, generator, first=0):
+        for i in range(logits.shape[1]):
+            drawn_from[first + i].append(logits[:, i])
+        return draw(self, logits, generator, first)
+
+    monkeypatch.setattr(Draw, "__call__", record)
+    codes = generate(model, 10, ctx=20, draw=ANY, batch=2, prompt=prompt)
+    expected = model(torch.cat((prompt.expand(2, -1, -1), codes), dim=1))[:, prompt_frames:]
+    for k in range(3):
+        lag = k if pattern == "delay" else 0  # before that its places are known, or before the start
+        logits = torch.stack(drawn_from[k], dim=1)[:, lag : lag + 10]
+        torch.testing.assert_close(logits, expected[:, :, k])
 
 
 def test_cached_equals_uncached_past_ctx():
     model, codes = make_model().eval(), make_codes(frames=30)
     expected = banded_reference(model, codes, ctx=8)
     cache = KeyValueCache(model, batch=2, ctx=8)
-    logits = model.prefill(codes[:, :3], cache)
+    state = model.prefill(codes[:, :3], cache)
     for frame in range(3, 30):
+        logits = model.logits_of(state[None])
         torch.testing.assert_close(logits, expected[:, frame], rtol=1e-4, atol=1e-5)
-        logits = model.step(codes[:, frame], cache)
+        state = model.step(codes[:, frame], cache)
 
 
 def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
@@ -81,8 +106,9 @@ def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
     assert not torch.equal(cached[0], cached[1])
 
 
-def test_a_long_prompt_counts_by_its_last_frames():
-    model = make_model().eval()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_long_prompt_counts_by_its_last_frames(pattern):
+    model = make_model(dataclasses.replace(CONFIG, pattern=pattern)).eval()
     prompt = make_codes(frames=40, batch=1)[0]
     whole = generate(model, 5, ctx=8, draw=ANY, prompt=prompt)
     assert torch.equal(whole, generate(model, 5, ctx=8, draw=ANY, prompt=prompt[-7:]))
@@ -95,8 +121,9 @@ def test_a_prompt_of_another_vocabulary_is_refused():
         generate(model, 2, ctx=8, draw=ANY, prompt=torch.full((4, 3), 16))
 
 
-def test_entries_that_a_codebook_lacks_are_never_drawn():
-    model = make_model(ModelConfig((16, 5, 11), 32, 1, 2))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_entries_that_a_codebook_lacks_are_never_drawn(pattern):
+    model = make_model(ModelConfig((16, 5, 11), 32, 1, 2, pattern=pattern))
     codes = generate(model, 300, ctx=8, draw=Draw.of(3, temperature=5.0))
     assert [int(m) for m in codes.amax((0, 1))] == [15, 4, 10]
 

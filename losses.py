@@ -1,0 +1,139 @@
+"""Cross-entropy from hidden states, a few codebooks at a time.
+
+    ce, objective = linear_cross_entropy(states, head, codes, weights, sizes, label_smoothing=0.05)
+
+Logits are the largest tensor of a codes model: K * V numbers a frame. Here they are made for a few
+codebooks at a time and turned into gradients on the spot, so that never more than LOGITS_AT_ONCE
+of them exist, forward or backward. What is kept until backward has the size of states and head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# At least one codebook's. A CPU is fastest on logits that stay in its caches (8 MiB of float32), a
+# GPU on products that fill it (256 MiB).
+LOGITS_AT_ONCE = {"cpu": 2**21}
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
+
+
+class Losses(NamedTuple):
+    """Means over the frames of a batch, nats per code, float32."""
+
+    ce: Tensor  # [K], plain cross-entropy; carries no gradient
+    objective: Tensor  # scalar: smoothed, with z-loss, weighted; what training minimises
+
+
+def linear_cross_entropy(
+    states: Tensor,
+    head: Tensor,
+    codes: Tensor,
+    sizes: Tensor,
+    *,
+    absent: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Losses:
+    """Cross-entropy of codes [N, K] under the logits states @ head^T, and the training objective.
+
+    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; sizes [K], the entries
+    V_k that each codebook has; absent [K, V] bool, the others, None where there are none; weights
+    [K] of the codebooks in the objective's mean, even if None. Products are made in autocast's
+    dtype, sums in float32.
+
+    Label smoothing spreads its share evenly over the V_k entries (Szegedy et al. 2016, section 7).
+    The z-loss is the square of the log partition, and keeps it near 0 (Chowdhery et al. 2022,
+    section 5).
+    """
+    device = states.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if mixed else states.dtype
+    if weights is None:
+        weights = torch.ones(len(sizes), device=states.device)
+    learns = torch.is_grad_enabled() and (states.requires_grad or head.requires_grad)
+    ce, objective = _LinearCrossEntropy.apply(
+        states, head, codes, sizes, absent, weights, label_smoothing, z_loss, dtype, learns
+    )
+    return Losses(ce, objective)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in forward, where the logits are; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        head: Tensor,
+        codes: Tensor,
+        sizes: Tensor,
+        absent: Tensor | None,
+        weights: Tensor,
+        smoothing: float,
+        z_loss: float,
+        dtype: torch.dtype,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        shared, (n, k), vocab = len(states) == 1, codes.shape, head.shape[1]
+        exact = torch.promote_types(dtype, torch.float32)
+        x, w = states.to(dtype), head.to(dtype)
+        x_sum = states.sum(1, keepdim=True, dtype=exact)  # [1 or K, 1, D]
+        present = head if absent is None else head.masked_fill(absent[..., None], 0)
+        w_mean = present.sum(1, keepdim=True, dtype=exact) / sizes[:, None, None]  # [K, 1, D]
+        # Mean over frames of the mean logit, the part that smoothing spreads; without the logits.
+        even = (x_sum * w_mean).sum((1, 2)) / n
+        ce, partition, squares = [], [], []
+        grad_states = torch.zeros_like(states, dtype=exact) if learns else None
+        grad_head = torch.empty_like(head) if learns else None
+        at_once = LOGITS_AT_ONCE.get(head.device.type, LOGITS_AT_ONCE_ELSEWHERE)
+        group = max(1, at_once // (n * vocab))
+        for first in range(0, k, group):
+            g = slice(first, min(first + group, k))
+            x_g = x if shared else x[g]
+            logits = x_g @ w[g].mT  # [G, N, V]
+            if absent is not None:
+                logits.masked_fill_(absent[g, None], -torch.inf)
+            target = codes.mT[g, :, None]
+            log_p = F.log_softmax(logits, -1, dtype=exact)
+            log_p_target = log_p.gather(-1, target)
+            log_z = logits.gather(-1, target).to(exact) - log_p_target
+            ce.append(-log_p_target.mean((1, 2)))
+            partition.append(log_z.mean((1, 2)))
+            squares.append(log_z.square().mean((1, 2)))
+            if not learns:
+                continue
+            # d objective / d logits = p (1 + 2 z log Z) - (1 - smoothing) [target] - smoothing / V;
+            # its last part is the same for all entries and added to the products instead.
+            p = log_p.exp_()
+            if z_loss:
+                p *= 1 + 2 * z_loss * log_z
+            hit = torch.full_like(target, smoothing - 1, dtype=dtype)
+            slope = p.to(dtype).scatter_add_(-1, target, hit)
+            scale = (weights[g] / (n * k))[:, None, None]
+            grad_x = ((slope @ w[g]).to(exact) - smoothing * w_mean[g]) * scale
+            if shared:
+                grad_states += grad_x.sum(0)
+            else:
+                grad_states[g] = grad_x
+            # fp16 could overflow in a sum over many frames; sqrt(n) keeps it in range.
+            x_small = x_g * n**-0.5
+            share = smoothing / sizes[g, None, None] * x_sum[0 if shared else g]
+            if absent is not None:
+                share = share * ~absent[g, :, None]
+            grad_head[g] = ((slope.mT @ x_small).to(exact) * n**0.5 - share) * scale
+        ce_k, log_z_k = torch.cat(ce), torch.cat(partition)
+        smoothed = (1 - smoothing) * ce_k + smoothing * (log_z_k - even)
+        objective = ((smoothed + z_loss * torch.cat(squares)) * weights).mean()
+        ctx.mark_non_differentiable(ce_k)
+        ctx.save_for_backward(grad_states, grad_head)
+        return ce_k, objective
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, grad_head = ctx.saved_tensors
+        return grad_states * factor, grad_head * factor, *([None] * 8)

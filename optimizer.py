@@ -1,0 +1,122 @@
+"""The optimizer: AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    optimizer = build_optimizer(model, optim="muon", lr=2e-4, weight_decay=0.02)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+    optimizer.step()
+
+Each group of parameters runs at its own multiple of the learning rate, kept in the group as
+`lr_factor`, so that one --lr serves both optimizers and every width (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
+
+# Multiples of --lr under Muon. At the default 2e-4 its steps have a spectral norm of 0.02, whatever
+# the width (Jordan et al. 2024), and AdamW's elements move by 5e-3.
+MUON_FACTOR = 100.0
+ADAMW_FACTOR = 25.0
+# A head's logits sum over the width, so its rate falls with it (Yang et al. 2022, table 8); above
+# it holds for this one.
+HEAD_WIDTH = 256
+
+Named = tuple[str, nn.Parameter]
+
+
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """Whether a parameter is a matrix between hidden states: of the blocks, or into depth."""
+    return p.dim() == 2 and not name.endswith(("embed.weight", "head.weight"))
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """For AdamW alone: weight decay on matrices of products; on all else with decay_all."""
+    named = list(model.named_parameters())
+    decayed = [(n, p) for n, p in named if p.dim() == 2 and not n.endswith("embed.weight")]
+    rest = [(n, p) for n, p in named if p.dim() != 2 or n.endswith("embed.weight")]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": rest, "weight_decay": weight_decay if decay_all else 0.0, "lr_factor": 1.0},
+    ]
+
+
+def muon_groups(
+    model: nn.Module, weight_decay: float, *, decay_all: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The group of Muon, and AdamW's: the head, then embeddings, BOS vector and gains."""
+    named = list(model.named_parameters())
+    hidden = [(n, p) for n, p in named if is_hidden_matrix(n, p)]
+    head = [(n, p) for n, p in named if n == "head.weight"]
+    rest = [(n, p) for n, p in named if n != "head.weight" and not is_hidden_matrix(n, p)]
+    head_factor = ADAMW_FACTOR * min(1.0, HEAD_WIDTH / head[0][1].shape[1])
+    everywhere = weight_decay if decay_all else 0.0
+    return {"params": hidden, "weight_decay": weight_decay, "lr_factor": MUON_FACTOR}, [
+        {"params": head, "weight_decay": weight_decay, "lr_factor": head_factor},
+        {"params": rest, "weight_decay": everywhere, "lr_factor": ADAMW_FACTOR},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    optim: str,
+    lr: float,
+    weight_decay: float,
+    decay_all: bool = False,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """`adamw`: AdamW (Loshchilov and Hutter 2019) for all; `muon`: see `MuonWithAdamW`."""
+    if optim == "adamw":
+        groups = parameter_groups(model, weight_decay, decay_all=decay_all)
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+    hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
+    return MuonWithAdamW(
+        torch.optim.Muon([hidden], lr=lr), torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused)
+    )
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices, AdamW for all else, behind one state and one state_dict.
+
+    Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction
+    moves alike (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        groups = [*muon.param_groups, *adamw.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        self.parts = (muon, adamw)
+        self.param_groups = groups
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on this optimizer's groups and state."""
+        muon, adamw = self.parts
+        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        muon.state = adamw.state = self.state
+
+    def step(self, closure: None = None) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; it makes new groups and a new state, which both parts must see."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
+    """Every tensor of the optimizer's state that a sound run keeps finite, with its name."""
+    saved = optimizer.state_dict()
+    names = [n for group in saved["param_groups"] for n in group["param_names"]]
+    for index, state in saved["state"].items():
+        yield from ((f"{kind} of {names[index]}", t) for kind, t in state.items() if t.dim())
