@@ -12,6 +12,7 @@ K = codebooks, T = frames, V = entries of a codebook. Everything on disk is litt
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
@@ -791,16 +792,25 @@ class WindowDataset(Dataset[torch.Tensor]):
         stride: int,
         jitter_seed: int | None = None,
     ) -> None:
-        self.paths, self.files = corpus.paths, corpus.files
-        self.num_codebooks, self.ctx, self.stride = corpus.num_codebooks, ctx, stride
+        self.paths, self.files, self.spans = corpus.paths, corpus.files, spans
+        self.num_codebooks = corpus.num_codebooks
         self.dtype = np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32
-        self.span_start = spans.start
-        self.last_start = spans.stop - spans.start - ctx  # within the span; < 0: no window fits
+        self.phase = None if jitter_seed is None else _phases(jitter_seed, len(spans.start))
+        self._cut(ctx, stride)
+
+    def _cut(self, ctx: int, stride: int) -> None:
+        self.ctx, self.stride = ctx, stride
+        self.last_start = self.spans.stop - self.spans.start - ctx  # < 0: no window fits
         counts = np.where(self.last_start >= 0, self.last_start // stride + 1, 0)
         self.last_window = np.cumsum(counts)  # exclusive, per file
         self.first_window = self.last_window - counts
-        self.phase = None if jitter_seed is None else _phases(jitter_seed, len(counts))
         self.open_files: OrderedDict[int, _OpenFile] = OrderedDict()
+
+    def recut(self, ctx: int) -> WindowDataset:
+        """The same spans of the same files, in windows of another length that stand end to end."""
+        other = copy.copy(self)
+        other._cut(ctx, ctx)
+        return other
 
     def __len__(self) -> int:
         return int(self.last_window[-1])
@@ -816,9 +826,9 @@ class WindowDataset(Dataset[torch.Tensor]):
         file = np.searchsorted(self.last_window, window, side="right")
         rank = window - self.first_window[file]
         if self.phase is None:
-            return file, self.span_start[file] + rank * self.stride
+            return file, self.spans.start[file] + rank * self.stride
         share = (self.phase[file] + epoch * GOLDEN) % 1.0
-        return file, self.span_start[file] + self._jittered(file, rank, share)
+        return file, self.spans.start[file] + self._jittered(file, rank, share)
 
     def _jittered(
         self,

@@ -1,8 +1,9 @@
-"""Draw music from a checkpoint: codes, and their sound.
+r"""Draw music from a checkpoint: codes, and their sound.
 
     python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --out song.wav
     python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --out more.wav --prompt song.flac
-    python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --npq-out song.npq --seed 3
+    python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --npq-out song.npq --seed 3 \
+        --compare "held_out/*.npq"
 
 A prompt is an .npq file or audio; the sample carries it on. Exit code: 0 done, 1 failed, 2 wrong
 usage, 130 interrupted.
@@ -22,9 +23,19 @@ import torch
 from tqdm import tqdm
 
 from checkpointing import CheckpointError, load_checkpoint
+from code_statistics import compare, describe, read_excerpts
 from codec import AudioError, CodecError, load_codec, read_audio, resample, write_wav
 from model import CodesTransformer, ModelConfig
-from npq_dataset import NpqError, map_codes, read_header, write_npq
+from npq_dataset import (
+    NpqError,
+    Spans,
+    WindowDataset,
+    find_npq_files,
+    map_codes,
+    read_header,
+    scan_corpus,
+    write_npq,
+)
 from sampling import Draw, generate
 
 
@@ -52,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ctx", type=int, help="frames the model looks back; without it as in training")
     add("--raw", action="store_true", help="raw weights, not their average (EMA)")
     add("--codec", help="44khz, 24khz, 16khz, demo or a path; without it as in training")
+    add("--compare", nargs="+", metavar="GLOB",
+        help=".npq files of music; print how far the samples' statistics are from theirs")
     add("--device", default="best", help="of the model; decoding is on the CPU")
     add("--compile", action="store_true", help="pays from some thousand frames on")
     # fmt: on
@@ -113,6 +126,30 @@ def read_prompt(
             f"{flags.prompt}: expected {k} codebooks, found {codes.shape[1]}; encode it with more"
         )
     return codes[: flags.prompt_frames, :k]
+
+
+def read_music(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> WindowDataset | None:
+    """The music of --compare, whole files, with the model's codebooks."""
+    if flags.compare is None:
+        return None
+    k, side = len(checkpoint["architecture"]["vocab_sizes"]), checkpoint["data"]["side_codebooks"]
+    corpus = scan_corpus(find_npq_files(flags.compare), ctx=2, codebooks=k)
+    if corpus.side_codebooks != side:
+        raise ValueError(
+            f"--compare: expected {side} side codebooks of {k}, found {corpus.side_codebooks}; "
+            "name files encoded as the training data"
+        )
+    frames = corpus.files["frames"]
+    spans = Spans(frames * 0, frames, "whole files")
+    return WindowDataset(corpus, spans, ctx=flags.frames, stride=flags.frames)
+
+
+def compare_samples(codes: torch.Tensor, music: WindowDataset) -> None:
+    """Print how far each sample [frames, K] is from the music; codes [samples, frames, K]."""
+    excerpts = read_excerpts(music, codes.shape[1])
+    for i, sample in enumerate(codes):
+        name = f"sample {i + 1}: " if len(codes) > 1 else ""
+        print(name + describe(compare(sample.numpy(), excerpts)))
 
 
 def numbered(path: str, index: int, count: int) -> Path:
@@ -192,8 +229,11 @@ def main(argv: list[str] | None = None) -> int:
         if flags.out:
             load_codec(codec_name)  # before minutes of drawing, not after
         prompt = read_prompt(flags, checkpoint, codec_name)
+        music = read_music(flags, checkpoint)
         codes = draw_samples(flags, checkpoint, prompt)
         write_samples(flags, checkpoint, prompt, codes, codec_name)
+        if music is not None:
+            compare_samples(codes, music)
     except (CheckpointError, CodecError, AudioError, NpqError, ValueError, OSError) as error:
         print(f"! {error}", file=sys.stderr)
         return 1

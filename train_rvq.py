@@ -52,6 +52,7 @@ from checkpointing import (
     save_checkpoint,
     set_rng_state,
 )
+from code_statistics import compare, describe, flat, read_excerpts
 from losses import Losses
 from model import PATTERNS, CodesTransformer, ModelConfig
 from npq_dataset import (
@@ -611,23 +612,38 @@ def write_samples(run: Run) -> None:
         if run.stop.signal is not None:
             raise StopSampling
 
+    codes: np.ndarray[Any, Any] | None = None
+    outcome: dict[str, Any]
     try:
         path = draw_sample(run, stop_on_signal)
+        codes = map_codes(read_header(path)).astype(np.int64)
         from codec import load_codec, write_wav  # training runs where no codec can be imported
 
         codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
-        codes = torch.from_numpy(map_codes(read_header(path)).astype(np.int64))
-        waveform = codec.decode_channels(codes, run.data["side_codebooks"])
+        waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
         write_wav(path.with_suffix(".wav"), waveform.numpy(), codec.sample_rate)
     except StopSampling:
         return
     except Exception as error:  # a missing codec, a full disk, no memory left: train on
         run.console.problem(f"evaluation audio failed, training goes on: {error}")
-        run.metrics.write("sample", step=p.step, epoch=p.epoch, error=str(error))
-        return
-    seconds = round(time.perf_counter() - started, 3)
-    run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
-    run.metrics.write("sample", step=p.step, epoch=p.epoch, file=path.name, sample_seconds=seconds)
+        outcome = {"error": str(error)}
+    else:
+        seconds = round(time.perf_counter() - started, 3)
+        run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
+        outcome = {"file": path.name, "sample_seconds": seconds}
+    figures = {} if codes is None else sample_statistics(run, codes)
+    run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
+
+
+def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, float | None]:
+    """Say how far a sample [T, K] is from the validation music; fields for its metrics row."""
+    try:
+        figures = compare(codes, read_excerpts(run.val_windows, len(codes)))
+    except Exception as error:  # a file that changed, no memory left: train on
+        run.console.problem(f"statistics of the sample failed, training goes on: {error}")
+        return {}
+    run.console.line(f"         {describe(figures)}")
+    return flat(figures)
 
 
 def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:

@@ -16,6 +16,7 @@ from train_rvq import build_parser
 FLOORS = {
     "model": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0,
     "sampling": 1, "stability": 1, "reporting": 1, "planning": 1,
+    "code_statistics": 1,
     "ckpt_summary": 1, "ckpt_checks": 2, "ckpt_compare": 2, "ckpt_probe": 2, "ckpt_diagnosis": 3,
     "ckpt_report": 4, "ckpt_pictures": 5, "ckpt_page": 6,
     "train_rvq": 7, "sample_rvq": 7, "encode_npq": 7, "ckpt_doctor": 7,

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, assert_same_tensors, rows
+from conftest import TINY, assert_same_tensors, rows, wait_for
 from test_train_rvq import comparable, train
 
 import sample_rvq
 import train_rvq
 from checkpointing import load_checkpoint
-from npq_dataset import map_codes, read_header, write_npq
+from code_statistics import compare, describe, flat, read_excerpts
+from npq_dataset import (
+    Spans,
+    WindowDataset,
+    find_npq_files,
+    map_codes,
+    read_header,
+    scan_corpus,
+    split_corpus,
+    write_npq,
+)
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 
@@ -74,11 +86,75 @@ def test_a_codec_that_fails_is_one_line_and_training_goes_on(music, tmp_path, ca
     assert [row["epoch"] for row in rows(tmp_path, "epoch")] == [1, 2]
 
 
+def test_evaluation_audio_comes_with_its_distance_to_held_out_music(music, tmp_path, capsys):
+    train("--data", music, "--save_dir", tmp_path, "--epochs", "1", *SOUND)
+    (row,) = rows(tmp_path, "sample")
+    (npq,) = (tmp_path / "samples").glob("*.npq")
+    windows = held_out(music, tmp_path / "rvq_9cb_latest.pt")
+    figures = compare(codes_in(npq).astype(np.int64), read_excerpts(windows, 12))
+    assert {name: row[name] for name in flat(figures)} == flat(figures)
+    assert f" {describe(figures)}\n" in capsys.readouterr().out
+
+
+def held_out(music: Path, checkpoint: Path) -> WindowDataset:
+    """Validation windows, cut as the trainer cuts them."""
+    flags = load_checkpoint(checkpoint)["flags"]
+    corpus = scan_corpus(find_npq_files([music]), ctx=flags["ctx"])
+    _, val = split_corpus(corpus, ctx=flags["ctx"], val_split=flags["val_split"])
+    return WindowDataset(corpus, val, ctx=flags["ctx"], stride=flags["ctx"])
+
+
+def test_a_codec_that_fails_leaves_the_distance(music, tmp_path):
+    flags = ("--epochs", "1", *SOUND[:-1], str(tmp_path / "nowhere.pth"))
+    train("--data", music, "--save_dir", tmp_path, *flags)
+    (row,) = rows(tmp_path, "sample")
+    assert "nowhere.pth" in row["error"]
+    assert row["distance"] > 0
+
+
+def test_without_validation_windows_the_distance_is_not_available(music, tmp_path, capsys):
+    flags = ("--epochs", "1", "--val_split", "0", *SOUND)
+    train("--data", music, "--save_dir", tmp_path, *flags)
+    assert "n/a, there are no two excerpts of held-out music" in capsys.readouterr().out
+    assert rows(tmp_path, "sample")[0]["distance"] is None
+
+
+def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path, capsys):
+    """The music goes while the sample, already drawn, is decoded; open files stay readable."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(music, data)
+
+    def remove_music_once_drawn() -> None:
+        wait_for(lambda: any(run.glob("samples/*.npq")))
+        shutil.rmtree(data)
+
+    thread = threading.Thread(target=remove_music_once_drawn)
+    thread.start()
+    train("--data", data, "--save_dir", run, "--epochs", "2", *SOUND, "--eval-frames", "400")
+    thread.join()
+    assert "statistics of the sample failed, training goes on" in capsys.readouterr().err
+    assert [row["epoch"] for row in rows(run, "epoch")] == [1, 2]
+    assert "distance" not in rows(run, "sample")[0]
+
+
+def test_samples_are_compared_with_music(checkpoint, music, tmp_path, capsys):
+    npq = tmp_path / "a.npq"
+    flags = ("--frames", "40", "--samples", "2", "--seed", "7", "--compare", music)
+    assert sample(checkpoint, "--npq-out", npq, *flags) == 0
+    said = capsys.readouterr().out
+    corpus = scan_corpus(find_npq_files([music]), ctx=2)
+    frames = corpus.files["frames"]
+    windows = WindowDataset(corpus, Spans(frames * 0, frames, ""), ctx=40, stride=40)
+    for i in (1, 2):
+        codes = codes_in(tmp_path / f"a_{i}.npq").astype(np.int64)
+        figures = compare(codes, read_excerpts(windows, 40))
+        assert f"sample {i}: {describe(figures)}\n" in said
+
+
 def test_a_signal_ends_a_sample_at_once(music, tmp_path):
     run_flags = ("--epochs", "9", *SOUND[:2], "--eval-frames", "100000000")
     import os
     import signal
-    import threading
 
     argv = [*TINY, "--data", str(music), "--save_dir", str(tmp_path), *run_flags]
     outdir = tmp_path / "samples"
@@ -138,6 +214,7 @@ def test_prompts_from_npq_and_audio_are_carried_on(checkpoint, music, tmp_path):
         (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--frames", "0"), 2, "at least 1"),
         (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--top-k", "1,2"), 1, "expected 1 or 9"),
         (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--prompt", "{tmp}/a.npq"), 1, "a.npq"),
+        (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--compare", "{tmp}/no"), 1, "no .npq file"),
         (("{checkpoint}", "--out", "{tmp}/x.wav", "--codec", "{tmp}/no.pth"), 1, "no.pth"),
     ],
 )
