@@ -182,9 +182,9 @@ def distances(drawn: Array, music: Array, files: Array) -> tuple[Array, Array]:
     return of_sample, of_music
 
 
-def distance(tables: Array, rest: Array) -> Array:
+def distance(counts: Array, rest: Array) -> Array:
     """Divergence of shares, mean over codebooks: counts [N, K, cells] and [K, cells] -> [N]."""
-    shares = (x / x.sum(axis=-1, keepdims=True) for x in (tables, rest))
+    shares = (x / x.sum(axis=-1, keepdims=True) for x in (counts, rest))
     return divergence(*shares).mean(axis=-1)
 
 
