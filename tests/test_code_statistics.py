@@ -281,6 +281,6 @@ def test_half_a_second_is_enough():
     rng = np.random.default_rng(0)
     pool = Excerpts(rng.integers(1024, size=(64, MAX_FRAMES, 9)), np.arange(64))
     compare(pool.codes[0], pool)
-    started = time.perf_counter()
+    started = time.process_time()
     compare(rng.integers(1024, size=(1290, 9)), pool)
-    assert time.perf_counter() - started < 2, "measured: 0.2 s; the rest is for busy machines"
+    assert time.process_time() - started < 0.5, "measured: 0.05 s"
