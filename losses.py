@@ -82,58 +82,69 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shared, (n, k), vocab = len(states) == 1, codes.shape, head.shape[1]
         exact = torch.promote_types(dtype, torch.float32)
         x, w = states.to(dtype), head.to(dtype)
-        x_sum = states.sum(1, keepdim=True, dtype=exact)  # [1 or K, 1, D]
+        x_sum = states.sum(1, keepdim=True, dtype=exact).expand(k, -1, -1)  # [K, 1, D]
         present = head if absent is None else head.masked_fill(absent[..., None], 0)
         w_mean = present.sum(1, keepdim=True, dtype=exact) / sizes[:, None, None]  # [K, 1, D]
-        # Mean over frames of the mean logit, the part that smoothing spreads; without the logits.
-        even = (x_sum * w_mean).sum((1, 2)) / n
-        ce, partition, squares = [], [], []
-        grad_states = torch.zeros_like(states, dtype=exact) if learns else None
-        grad_head = torch.empty_like(head) if learns else None
+        scale = (weights / (n * k))[:, None, None]
+        facts = []
+        grad_states = torch.zeros_like(states, dtype=exact)
+        grad_head = torch.empty_like(head) if learns else head
         at_once = LOGITS_AT_ONCE.get(head.device.type, LOGITS_AT_ONCE_ELSEWHERE)
         group = max(1, at_once // (n * vocab))
         for first in range(0, k, group):
             g = slice(first, min(first + group, k))
+            gone = None if absent is None else absent[g, None]
             x_g = x if shared else x[g]
-            logits = x_g @ w[g].mT  # [G, N, V]
-            if absent is not None:
-                logits.masked_fill_(absent[g, None], -torch.inf)
-            target = codes.mT[g, :, None]
-            log_p = F.log_softmax(logits, -1, dtype=exact)
-            log_p_target = log_p.gather(-1, target)
-            log_z = logits.gather(-1, target).to(exact) - log_p_target
-            ce.append(-log_p_target.mean((1, 2)))
-            partition.append(log_z.mean((1, 2)))
-            squares.append(log_z.square().mean((1, 2)))
+            fact, slope = _logits_and_slope(
+                x_g, w[g], codes.mT[g, :, None], gone, smoothing, z_loss
+            )
+            facts.append(fact)
             if not learns:
                 continue
-            # d objective / d logits = p (1 + 2 z log Z) - (1 - smoothing) [target] - smoothing / V;
-            # its last part is the same for all entries and added to the products instead.
-            p = log_p.exp_()
-            if z_loss:
-                p *= 1 + 2 * z_loss * log_z
-            hit = torch.full_like(target, smoothing - 1, dtype=dtype)
-            slope = p.to(dtype).scatter_add_(-1, target, hit)
-            scale = (weights[g] / (n * k))[:, None, None]
-            grad_x = ((slope @ w[g]).to(exact) - smoothing * w_mean[g]) * scale
+            # The slope lacks - smoothing / V, equal for all entries: the products get it instead.
+            grad_x = ((slope @ w[g]).to(exact) - smoothing * w_mean[g]) * scale[g]
             if shared:
                 grad_states += grad_x.sum(0)
             else:
                 grad_states[g] = grad_x
-            # fp16 could overflow in a sum over many frames; sqrt(n) keeps it in range.
-            x_small = x_g * n**-0.5
-            share = smoothing / sizes[g, None, None] * x_sum[0 if shared else g]
-            if absent is not None:
-                share = share * ~absent[g, :, None]
-            grad_head[g] = ((slope.mT @ x_small).to(exact) * n**0.5 - share) * scale
-        ce_k, log_z_k = torch.cat(ce), torch.cat(partition)
-        smoothed = (1 - smoothing) * ce_k + smoothing * (log_z_k - even)
-        objective = ((smoothed + z_loss * torch.cat(squares)) * weights).mean()
-        ctx.mark_non_differentiable(ce_k)
+            share = smoothing / sizes[g, None, None] * x_sum[g]
+            if gone is not None:
+                share = share * ~gone.mT
+            # A sum over many frames could overflow fp16; sqrt(n) keeps it in range.
+            grad_w = (slope.mT @ (x_g * n**-0.5)).to(exact) * n**0.5
+            grad_head[g] = (grad_w - share) * scale[g]
+        ce, log_z, squares = torch.cat(facts, dim=1)  # [K] each
+        # Mean over frames of the entries' mean logit, without the logits.
+        even = (x_sum * w_mean).sum((1, 2)) / n
+        smoothed = (1 - smoothing) * ce + smoothing * (log_z - even)
+        objective = ((smoothed + z_loss * squares) * weights).mean()
+        ctx.mark_non_differentiable(ce)
         ctx.save_for_backward(grad_states, grad_head)
-        return ce_k, objective
+        return ce, objective
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_head = ctx.saved_tensors
         return grad_states * factor, grad_head * factor, *([None] * 8)
+
+
+def _logits_and_slope(
+    x: Tensor, w: Tensor, target: Tensor, absent: Tensor | None, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Of G codebooks: states [1 or G, N, D], head [G, V, D], target [G, N, 1], absent [G, 1, V].
+
+    Returns means over frames, [3, G], of cross-entropy, log Z and its square; and d loss / d logits
+    [G, N, V] but for smoothing's even part: p (1 + 2 z log Z) - (1 - smoothing) at the target.
+    """
+    logits = x @ w.mT
+    if absent is not None:
+        logits.masked_fill_(absent, -torch.inf)
+    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p_target = log_p.gather(-1, target)
+    log_z = logits.gather(-1, target) - log_p_target
+    facts = torch.cat((-log_p_target, log_z, log_z.square()), dim=-1).mean(1).mT
+    p = log_p.exp_()
+    if z_loss:
+        p *= 1 + 2 * z_loss * log_z
+    hit = torch.full_like(target, smoothing - 1, dtype=logits.dtype)
+    return facts, p.to(logits.dtype).scatter_add_(-1, target, hit)

@@ -358,7 +358,7 @@ Choose = Callable[[Tensor, int], Tensor]
 
 
 class DepthTransformer(nn.Module):
-    """Blocks over the codes of one frame: position k sees the frame's state and codes 0 to k - 1."""
+    """Blocks over the codes of one frame: position k sees its state and codes 0 to k - 1."""
 
     row_offset: Tensor
 
@@ -375,7 +375,7 @@ class DepthTransformer(nn.Module):
         self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
 
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
-        """States [N, D] of frames and their codes [N, k], k <= K -> [k, N, E]; the last is unused."""
+        """States [N, D], codes [N, k] -> [k, N, E], k <= K; the last code is not looked at."""
         k = codes.shape[1]
         x = self.proj(states).unflatten(-1, (-1, self.config.d_model))[:, :k]
         lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
@@ -498,9 +498,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 class KeyValueCache:
     """Keys and values of BOS and the newest size - 1 columns: [L, B, H, size, C] each.
 
-    Size is what a window of ctx frames takes: ctx columns, and `lag` more. Past it the oldest frame gives way, but BOS stays in slot 0, turned so that it always
-    seems as far away as in training at the farthest: models lean on their first position, and fall
-    apart when it leaves (attention sinks: Xiao et al. 2023).
+    Size is what a window of ctx frames takes: ctx columns, and `lag` more. Past it the oldest
+    column gives way, but BOS stays in slot 0, turned so that it always seems as far away as in
+    training at the farthest: models lean on their first position, and fall apart when it leaves
+    (attention sinks: Xiao et al. 2023).
     """
 
     def __init__(

@@ -79,7 +79,8 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
     return MuonWithAdamW(
-        torch.optim.Muon([hidden], lr=lr), torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused)
+        torch.optim.Muon([hidden], lr=lr),
+        torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
     )
 
 
@@ -103,10 +104,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         muon.state = adamw.state = self.state
 
-    def step(self, closure: None = None) -> None:
-        """One step of each."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of each; a closure would be called twice, so there is none."""
         for part in self.parts:
-            part.step(closure)
+            part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; it makes new groups and a new state, which both parts must see."""

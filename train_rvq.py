@@ -86,8 +86,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal 
 # --- flags ---------------------------------------------------------------------------------------
 
 # A resumed run keeps these.
-ARCHITECTURE_FLAGS = ("d_model", "layers", "heads", "codebooks", "qk_norm", "pattern")
-ARCHITECTURE_FLAGS += ("depth_layers",)
+ARCHITECTURE_FLAGS: tuple[str, ...] = ("d_model", "layers", "heads", "codebooks", "qk_norm")
+ARCHITECTURE_FLAGS += ("pattern", "depth_layers")
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
 LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
 LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
@@ -150,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--depth-layers", type=at_least(1), default=2, help="blocks of --pattern depth")
     add("--depth-share", type=fraction_or_one, default=0.5,
         help="depth: share of the frames in each micro-batch that its loss is made of")
-    add("--code-dropout", type=fraction, default=0.0, help="share of input codes hidden in training")
+    add("--code-dropout", type=fraction, default=0.0,
+        help="share of the input codes that training hides")
     add("--grad-checkpoint", action=switch, default=False, help="recompute blocks to save memory")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -164,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, default=2e-4, help="peak learning rate")
     add("--schedule", choices=("cosine", "wsd"), default="cosine",
         help="of the lr after warm-up: a cosine, or stable and then a linear cooldown")
-    add("--cooldown", type=fraction_or_one, default=0.2, help="wsd: share of the run that cools down")
+    add("--cooldown", type=fraction_or_one, default=0.2, help="wsd: share of the run that it takes")
     add("--weight-decay", type=not_negative, default=0.02,
         help="on the matrices of the blocks and head")
     add("--warmup-ratio", type=fraction, default=0.01, help="share of the run with rising lr")

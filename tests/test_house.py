@@ -14,12 +14,12 @@ from conftest import ROOT
 from train_rvq import build_parser
 
 FLOORS = {
-    "model": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0,
-    "sampling": 1, "stability": 1, "reporting": 1, "planning": 1,
-    "code_statistics": 1,
-    "ckpt_summary": 1, "ckpt_checks": 2, "ckpt_compare": 2, "ckpt_probe": 2, "ckpt_diagnosis": 3,
-    "ckpt_report": 4, "ckpt_pictures": 5, "ckpt_page": 6,
-    "train_rvq": 7, "sample_rvq": 7, "encode_npq": 7, "ckpt_doctor": 7,
+    "losses": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
+    "model": 1, "stability": 1, "reporting": 1, "code_statistics": 1,
+    "sampling": 2, "planning": 2,
+    "ckpt_summary": 2, "ckpt_checks": 3, "ckpt_compare": 3, "ckpt_probe": 3, "ckpt_diagnosis": 4,
+    "ckpt_report": 5, "ckpt_pictures": 6, "ckpt_page": 7,
+    "train_rvq": 8, "sample_rvq": 8, "encode_npq": 8, "ckpt_doctor": 8,
 }  # fmt: skip
 SOURCES = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()

@@ -64,9 +64,7 @@ def test_logits_depend_on_what_the_pattern_puts_before_them_and_on_all_of_it(pat
             changed = codes.clone()
             changed[:, frame, codebook] = (changed[:, frame, codebook] + 5) % 16
             moved = (model(changed) - before).abs().amax((0, 3)) > 1e-7
-            expected = [
-                [sees(pattern, t, k, frame, codebook) for k in range(3)] for t in range(6)
-            ]
+            expected = [[sees(pattern, t, k, frame, codebook) for k in range(3)] for t in range(6)]
             assert moved.tolist() == expected, (frame, codebook)
 
 

@@ -72,7 +72,9 @@ def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_fram
     codes = generate(model, 10, ctx=20, draw=ANY, batch=2, prompt=prompt)
     expected = model(torch.cat((prompt.expand(2, -1, -1), codes), dim=1))[:, prompt_frames:]
     for k in range(3):
-        lag = k if pattern == "delay" else 0  # before that its places are known, or before the start
+        lag = (
+            k if pattern == "delay" else 0
+        )  # before that its places are known, or before the start
         logits = torch.stack(drawn_from[k], dim=1)[:, lag : lag + 10]
         torch.testing.assert_close(logits, expected[:, :, k])
 
