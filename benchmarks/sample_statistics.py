@@ -31,8 +31,9 @@ from npq_dataset import (  # noqa: E402
     read_header,
     scan_corpus,
 )
+from optimizer import parameter_groups  # noqa: E402
 from sampling import Draw, generate  # noqa: E402
-from train_rvq import lr_at_step, parameter_groups  # noqa: E402
+from train_rvq import lr_at_step  # noqa: E402
 
 CTX, BATCH, LR = 128, 8, 3e-3
 

@@ -29,7 +29,7 @@ torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 
 TINY = [
     *("--device", "cpu", "--d_model", "32", "--layers", "2", "--heads", "2", "--ctx", "32"),
-    *("--batch", "4", "--accum", "2", "--lr", "3e-3", "--num_workers", "0", "--eval-audio-every"),
+    *("--batch", "4", "--accum", "2", "--lr", "3e-4", "--num_workers", "0", "--eval-audio-every"),
     *("0", "--log-lr-steps", "5"),
 ]
 

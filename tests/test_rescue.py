@@ -23,7 +23,7 @@ from test_train_rvq import comparable, make_run
 import stability
 import train_rvq
 from checkpointing import QUARANTINE_SIZE, RING_SIZE, RunFiles, load_checkpoint
-from model import Losses
+from losses import Losses
 from npq_dataset import EpochOrder, write_npq
 from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
 from train_rvq import Run
@@ -250,7 +250,7 @@ def test_nan_for_ever_rolls_back_three_times_and_stops(tunes, tmp_path, capsys):
 
 def test_scattered_refusals_bar_their_windows_and_end(tunes, tmp_path):
     """Bad windows in the data: one rollback, after which they are not drawn again."""
-    run = fast_run(tunes, tmp_path, "--max-steps", "140", "--lr", "1e-3", "--no-jitter")
+    run = fast_run(tunes, tmp_path, "--max-steps", "140", "--lr", "1e-4", "--no-jitter")
     bad = run.train_windows[np.array([20, 30, 40])].long()
     losses = run.losses
 
@@ -314,7 +314,7 @@ def test_the_lr_after_a_restart_with_a_wrong_lr_follows_the_state_gone_back_to(t
     run = fast_run(tunes, tmp_path)
     run.losses = interrupting(run, at=105)
     assert train_rvq.train_or_save(run) == 143
-    run = fast_run(tunes, tmp_path, "--lr", "0.09")
+    run = fast_run(tunes, tmp_path, "--lr", "0.009")
     poison(run, lambda attempt: attempt in range(112, 122))
     run.losses = interrupting(run, at=122)
     assert train_rvq.train_or_save(run) == 143
@@ -493,7 +493,7 @@ POISONED = """
 import math, os, signal, sys
 sys.path[:0] = [{root!r}]
 import train_rvq
-from model import Losses
+from losses import Losses
 real = train_rvq.set_up
 
 def set_up(*args):
@@ -639,4 +639,4 @@ def test_a_restart_with_a_wrong_lr_ends_within_0_05_nats(seed, more_tunes, tmp_p
     run = fast_run(more_tunes, tmp_path / "cut", *flags)
     run.losses = interrupting(run, at=250)
     assert train_rvq.train_or_save(run) == 143
-    assert last_val(fast_run(more_tunes, tmp_path / "cut", *flags, "--lr", "0.09")) < clean + 0.05
+    assert last_val(fast_run(more_tunes, tmp_path / "cut", *flags, "--lr", "0.009")) < clean + 0.05

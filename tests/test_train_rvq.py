@@ -25,8 +25,10 @@ from conftest import TINY, assert_same_tensors, rows, run_trainer
 
 import train_rvq
 from checkpointing import FolderLock, load_checkpoint, save_checkpoint
-from model import CodesTransformer, Losses, ModelConfig
+from losses import Losses
+from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder, map_codes, read_header, write_npq
+from optimizer import parameter_groups
 from reporting import Console
 from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update
 
@@ -214,7 +216,7 @@ def test_steps_per_epoch_of_the_notes(windows, batch, accum, steps):
 
 def test_decay_is_on_matrices_alone():
     model = CodesTransformer(ModelConfig((16,) * 3, 32, 2, 2))
-    decayed, rest = train_rvq.parameter_groups(model, 0.02)
+    decayed, rest = parameter_groups(model, 0.02)
     names = {n for n, _ in decayed["params"]}
     kinds = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
     assert names == {"head.weight"} | {f"blocks.{i}.{k}.weight" for i in (0, 1) for k in kinds}
@@ -260,7 +262,7 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
 
 def test_gradients_and_means_equal_one_big_batch(tunes, tmp_path):
     flags = ("--data", tunes, "--save_dir", tmp_path, "--dropout", "0", "--no-amp")
-    run = make_run(*flags, "--batch", "2", "--accum", "4")
+    run = make_run(*flags, "--batch", "2", "--accum", "4", "--depth-share", "1")
     batches = list(run.loader)[:4]
     facts = backward(run, iter(batches))
     split = [p.grad.clone() for p in run.state.model.parameters()]
@@ -372,11 +374,11 @@ def test_a_refusal_names_the_frames_that_were_used(tunes, tmp_path):
 def test_train_is_the_mean_over_micro_batches(tunes, tmp_path):
     """Pitfall 8: with a learning rate of nothing, `train` is the objective of the first weights."""
     flags = ("--data", tunes, "--save_dir", tmp_path, "--dropout", "0", "--no-amp", "--epochs", "1")
-    run = make_run(*flags, "--lr", "1e-30", "--eta-min", "0")
+    run = make_run(*flags, "--lr", "1e-30", "--eta-min", "0", "--depth-share", "1")
     order = run.order.permutation(0)[: run.steps_per_epoch * run.windows_per_step]
     with torch.no_grad():
-        losses = run.state.model.losses(run.train_windows[order].long(), 0.05)
-    expected = (losses.objective * run.weights).mean().item()
+        losses = run.state.model.losses(run.train_windows[order].long(), 0.05, weights=run.weights)
+    expected = losses.objective.item()
     assert train_rvq.train_or_save(run) == 0
     (row,) = rows(tmp_path, "epoch")
     assert row["train"] == pytest.approx(expected, rel=1e-5)
@@ -389,12 +391,12 @@ def test_val_is_plain_cross_entropy_of_the_ema_weights(tunes, tmp_path):
     run.state.model.load_state_dict(checkpoint["ema"])
     every = run.val_windows[np.arange(len(run.val_windows))].long()
     with torch.no_grad():
-        losses = run.state.model.eval().losses(every, 0.05)
+        losses = run.state.model.eval().losses(every, 0.05, weights=run.weights)
     row = rows(tmp_path, "epoch")[-1]
     assert row["val_per_codebook"] == pytest.approx(losses.ce.tolist(), rel=1e-5)
     assert row["val"] == pytest.approx(losses.ce.mean().item(), rel=1e-5)
     assert row["ppl"] == pytest.approx(math.exp(row["val"]), rel=1e-6)
-    assert row["val_obj"] == pytest.approx((losses.objective * run.weights).mean().item(), rel=1e-5)
+    assert row["val_obj"] == pytest.approx(losses.objective.item(), rel=1e-5)
     raw = checkpoint["model"]
     assert not torch.equal(raw["head.weight"], checkpoint["ema"]["head.weight"])
 
@@ -591,7 +593,8 @@ def test_other_workers_give_the_same_result(workers, tunes, tmp_path):
 
 def test_another_batch_with_as_many_windows_a_step_gives_the_same_steps(tunes, tmp_path, capsys):
     """Fault 15: the same windows in the same order; sums in another order, so not bit for bit."""
-    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0", "--no-amp", "--save_dir")
+    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0", "--no-amp", "--depth-share", "1")
+    flags += ("--save_dir",)
     whole = train(*flags, tmp_path / "whole")
     train(*flags, tmp_path / "cut", stop_at=5)
     resumed = train(*flags, tmp_path / "cut", "--batch", "2", "--accum", "4")
@@ -725,8 +728,8 @@ def test_a_budget_in_seconds_ends_the_run_and_bends_the_schedule(tunes, tmp_path
     checkpoint = train("--data", tunes, "--save_dir", tmp_path, *flags, "--archive-every", "0")
     assert 2 <= checkpoint["progress"]["seconds"] < 4
     rates = [row["lr"] for row in rows(tmp_path, "step")]
-    assert max(rates) == pytest.approx(3e-3, rel=0.05)
-    assert rates[-1] < 3e-4
+    assert max(rates) == pytest.approx(3e-4, rel=0.05)
+    assert rates[-1] < 3e-5
     assert len(rows(tmp_path, "epoch")) == 1, "one validation at the end"
 
 
