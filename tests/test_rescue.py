@@ -422,10 +422,11 @@ def test_the_files_of_the_ring_are_the_runs_own(tmp_path):
 # --- quarantine ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["model", "ema", "moments"])
+@pytest.mark.parametrize("part", ["model", "ema", "moments", "momentum"])
 def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, capsys):
     """Fault 8."""
-    run = fast_run(tunes, tmp_path, "--max-steps", "110")
+    run = fast_run(tunes, tmp_path, "--max-steps", "110", "--optim", "muon")
+    name = "blocks.0.attn.qkv.weight" if part == "momentum" else "head.weight"
     eager, done = run.losses, []
 
     def spoil(codes: torch.Tensor) -> Losses:
@@ -434,11 +435,12 @@ def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, 
             done.append(1)
             train_rvq.check_save(run, wait=True)
             before = run.files.latest.read_bytes()
-            moments = state.optimizer.state[state.model.head.weight]["exp_avg"]
+            weight = state.model.get_parameter(name)
             spoiled = {
-                "model": state.model.head.weight,
-                "ema": state.ema.model.head.weight,
-                "moments": moments,
+                "model": weight,
+                "ema": state.ema.model.get_parameter(name),
+                "moments": state.optimizer.state[weight].get("exp_avg"),
+                "momentum": state.optimizer.state[weight].get("momentum_buffer"),
             }[part]
             with torch.no_grad():
                 spoiled[3, 1] = math.nan
@@ -453,7 +455,7 @@ def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, 
     assert row["to_step"] == 0
     kept = load_checkpoint(next(tmp_path.glob("*_quarantine_s*.pt")))
     assert "not finite" in kept["quarantine"]
-    assert "head.weight" in kept["quarantine"]
+    assert name in kept["quarantine"]
     final = load_checkpoint(run.files.latest)
     assert not_finite(final["model"]) == not_finite(final["ema"]) == []
     assert "never" not in capsys.readouterr().err
