@@ -4,6 +4,7 @@
     python benchmarks/doctor_scoreboard.py --extra        # and what lies beyond the list
     python benchmarks/doctor_scoreboard.py --quick        # one seed, fewer healthy runs
     python benchmarks/doctor_scoreboard.py --muon --extra # the same of runs with --optim muon
+    python benchmarks/doctor_scoreboard.py --pattern depth # of runs with another --pattern
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
@@ -107,6 +108,7 @@ SHAPES = (
     ),
 )
 SMALL = "--d_model 32 --layers 2 --heads 2 --ctx 32 --batch 4 --accum 1 "
+MUON_RATE = 0.1  # of the rates here, which are AdamW's: Muon's groups run at multiples of --lr
 # Beside the five shapes, each run twice: (shape whose data is taken, starts of the trainer).
 HEALTHY_EXTRA: dict[str, tuple[int, tuple[str, ...]]] = {
     "lr decays to eta_min": (
@@ -179,8 +181,10 @@ def remembered(folder: Path, make: Callable[[], Truth | None]) -> Truth | None:
 class Bench:
     """Folders of one scoreboard: data, healthy runs, and cases."""
 
-    def __init__(self, root: Path, *, quick: bool = False, muon: bool = False) -> None:
-        self.root, self.quick, self.muon = root, quick, muon
+    def __init__(
+        self, root: Path, *, quick: bool = False, muon: bool = False, pattern: str = "parallel"
+    ) -> None:
+        self.root, self.quick, self.muon, self.pattern = root, quick, muon, pattern
         root.mkdir(parents=True, exist_ok=True)
         for number, shape in enumerate(SHAPES):
             if not (root / f"data{number}").exists():
@@ -197,9 +201,13 @@ class Bench:
     ) -> None:
         for flags in starts:
             words = ["--data", str(self.data(number)), "--save_dir", str(folder), *COMMON]
-            words += ["--optim", "muon"] if self.muon else []
+            words += ["--optim", "muon" if self.muon else "adamw", "--pattern", self.pattern]
+            words += flags.split()
+            if self.muon:
+                for at in (i for i, word in enumerate(words) if word == "--lr"):
+                    words[at + 1] = f"{MUON_RATE * float(words[at + 1]):g}"
             log = folder.with_name(folder.name + ".log")
-            code = train([*words, *flags.split()], sabotage, log)
+            code = train(words, sabotage, log)
             if code not in (0, 3):  # done, or stopped by the guard
                 raise RuntimeError(f"{log}: the trainer ended with {code}")
 
@@ -449,6 +457,7 @@ def main() -> int:
     )
     parser.add_argument("--extra", action="store_true", help="also the faults beyond the list")
     parser.add_argument("--muon", action="store_true", help="train with --optim muon")
+    parser.add_argument("--pattern", default="parallel", help="of the runs' models")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults alone")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the runs there, leave them")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
@@ -456,7 +465,8 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         root = (flags.keep or Path(name)).absolute()
-        passed = run_bench(Bench(root, quick=flags.quick, muon=flags.muon), flags)
+        bench = Bench(root, quick=flags.quick, muon=flags.muon, pattern=flags.pattern)
+        passed = run_bench(bench, flags)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0 if passed else 1
 

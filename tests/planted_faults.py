@@ -8,7 +8,6 @@ Shared by benchmarks/doctor_scoreboard.py and the tests. Nothing here knows the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -32,7 +31,8 @@ from make_codes import make_tune
 import train_rvq
 from checkpointing import save_checkpoint
 from npq_dataset import write_npq
-from stability import Ema, Guard, not_finite
+from optimizer import MUON_FACTOR
+from stability import Ema, Guard
 
 Checkpoint = dict[str, Any]
 
@@ -89,24 +89,14 @@ class Sabotage:
 
 
 def train(argv: Sequence[str], sabotage: Sabotage | None, log: Path) -> int:
-    """train_rvq.py's own main, with a fault planted in it or without; its exit code.
-
-    `--optim muon` works with a trainer that lacks the flag, too: `_muon_patches`.
-    """
-    words = [*argv]
+    """train_rvq.py's own main, with a fault planted in it or without; its exit code."""
     with open(log, "a", encoding="utf-8") as file, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(file))
         stack.enter_context(contextlib.redirect_stderr(file))
-        if "--optim" in words and "--optim" not in train_rvq.build_parser().format_help():
-            at = words.index("--optim")
-            patches = _muon_patches() if words[at + 1] == "muon" else ()
-            del words[at : at + 2]
-            for patch in patches:
-                stack.enter_context(patch)
         if sabotage is not None:
             for patch in _patches(sabotage):
                 stack.enter_context(patch)
-        return train_rvq.main(words)
+        return train_rvq.main([*argv])
 
 
 def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -151,84 +141,6 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
     if not s.guarded:
         yield mock.patch.object(Guard, "judge", return_value=None)
         yield mock.patch.object(train_rvq, "unsound", return_value=None)
-
-
-# --- Muon, until the trainer has it --------------------------------------------------------------
-
-LR_FACTORS = {"muon": 2.0, "head": 0.5, "rest": 1.0}
-
-
-class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices of the blocks and its AdamW for the rest, as one optimizer.
-
-    One state dict, Muon's groups first; each group takes its own multiple, `lr_factor`, of the
-    learning rate that the trainer sets.
-    """
-
-    def __init__(self, model: torch.nn.Module, flags: argparse.Namespace) -> None:
-        named = list(model.named_parameters())
-        inner = [(n, p) for n, p in named if "blocks." in n and p.dim() == 2]
-        head = [(n, p) for n, p in named if n == "head.weight"]
-        rest = [(n, p) for n, p in named if n != "head.weight" and (n, p) not in inner]
-        decay = {"weight_decay": flags.weight_decay}
-        self.parts = (
-            torch.optim.Muon(
-                [{"params": inner, **decay, "lr_factor": LR_FACTORS["muon"]}],
-                lr=flags.lr, adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(
-                [
-                    {"params": head, **decay, "lr_factor": LR_FACTORS["head"]},
-                    {"params": rest, "weight_decay": 0.0, "lr_factor": LR_FACTORS["rest"]},
-                ],
-                lr=flags.lr, betas=(0.9, 0.95),
-            ),
-        )  # fmt: skip
-        super().__init__([p for _, p in named], {})
-        self.param_groups = [g for part in self.parts for g in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both; every group's lr is multiplied by its factor first."""
-        for group in self.param_groups:
-            group["lr"] *= group["lr_factor"]
-        for part in self.parts:
-            part.step()
-            self.state.update(part.state)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, into both parts."""
-        first = 0
-        for part in self.parts:
-            own = part.state_dict()
-            count = sum(len(g["params"]) for g in own["param_groups"])
-            states = state_dict["state"]
-            taken = {i: states[i + first] for i in range(count) if i + first in states}
-            part.load_state_dict({"state": taken, "param_groups": own["param_groups"]})
-            self.state.update(part.state)
-            first += count
-        self.param_groups = [g for part in self.parts for g in part.param_groups]
-
-
-def _muon_patches() -> Iterator[contextlib.AbstractContextManager[Any]]:
-    build = train_rvq.build_state
-
-    def with_muon(flags: argparse.Namespace, model: Any, *others: Any) -> train_rvq.TrainState:
-        state = build(flags, model, *others)
-        flags.optim = "muon"
-        state.optimizer = MuonAndAdamW(model, flags)
-        return state
-
-    def unsound(run: train_rvq.Run) -> str | None:
-        tensors = {f"model {n}": t for n, t in run.state.model.state_dict().items()}
-        tensors |= {f"ema {n}": t for n, t in run.state.ema.state_dict().items()}
-        for i, state in run.state.optimizer.state_dict()["state"].items():
-            tensors |= {f"{key} of {i}": t for key, t in state.items() if t.dim()}
-        if bad := not_finite(tensors):
-            return f"{len(bad)} tensors are not finite, first {bad[0]}"
-        return run.state.guard.worse_than_guessing()
-
-    yield mock.patch.object(train_rvq, "build_state", with_muon)
-    yield mock.patch.object(train_rvq, "unsound", unsound)
 
 
 # --- faults in training --------------------------------------------------------------------------
@@ -869,7 +781,7 @@ MUON_FAULTS: dict[str, FileFault] = {
     "Adam's moments in Muon's group": FileFault(_muon(_as_adams), ("I3",)),
     "lr of Muon's group x 10": FileFault(_group_lr(0, 10.0), ("S1",)),
     "lr of the head's group / 10": FileFault(_group_lr(1, 0.1), ("S1",)),
-    "factor of Muon's group left out": FileFault(_group_lr(0, 1 / LR_FACTORS["muon"]), ("S1",)),
+    "factor of Muon's group left out": FileFault(_group_lr(0, 1 / MUON_FACTOR), ("S1",)),
 }
 
 

@@ -28,13 +28,14 @@ from ckpt_doctor import ExitCode, build_parser
 from ckpt_summary import Summary
 
 EPOCHS = 8
+ADAMW = ("--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel")
 
 
 @pytest.fixture(scope="session")
 def healthy_run(tunes, tmp_path_factory) -> Path:
-    """The folder of a run of eight epochs with an archive of each."""
+    """The folder of a run of eight epochs with --optim adamw and an archive of each."""
     folder = tmp_path_factory.mktemp("doctor") / "run"
-    flags = ("--epochs", EPOCHS, "--archive-every", 1, "--step", 4)
+    flags = ("--epochs", EPOCHS, "--archive-every", 1, "--step", 4, *ADAMW)
     code, output = run_trainer(*TINY, "--data", tunes, "--save_dir", folder, *flags)
     assert code == 0, output
     return folder
@@ -51,6 +52,7 @@ def muon_run_of(seed: int, tunes: Path, folder: Path) -> Path:
     """A run of six epochs with --optim muon and an archive of each."""
     flags = ["--data", str(tunes), "--save_dir", str(folder), "--seed", str(seed), *TINY]
     flags += ["--epochs", "6", "--archive-every", "1", "--step", "4", "--optim", "muon"]
+    flags += ["--pattern", "parallel"]
     assert train(flags, None, folder.with_name(f"log{seed}")) == 0
     return folder
 
@@ -127,6 +129,24 @@ def test_a_healthy_run_with_muon_is_healthy_and_says_who_trained_it(muon_run, tm
     assert methods[-1] == "AdamW"
     latest, first = muon_run / "rvq_4cb_latest.pt", next(muon_run.glob("*_epoch_e0001__*.pt"))
     assert "(Muon + AdamW)" in doctor("--compare", first, latest).stdout
+
+
+@pytest.mark.parametrize("pattern", ["delay", "depth"])
+def test_a_healthy_run_of_another_pattern_is_healthy_with_a_probe_too(pattern, tunes, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--epochs", 6, "--archive-every", 1, "--optim", "muon")
+    code, output = run_trainer(
+        *TINY, "--data", tunes, "--save_dir", folder, *flags, "--pattern", pattern
+    )
+    assert code == 0, output
+    done = doctor(folder)
+    assert done.returncode == ExitCode.HEALTHY, done.stdout
+    done = doctor(folder, "--probe-data", tunes, "--json", tmp_path / "report.json")
+    assert done.returncode == ExitCode.HEALTHY, done.stdout
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    grave = [f for f in run["findings"] if f["level"] not in ("info", "warn")]
+    assert not grave
+    assert all(len(f["probe"]["ema"]["ce"]) == 4 for f in run["files"])
 
 
 QUICK_FAULTS = ("NaN in a momentum", "a momentum zeroed", "lr of Muon's group x 10")

@@ -43,10 +43,11 @@ from ckpt_summary import (
 
 @pytest.fixture(scope="session")
 def run_folder(tunes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of two epochs."""
+    """A real run of two epochs with --optim adamw."""
     folder = tmp_path_factory.mktemp("run")
     flags = ["--data", tunes, "--save_dir", folder, "--epochs", "2", "--archive-every", "1"]
-    code, output = run_trainer(*flags, *TINY)
+    flags += [*TINY, "--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel"]
+    code, output = run_trainer(*flags)
     assert code == 0, output
     return folder
 
@@ -1010,7 +1011,8 @@ def muon_run(tunes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`latest` of a real run with --optim muon."""
     folder = tmp_path_factory.mktemp("muon")
     flags = ["--data", str(tunes), "--save_dir", str(folder), "--epochs", "1", *TINY]
-    assert train([*flags, "--optim", "muon"], None, folder / "log") == 0
+    flags += ["--optim", "muon", "--pattern", "parallel"]
+    assert train(flags, None, folder / "log") == 0
     return folder / "rvq_4cb_latest.pt"
 
 

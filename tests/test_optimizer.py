@@ -304,7 +304,7 @@ def test_a_momentum_that_is_not_finite_is_unsound(bad, tunes, tmp_path):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_samples_after_epochs_and_from_its_file(pattern, tunes, tmp_path):
-    """Longer than ctx, with a prompt too; the codec does not fit these codes, the codes are kept."""
+    """Longer than ctx, with a prompt too; the codec does not fit such codes, which are kept."""
     flags = ("--eval-audio-every", "1", "--eval-frames", "40", "--eval-dac-repo", "demo")
     flags += ("--pattern", pattern, "--epochs", "1")
     train("--data", tunes, "--save_dir", tmp_path, *flags)
