@@ -882,7 +882,8 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
             f"{order.num_windows} training windows are fewer than one step's --batch {flags.batch} "
             f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
         )
-    weights = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
+    shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
+    weights = torch.tensor(shares, device=device)
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, source, corpus, device)
     state = build_state(flags, model, amp_dtype, device)
@@ -905,13 +906,11 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
         losses=functools.partial(
-            model.losses,
-            label_smoothing=flags.label_smoothing,
-            z_loss=flags.z_loss,
-            weights=torch.tensor(weights, device=device),
+            model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
+            weights=weights,
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
-        weights=torch.tensor(weights, device=device),
+        weights=weights,
         loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
         best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
