@@ -39,7 +39,7 @@ from checkpointing import CheckpointError, RunFiles, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = shlex.split(
-    "--device cpu --d_model 32 --layers 2 --heads 2 --ctx 32 --batch 4 --accum 2 --lr 3e-3 "
+    "--device cpu --d_model 32 --layers 2 --heads 2 --ctx 32 --batch 4 --accum 2 --lr 3e-4 "
     "--max-steps 150 --eval-audio-every 0 --log-lr-steps 5 --save-every-minutes 0.002 "
     "--archive-every 1"
 )

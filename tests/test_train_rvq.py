@@ -932,7 +932,7 @@ def test_a_disk_filled_by_others_is_named_with_figures_and_saved_to_again_later(
 ):
     """Fault 3: two saves fail, the disk is emptied, the third succeeds, the count starts anew."""
     disk = small_disk("3m")
-    run = make_run("--data", tunes, "--save_dir", disk)
+    run = make_run("--data", tunes, "--save_dir", disk, "--optim", "muon", "--pattern", "parallel")
     train_rvq.save(run)
     train_rvq.finish_save(run)
     filler = disk / "film.mkv"
