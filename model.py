@@ -56,7 +56,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     qk_norm: bool = True
     pattern: str = "parallel"
-    depth_layers: int = 2  # of the depth transformer; other patterns have none
+    depth_layers: int = 1  # of the depth transformer; other patterns have none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))

@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="on embeddings and on each block's two outputs")
     add("--pattern", choices=PATTERNS, default="parallel",
         help="what a code may depend on within its frame; see model.py")
-    add("--depth-layers", type=at_least(1), default=2, help="blocks of --pattern depth")
+    add("--depth-layers", type=at_least(1), default=1, help="blocks of --pattern depth")
     add("--depth-share", type=fraction_or_one, default=0.5,
         help="depth: share of the frames in each micro-batch that its loss is made of")
     add("--code-dropout", type=fraction, default=0.0,
@@ -343,7 +343,8 @@ class Progress:
     position: int = 0  # windows of the present epoch that were used or refused
     seconds: float = 0.0  # in training steps, since the very first start
     elapsed: float = 0.0  # wall clock, likewise, over all processes
-    schedule_steps: int = 0  # over which lr falls; fixed at the very first start
+    schedule_steps: int = 0  # of the lr schedule; fixed at the very first start but for wsd
+    cooling: bool = False  # wsd's cooldown has begun
     lr_scale: float = 1.0  # cut by rollbacks
     lr_goal: float = 1.0  # where it comes back to
     best_val: float = math.inf
@@ -556,14 +557,27 @@ def update(run: Run, lr: float, grad_norm: float) -> None:
 
 
 def learning_rate(run: Run) -> float:
-    """Of the step about to be taken: by steps, or by seconds where those are the budget."""
-    p, flags = run.state.progress, run.flags
+    """Of the step about to be taken; groups of parameters run at multiples of it."""
+    flags = run.flags
     names = ("lr", "eta_min", "warmup_ratio", "schedule", "cooldown")
     shape = {name: getattr(flags, name) for name in names}
+    return run.state.progress.lr_scale * lr_at_step(*schedule_position(run), **shape)
+
+
+def schedule_position(run: Run) -> tuple[float, float]:
+    """Of the step about to be taken, and the end; in seconds where those are the budget."""
+    p, flags = run.state.progress, run.flags
     if flags.max_seconds:
-        seconds = p.seconds + p.epoch_seconds / max(p.epoch_steps, 1)
-        return p.lr_scale * lr_at_step(seconds, flags.max_seconds, **shape)
-    return p.lr_scale * lr_at_step(p.step + 1, p.schedule_steps, **shape)
+        return p.seconds + p.epoch_seconds / max(p.epoch_steps, 1), flags.max_seconds
+    return p.step + 1, p.schedule_steps
+
+
+def cooldown_begins(run: Run) -> bool:
+    """Whether the step about to be taken is the first that wsd lowers the learning rate for."""
+    if run.flags.schedule != "wsd" or run.state.progress.cooling:
+        return False
+    position, total = schedule_position(run)
+    return position > (1 - run.flags.cooldown) * total
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -916,12 +930,28 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     )  # fmt: skip
     if checkpoint is not None:
         run.metrics.history = checkpoint["history"]
+        if flags.schedule == "wsd":
+            settle_schedule(run, checkpoint["flags"])
     else:
         state.progress.schedule_steps = run.planned_steps
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
     return run
+
+
+def settle_schedule(run: Run, saved: dict[str, Any]) -> None:
+    """Let wsd end where the flags now say; refused where that would raise a cooling lr again."""
+    p, flags = run.state.progress, run.flags
+    longer = run.planned_steps > p.schedule_steps
+    if flags.max_seconds and saved.get("max_seconds"):
+        longer = flags.max_seconds > saved["max_seconds"]
+    if longer and p.cooling:
+        raise UsageError(
+            f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
+            "--resume the archive that was kept when it began, or --init-from for a new schedule"
+        )
+    p.schedule_steps = run.planned_steps
 
 
 def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
@@ -977,7 +1007,7 @@ def merge_flags(
             merged[name] = saved[name]
         winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
         console.line(f"  --{name.replace('_', '-')}: saved {saved[name]}, asked {value}; {winner}")
-        if name in ("epochs", "max_steps"):
+        if name in ("epochs", "max_steps") and merged["schedule"] == "cosine":
             console.line(
                 f"  the lr schedule still spans {progress['schedule_steps']} steps and stays at "
                 "--eta-min after them; --init-from starts a new schedule from these weights"
@@ -1237,11 +1267,14 @@ def take_steps(run: Run) -> bool:
             break
         if validation_due(run, complete=False):
             break
-        keep = ladder.keep_due(p.step, p.schedule_steps)
-        if keep and (reason := save(run, ring=True, spare=True)) is not None:
-            roll_back(run, reason)
-            batches, end = read_on(run)
-            continue
+        keep, cools = ladder.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
+        if keep or cools:  # a run can be extended from the archive of before its cooldown
+            reason = save(run, ring=keep, archive=cools, spare=not cools)
+            if reason is not None:
+                roll_back(run, reason)
+                batches, end = read_on(run)
+                continue
+            p.cooling = p.cooling or cools
         started = time.perf_counter()
         stats = train_step(run, batches)
         seconds = time.perf_counter() - started

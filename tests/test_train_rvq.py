@@ -909,6 +909,33 @@ def test_a_run_whose_last_save_fails_does_not_say_that_it_was_saved(end, tunes, 
     assert run.files.latest.read_bytes() == before
 
 
+WSD = ("--schedule", "wsd", "--cooldown", "0.25", "--archive-every", "0", "--epochs", "99")
+
+
+def test_a_wsd_run_is_extended_from_where_its_cooldown_began(tunes, tmp_path, capsys):
+    """A run of 16 steps gone on to 40 from its archive ends as one planned for 40."""
+    flags = ("--data", tunes, *WSD)
+    straight = train(*flags, "--save_dir", tmp_path / "straight", "--max-steps", "40")
+    train(*flags, "--save_dir", tmp_path / "short", "--max-steps", "16")
+    (archive,) = (tmp_path / "short").glob("*_epoch_e*.pt")
+    assert load_checkpoint(archive)["progress"]["step"] == 12
+    with pytest.raises(train_rvq.UsageError, match="cooldown has begun before step 16"):
+        make_run("--save_dir", tmp_path / "short", "--max-steps", "40")
+    extended = train(
+        *("--save_dir", tmp_path / "long", "--resume", archive, "--max-steps", "40"), "--quiet"
+    )
+    for part in ("model", "ema", "optimizer", "guard", "rng"):  # the ladder counts by the plan
+        assert_same_tensors(dict(extended[part]), dict(straight[part]))
+
+
+def test_a_wsd_run_is_ended_early_by_fewer_steps(tunes, tmp_path):
+    flags = ("--data", tunes, *WSD, "--save_dir", tmp_path)
+    train(*flags, "--max-steps", "4000", stop_at=9)
+    train("--save_dir", tmp_path, "--max-steps", "12")
+    rates = {row["step"]: row["lr"] for row in rows(tmp_path, "step")}
+    assert rates[10] == pytest.approx((3e-4 - 1e-5) * 2 / 3 + 1e-5)
+
+
 def test_a_full_disk_makes_room_of_old_archives_and_the_run_ends_as_on_a_large_one(
     tunes, tmp_path, small_disk, capsys
 ):
