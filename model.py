@@ -458,7 +458,7 @@ class Dropout(nn.Module):
         """Any shape; in training an element is 0 with probability p, else divided by 1 - p."""
         if not (self.training and self.p):
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)

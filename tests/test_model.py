@@ -300,10 +300,23 @@ def test_one_gather_and_one_head_product_whatever_k():
     assert counts[0][1] == 1
 
 
-def test_compiles_without_a_graph_break_and_agrees_with_eager():
-    model, codes = make_model(), make_codes()
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_compiles_without_a_graph_break_and_agrees_with_eager(pattern):
+    model, codes = make_model(dataclasses.replace(CONFIG, pattern=pattern)), make_codes()
     compiled = torch.compile(model.losses, fullgraph=True)
-    torch.testing.assert_close(compiled(codes, 0.05), model.losses(codes, 0.05))
+    ours, theirs = compiled(codes, 0.05), model.losses(codes, 0.05)
+    torch.testing.assert_close(ours.ce, theirs.ce)
+    torch.testing.assert_close(ours.objective, theirs.objective)
+
+
+def test_compiles_with_all_that_training_adds():
+    """Dropout of states and codes, a share of the frames, bfloat16: no graph break either."""
+    config = ModelConfig((16, 16, 7), 32, 2, 2, dropout=0.1, pattern="depth")
+    model = make_model(config, code_dropout=0.1, depth_share=0.5).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05, 1e-4)
+    losses.objective.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 NO_NEW_API = "sys.modules['torch.nn.attention'] = None"
