@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", type=at_least(1), default=12, help="attention heads")
     add("--dropout", type=fraction, default=0.1,
         help="on embeddings and on each block's two outputs")
-    add("--pattern", choices=PATTERNS, default="parallel",
+    add("--pattern", choices=PATTERNS, default="depth",
         help="what a code may depend on within its frame; see model.py")
     add("--depth-layers", type=at_least(1), default=1, help="blocks of --pattern depth")
     add("--depth-share", type=fraction_or_one, default=0.5,
