@@ -930,22 +930,25 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     )  # fmt: skip
     if checkpoint is not None:
         run.metrics.history = checkpoint["history"]
-        if flags.schedule == "wsd":
-            settle_schedule(run, checkpoint["flags"])
-    else:
-        state.progress.schedule_steps = run.planned_steps
+    settle_schedule(run, checkpoint)
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
     return run
 
 
-def settle_schedule(run: Run, saved: dict[str, Any]) -> None:
-    """Let wsd end where the flags now say; refused where that would raise a cooling lr again."""
+def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Fix the steps that lr falls over: for a cosine at the first start, for wsd at each.
+
+    Raises:
+        UsageError: a longer run would raise a cooling lr again.
+    """
     p, flags = run.state.progress, run.flags
+    if checkpoint is not None and flags.schedule == "cosine":
+        return
     longer = run.planned_steps > p.schedule_steps
-    if flags.max_seconds and saved.get("max_seconds"):
-        longer = flags.max_seconds > saved["max_seconds"]
+    if checkpoint is not None and flags.max_seconds and checkpoint["flags"].get("max_seconds"):
+        longer = flags.max_seconds > checkpoint["flags"]["max_seconds"]
     if longer and p.cooling:
         raise UsageError(
             f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
