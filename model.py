@@ -172,7 +172,8 @@ class CodesTransformer(nn.Module):
         self.grad_checkpoint = grad_checkpoint
         self.embed_grad = embed_grad
         self.code_dropout = code_dropout
-        self.depth_share = depth_share
+        # A whole number: a float that differs between models becomes a symbol for the compiler.
+        self.drawn_of_1024 = max(1, round(1024 * depth_share))
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
@@ -223,9 +224,10 @@ class CodesTransformer(nn.Module):
         time: an unbiased estimate at a fraction of its cost.
         """
         hidden, frames = self.hidden_states(codes), codes
-        if self.depth and self.training and self.depth_share < 1:
-            count = max(1, round(self.depth_share * codes[..., 0].numel()))
-            drawn = torch.randperm(codes[..., 0].numel(), device=codes.device)[:count]
+        if self.depth and self.training and self.drawn_of_1024 < 1024:
+            count = codes.shape[0] * codes.shape[1]
+            drawn = torch.randperm(count, device=codes.device)
+            drawn = drawn[: max(1, count * self.drawn_of_1024 // 1024)]
             hidden, frames = hidden.flatten(0, 1)[drawn][None], codes.flatten(0, 1)[drawn][None]
         return linear_cross_entropy(
             self.head_states(hidden, frames),
@@ -350,7 +352,7 @@ class CodesTransformer(nn.Module):
         if self.depth:
             inner = sum(p.numel() for p in self.depth.blocks.parameters() if p.dim() == 2)
             head += self.depth.proj.weight.numel() + len(self.sizes) * inner
-            head = round(self.depth_share * head)
+            head = head * self.drawn_of_1024 // 1024
         return 6 * (weights + head) + 6 * self.config.layers * ctx * self.config.d_model
 
 

@@ -79,7 +79,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_into_depth(pattern):
     kinds = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
     expected = {f"blocks.{i}.{k}.weight" for i in (0, 1) for k in kinds}
     if pattern == "depth":
-        expected |= {f"depth.{n}" for n in expected} | {"depth.proj.weight"}
+        expected |= {f"depth.blocks.0.{k}.weight" for k in kinds} | {"depth.proj.weight"}
     assert {n for n, _ in hidden["params"]} == expected
     assert [n for n, _ in head["params"]] == ["head.weight"]
     assert {n for n, p in rest["params"] if p.dim() == 2} == {
