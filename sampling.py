@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import CodesTransformer, KeyValueCache, shift, unshift
+from model import ABSENT, CodesTransformer, KeyValueCache, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 
@@ -113,17 +113,24 @@ def generate(
         )
     cache, lag = KeyValueCache(model, batch=batch, ctx=ctx), model.config.lag
     prompt = prompt[max(0, len(prompt) - ctx + 1) :].to(device)
-    # What is to come, as columns of the pattern: known codes, codes to draw, places without one.
-    to_draw = prompt.new_full((frames, k), TO_DRAW)
-    columns = shift(torch.cat((prompt, to_draw)).expand(batch, -1, -1), lag).clone()
+    # The first columns of the pattern hold what the prompt knows of them.
+    to_draw = prompt.new_full((lag, k), TO_DRAW)
+    known = shift(torch.cat((prompt, to_draw))[None], lag)[:, : len(prompt) + lag]
+    end = len(prompt) + frames
+    columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
+    columns[:, : len(prompt)] = known[:, : len(prompt)]
     # Compiled twice at most: before the cache is full, and after.
     advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
     state = model.prefill(columns[:, : len(prompt)], cache)
-    for t in range(len(prompt), columns.shape[1]):
+    for t in range(len(prompt), end + lag):
         drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
-        columns[:, t] = drawn = torch.where(columns[:, t] == TO_DRAW, drawn, columns[:, t])
+        if t < known.shape[1]:
+            drawn = torch.where(known[:, t] == TO_DRAW, drawn, known[:, t])
+        if t >= end:  # lower codebooks have ended
+            drawn = drawn.masked_fill(torch.arange(k, device=device) <= t - end, ABSENT)
+        columns[:, t] = drawn
         on_frame()
-        if t + 1 < columns.shape[1]:
+        if t + 1 < end + lag:
             cache.begin(1)
             state = advance(drawn, cache)
     return unshift(columns, lag)[:, len(prompt) :]
