@@ -10,7 +10,7 @@ demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds
 	cd examples/demo/val && ls > ../../../demo/val.txt
 	$(BIN)/python train_rvq.py --data examples/demo/train examples/demo/val --val-list demo/val.txt \
 	    --save_dir demo/run --device cpu --d_model 128 --layers 4 --heads 4 --dropout 0 \
-	    --ctx 256 --step 117 --batch 4 --accum 1 --lr 3e-3 --warmup-ratio 0.05 \
+	    --ctx 256 --step 117 --batch 4 --accum 1 --warmup-ratio 0.05 \
 	    --label-smoothing 0 --max-seconds 110 --eval-audio-every 0 --log-lr-steps 20
 	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 
@@ -26,7 +26,7 @@ smoke: .venv/installed  ## a fixed tiny run; a refactor must print the same loss
 	rm -rf smoke_ckpts demo_codes
 	$(BIN)/python examples/make_codes.py demo_codes
 	$(BIN)/python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 \
-	    --ctx 64 --batch 4 --accum 1 --lr 3e-3 --max-steps 30 --save_dir smoke_ckpts
+	    --ctx 64 --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
 	@$(BIN)/python -c "import json; print('smoke loss', [json.loads(r)['train'] for r in \
 	    open('smoke_ckpts/rvq_4cb_metrics.jsonl') if '\"epoch\"' in r[:20]][-1])"
 
