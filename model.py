@@ -567,9 +567,13 @@ class LayerCache(NamedTuple):
 # --- attention kernels ---------------------------------------------------------------------------
 
 
+SDPA_BATCH = 65_535  # CUDA's fused kernels lay the batch along a grid axis that ends here
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention over the past, [B, H, T, C] each, by the best kernel."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if slow or len(q) > SDPA_BATCH:
         return blocked_attention(q, k, v)
     with sdpa_kernels():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -578,7 +582,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
     """The same by plain products, for `block` queries at a time over the keys they may see.
 
-    On CPUs SDPA's bfloat16 kernel took 2.4 times as long (benchmarks/README.md). It keeps the
+    On CPUs SDPA's bfloat16 kernel took more than twice as long (benchmarks/README.md). It keeps the
     attention weights for backward, B * H * T^2 / 2 of them a layer.
     """
     frames, scale = q.shape[2], q.shape[3] ** -0.5
