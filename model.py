@@ -449,7 +449,7 @@ class SquaredReluMlp(nn.Module):
 class Dropout(nn.Module):
     """Inverted dropout (Srivastava et al. 2014), with 16 random bits an element on a CPU.
 
-    torch's own draws a double an element there, which took 7 % of a step (benchmarks/README.md).
+    torch's own takes more than twice as long there (benchmarks/README.md).
     """
 
     def __init__(self, p: float) -> None:
