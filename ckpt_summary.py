@@ -20,6 +20,7 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import numbers
 import os
 import pickletools
@@ -257,15 +258,24 @@ def in_child(
     The child is forked: the parent never computes with tensors, so there are no threads to lose.
     """
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, work, path, *arguments), daemon=True)
+    ours, theirs = pipe = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(pipe, work, path, *arguments), daemon=True)
     sys.stdout.flush()
-    # Ctrl-C is the parent's, who ends the child: the child must not meet it even while it starts.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    child.start()
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(ours.close)
+        with ctrl_c_deferred():  # a child that is not yet known could not be ended
+            child.start()
+            at_end.callback(_end, child)
         theirs.close()
+        return _answer(child, ours, report)
+
+
+def _answer(
+    child: multiprocessing.process.BaseProcess,
+    ours: multiprocessing.connection.Connection,
+    report: Callable[[int], None],
+) -> Any | Problem:
+    try:
         while ours.poll(SILENCE):
             message = json.loads(ours.recv_bytes())
             if "bytes" in message:
@@ -280,26 +290,46 @@ def in_child(
         code = child.exitcode or 0
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return Problem("corrupt", f"the process that read it died ({reason})")
+
+
+def _end(child: multiprocessing.process.BaseProcess) -> None:
+    child.kill()
+    child.join()
+
+
+@contextlib.contextmanager
+def ctrl_c_deferred() -> Iterator[None]:
+    """Let a SIGINT take effect at the block's end.
+
+    A signal mask would not do: another thread, such as a progress bar's, would take the signal and
+    raise it here all the same.
+    """
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
     finally:
-        child.kill()
-        child.join()
-        ours.close()
+        signal.signal(signal.SIGINT, before)
+    if waiting and callable(before):
+        before(signal.SIGINT, None)
 
 
 def _child(
-    connection: multiprocessing.connection.Connection,
+    pipe: tuple[multiprocessing.connection.Connection, multiprocessing.connection.Connection],
     work: Callable[..., Any],
     path: str,
     *arguments: Any,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
+    ours, connection = pipe
+    ours.close()  # so that sending to a parent that is gone fails, and does not wait for ever
+
     def tell(number_of_bytes: int) -> None:
         connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
 
     warnings.simplefilter("ignore")  # of torch and NumPy, on what a file holds
     try:
-        torch.set_num_threads(
-            1
-        )  # memory is the limit; threads wait for each other on a busy machine
+        torch.set_num_threads(1)  # memory is the limit; threads would wait for each other
         _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
         message = {"answer": work(path, tell, *arguments)}
     except Unreadable as error:

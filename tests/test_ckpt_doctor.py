@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows, run_trainer, wait_for
+from conftest import ROOT, TINY, rows, run_trainer
 from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
@@ -362,14 +363,18 @@ def test_a_reader_that_leaves_early_is_no_error(healthy_run):
     assert done.stderr == ""
 
 
-def test_ctrl_c_ends_at_once_and_leaves_no_process(healthy_run, tmp_path):
+@pytest.mark.parametrize("delay", [0, 0.001, 0.01])
+def test_ctrl_c_ends_at_once_and_leaves_no_process(healthy_run, tmp_path, delay):
+    """Also in the moment of a fork: the signal comes as soon as the first child is there."""
     many = [shutil.copy(healthy_run / "rvq_4cb_latest.pt", tmp_path / f"{i}.pt") for i in range(60)]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "ckpt_doctor.py"), *many],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(lambda: process.poll() is not None or children.read_text().strip() != "")
+    while process.poll() is None and not children.read_text().strip():
+        pass  # a pause would miss the moment
+    time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == ExitCode.INTERRUPTED
