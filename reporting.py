@@ -47,12 +47,13 @@ def number(value: float | None, form: str = ".4f") -> str:
 class Console:
     """Lines on standard output, problems on standard error, and a bar where there is a terminal.
 
-    `quiet` leaves epoch lines, learning-rate lines and problems, and drops the rest.
+    `quiet` leaves epoch lines, learning-rate lines and problems, and drops the rest; `silent` drops
+    everything, in a process that repeats what another one says.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.has_bar = not quiet and sys.stderr.isatty()
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self.quiet, self.silent = quiet, silent
+        self.has_bar = not quiet and not silent and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
 
     def detail(self, text: str) -> None:
@@ -69,6 +70,8 @@ class Console:
         self._write(f"! {text}", sys.stderr)
 
     def _write(self, text: str, stream: TextIO) -> None:
+        if self.silent:
+            return
         if self.bar is not None:
             tqdm.write(text, file=stream)
         else:
@@ -125,14 +128,17 @@ HISTORY_ROWS = 1000  # of metrics that travel in a checkpoint
 
 
 class MetricsLog:
-    """Appends rows to `*_metrics.jsonl` and TensorBoard; keeps the newest in memory."""
+    """Appends rows to `*_metrics.jsonl` and TensorBoard; keeps the newest in memory.
 
-    def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
-        self.file = open(path, "ab")  # noqa: SIM115 - open for the whole run
-        if self.file.tell() and not _ends_with_newline(path):
+    Without a path nothing is written: another process does.
+    """
+
+    def __init__(self, path: Path | None, *, tensorboard: bool = False) -> None:
+        self.file = open(path or os.devnull, "ab")  # noqa: SIM115 - open for the whole run
+        if path and self.file.tell() and not _ends_with_newline(path):
             self.file.write(b"\n")  # a killed run may have left half a row
         self.history: list[dict[str, Any]] = []
-        self.board = _summary_writer(path) if tensorboard else None
+        self.board = _summary_writer(path) if path and tensorboard else None
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append a row at once; returns it. A full disk costs the row, never the run."""

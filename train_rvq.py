@@ -4,6 +4,7 @@ r"""Train a causal transformer on the codes of a neural audio codec, kept in .np
     python train_rvq.py --data "npq_out/*.npq" --resume rvq_ckpts/rvq_9cb_best.pt
     python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64 \
         --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
+    torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
 The file reads from top to bottom: flags, pure pieces, the state of a run, one step, evaluation,
 saving and restoring, the loop, and `main`. It can be killed at any moment; the same command goes on
@@ -23,6 +24,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -34,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from checkpointing import (
     WEIGHTS_KEYS,
@@ -69,6 +71,7 @@ from npq_dataset import (
     write_npq,
 )
 from optimizer import build_optimizer, state_tensors
+from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -156,7 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch", type=at_least(1), default=6, help="windows in a micro-batch")
-    add("--accum", type=at_least(1), default=6, help="micro-batches in an optimizer step")
+    add("--accum", type=at_least(1), default=6,
+        help="micro-batches in an optimizer step, over all processes")
     add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
     add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
     add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
@@ -205,6 +209,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
         help="reduce-overhead uses CUDA graphs")
     add("--fused-optim", action=switch, default=True, help="fused AdamW")
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="under torchrun: a whole copy of the state in each process, or a part")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save_dir", default="rvq_ckpts", help="folder of the run's files")
@@ -392,6 +398,7 @@ class Run:
     order: EpochOrder
     loader: DataLoader[Tensor]
     data: dict[str, Any]  # what the windows are made of; a resume compares it
+    world: World
     stop: StopRequest
     started: float = dataclasses.field(default_factory=time.perf_counter)
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
@@ -459,12 +466,15 @@ class StopRequest:
     """What signals have asked for. The loop looks at it between steps.
 
     The first SIGINT or SIGTERM asks to save and stop, the second leaves at once; SIGUSR1 asks to
-    save and go on.
+    save and go on. Of many processes any may get one; it counts once `agree` has told all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self.world = world
         self.signal: int | None = None
         self.save = False
+        self.received: int | None = None  # by this process; `signal` is what all know
+        self.received_save = False
 
     def install(self) -> None:
         """Take over the three signals."""
@@ -473,11 +483,19 @@ class StopRequest:
 
     def _receive(self, number_: int, _: FrameType | None) -> None:
         if number_ == signal.SIGUSR1:
-            self.save = True
-        elif self.signal is not None:
+            self.received_save = True
+        elif self.received is not None:
             os._exit(128 + number_)
         else:
-            self.signal = number_
+            self.received = number_
+        if self.world.size == 1:
+            self.settle(self.received or 0, self.received_save)
+
+    def settle(self, number_: int, save: bool) -> None:
+        """Take note of what all processes know."""
+        self.signal = self.signal or number_ or None
+        self.save = self.save or save
+        self.received_save = False
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -526,22 +544,43 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
 def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
     """Gradients of `accum` micro-batches; returns [objective, ce of each codebook, grad norm].
 
+    The micro-batches are those of all processes, and so is what is returned; it is on the device.
+    """
+    state = run.state
+    facts = run.world.sum(accumulate(run, batches))
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return torch.cat((facts, run.world.total_norm(gradients)[None].float()))
+
+
+def accumulate(run: Run, batches: Iterator[Tensor]) -> Tensor:
+    """Gradients of this process's micro-batches of a step; its share of [objective, ce].
+
     Everything stays on the device. Codes arrive as 16-bit integers and are widened there.
     """
-    state, accum = run.state, run.flags.accum
+    flags, p, world = run.flags, run.state.progress, run.world
     facts = torch.zeros(1 + len(run.weights), device=run.device)
-    for codes in itertools.islice(batches, accum):
+    mine = range(world.rank, flags.accum, world.size)
+    for number_, codes in zip(mine, batches, strict=False):
         codes = codes.to(run.device, non_blocking=True).long()
         if run.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        with run.autocast():
-            losses = run.losses(codes)
-        state.scaler.scale(losses.objective / accum).backward()
+        torch.manual_seed(noise_seed(flags.seed, p.epoch, p.position + number_ * flags.batch))
+        with world.reducing(last=number_ == mine[-1]):
+            with run.autocast():
+                losses = run.losses(codes)
+            run.state.scaler.scale(losses.objective / len(mine)).backward()
         # The sum is a new tensor: CUDA graphs overwrite their outputs at the next micro-batch.
-        facts = facts + torch.cat((losses.objective.detach()[None], losses.ce)) / accum
-    state.scaler.unscale_(state.optimizer)
-    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    return torch.cat((facts, torch.nn.utils.get_total_norm(gradients)[None].float()))
+        facts = facts + torch.cat((losses.objective.detach()[None], losses.ce)) / flags.accum
+    return facts
+
+
+def noise_seed(seed: int, epoch: int, position: int) -> int:
+    """Of dropout and drawn frames in the micro-batch that begins at a window of the epoch.
+
+    So they depend on the run's place alone: not on its restarts, nor on the number of processes.
+    """
+    return int(np.random.SeedSequence((seed, epoch, position)).generate_state(1, np.uint64)[0])
 
 
 def update(run: Run, lr: float, grad_norm: float) -> None:
@@ -595,18 +634,22 @@ class Validation:
 @torch.inference_mode()
 def evaluate(run: Run) -> Validation | None:
     """Validate the EMA weights, eagerly; None when a signal asked to stop in the middle."""
-    flags, model = run.flags, run.state.ema.model
+    flags, model, world = run.flags, run.state.ema.model, run.world
     k = len(run.weights)
     total = torch.zeros(k + 1, device=run.device)
     count = len(run.val_windows)
-    for first in range(0, count, flags.batch):
+    for first in range(0, count, flags.batch * world.size):
+        agree(run)
         if run.stop.signal is not None:
             return None
+        first += flags.batch * world.rank
         windows = np.arange(first, min(first + flags.batch, count))
-        codes = run.val_windows[windows].to(run.device).long()
+        # With nothing left of its own a process goes through the motions, for the others' sake.
+        codes = run.val_windows[windows if len(windows) else np.arange(1)].to(run.device).long()
         with run.autocast():
             losses = model.losses(codes, flags.label_smoothing, flags.z_loss, run.weights)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
+    world.sum(total)
     objective, *ce = (total / count if count else total * math.nan).tolist()
     return Validation(sum(ce) / k, objective, ce)
 
@@ -622,9 +665,11 @@ def write_samples(run: Run) -> None:
     """
     p, flags = run.state.progress, run.flags
     started = time.perf_counter()
+    if not run.world.is_first:
+        return
 
     def stop_on_signal() -> None:
-        if run.stop.signal is not None:
+        if run.stop.signal is not None or run.stop.received is not None:
             raise StopSampling
 
     codes: np.ndarray[Any, Any] | None = None
@@ -740,6 +785,8 @@ def save(
         return reason
     if ring:
         run.state.ladder.kept_step = p.step
+    if not run.world.is_first:
+        return None
     write = functools.partial(
         run.files.save,
         best_epoch=p.best_epoch if is_best else None,
@@ -798,9 +845,12 @@ def finish_save(run: Run) -> None:
     """
     p = run.state.progress
     best = p.best_val, p.best_epoch
-    while failed := check_save(run, wait=True):
+    while True:
+        failed = check_save(run, wait=True)
+        if not any(run.world.largest(failed is not None)):
+            return
         p.best_val, p.best_epoch = best
-        save(run, is_best=failed.is_best, archive=failed.archive)
+        save(run, is_best=bool(failed and failed.is_best), archive=bool(failed and failed.archive))
 
 
 def unsound(run: Run) -> str | None:
@@ -809,14 +859,19 @@ def unsound(run: Run) -> str | None:
     tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
     tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
     tensors |= dict(state_tensors(state.optimizer))
-    if bad := not_finite(tensors):
-        return f"{len(bad)} tensors are not finite, first {bad[0]}"
-    return state.guard.worse_than_guessing()
+    bad = not_finite(tensors)
+    return run.world.first(
+        f"{len(bad)} tensors are not finite, first {bad[0]}"
+        if bad
+        else state.guard.worse_than_guessing()
+    )
 
 
 def quarantine(run: Run, reason: str) -> None:
     """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
     p = run.state.progress
+    if not run.world.is_first:
+        return
     try:
         name = run.files.quarantine(checkpoint_of(run), p.step, reason).name
     except OSError as error:
@@ -828,7 +883,7 @@ def quarantine(run: Run, reason: str) -> None:
     )
 
 
-def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
+def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: World) -> None:
     """Put a checkpoint's weights, moments, guard and counters into a state.
 
     Weight decay and the like stay as the flags say; only the moments come from the file.
@@ -836,8 +891,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
     Raises:
         CheckpointError: lists the tensors that do not fit.
     """
-    load_weights(state.model, checkpoint["model"], path)
-    load_weights(state.ema.model, checkpoint["ema"], path)
+    load_weights(state.model, checkpoint["model"], path, world)
+    load_weights(state.ema.model, checkpoint["ema"], path, world)
     own, saved = state.optimizer.state_dict(), checkpoint["optimizer"]
     if [g["param_names"] for g in own["param_groups"]] != [
         g.get("param_names") for g in saved["param_groups"]
@@ -848,7 +903,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
         )
     for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
         group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
-    state.optimizer.load_state_dict({**own, "state": saved["state"]})
+    moments = world.placed_moments(saved["state"], state.optimizer)
+    state.optimizer.load_state_dict({**own, "state": moments})
     if checkpoint["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.guard.load_state_dict(checkpoint["guard"])
@@ -859,7 +915,9 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
     set_rng_state(checkpoint["rng"])
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: str) -> None:
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, Tensor], path: str, world: World
+) -> None:
     """Strict load; raises CheckpointError with the names and shapes that differ."""
     own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     saved = {name: tuple(p.shape) for name, p in weights.items()}
@@ -870,26 +928,36 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], path: str) 
             f"{path}: weights of another architecture ({len(differing)} differ: {listed}); "
             "leave out --ignore-arch to take the saved one, or --no-resume to start anew"
         )
-    model.load_state_dict(weights)
+    for name, p in model.state_dict().items():
+        world.place(p, weights[name])
 
 
 # --- setting up ----------------------------------------------------------------------------------
 
 
-def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) -> Run:
+def set_up(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    console: Console,
+    world: World | None = None,
+) -> Run:
     """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
-    checkpoint, source = find_checkpoint(flags, console)
+    world = world or World()
+    checkpoint, source = find_checkpoint(flags, console, world)
     if checkpoint is not None:
         flags = merge_flags(flags, explicit, checkpoint, console)
     if not flags.data:
         raise UsageError("--data: name the .npq files to train on")
     flags.step = flags.step or max(1, flags.ctx // 2)
-    device = pick_device(flags.device)
+    check_accum(flags.accum, world)
+    device = pick_device(flags.device, world)
     amp_dtype = pick_amp_dtype(flags, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
-    corpus, train_windows, val_windows, data = open_data(flags, console)
+    with world.in_turn():
+        corpus, train_windows, val_windows, data = open_data(flags, console)
+    check_same(flags, data, world)
     order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
     if order.num_windows < flags.batch * flags.accum:
         raise UsageError(
@@ -899,33 +967,34 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     weights = torch.tensor(shares, device=device)
     torch.manual_seed(flags.seed)
-    model = build_model(flags, checkpoint, source, corpus, device)
+    model = build_model(flags, checkpoint, source, corpus, device, world)
     state = build_state(flags, model, amp_dtype, device)
     name = run_name(model.config.num_codebooks, flags.tag)
     files = RunFiles(flags.save_dir, name)
     if checkpoint is not None:
-        restore(state, checkpoint, source)
+        restore(state, checkpoint, source, world)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
         settle_data_change(flags, state, checkpoint["data"], data, console)
         forget_another_level(flags, state.guard, saved_flags(checkpoint))
-        files.prune_ring(newest=state.progress.step)
-        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
-            state.ladder.kept_step = None
-    elif aside := files.set_aside():
-        console.line(f"An earlier run's files were moved to {aside}")
-    files.remove_leftovers()
+    if world.is_first:
+        tidy(files, state, console, resumed=checkpoint is not None)
+    state.ladder.kept_step = world.from_first(state.ladder.kept_step)
     order.detours = state.ladder.detours
 
     run = Run(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
-        metrics=MetricsLog(files.metrics, tensorboard=flags.tensorboard), state=state,
+        metrics=MetricsLog(
+            files.metrics if world.is_first else None, tensorboard=flags.tensorboard
+        ),
+        state=state, world=world,
         losses=functools.partial(
             model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
             weights=weights,
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=weights,
-        loader=build_loader(flags, train_windows, order, device), data=data, stop=StopRequest(),
+        loader=build_loader(flags, train_windows, EveryNth(order, world), device), data=data,
+        stop=StopRequest(world),
         best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
     if checkpoint is not None:
@@ -934,7 +1003,49 @@ def set_up(flags: argparse.Namespace, explicit: dict[str, Any], console: Console
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
+    run.losses = world.replicate(model, run.losses)
     return run
+
+
+def check_accum(accum: int, world: World) -> None:
+    """Raise UsageError where micro-batches cannot be dealt out evenly; name counts that can."""
+    if accum % world.size:
+        below = accum // world.size * world.size
+        near = [str(n) for n in (below, below + world.size) if n]
+        raise UsageError(
+            f"--accum {accum}: {world.size} processes cannot share so many micro-batches of a step "
+            f"evenly; use --accum {' or '.join(near)}"
+        )
+
+
+# Flags that may differ from machine to machine: paths and the like.
+MACHINE_FLAGS: tuple[str, ...] = (
+    "data",
+    "val_list",
+    "save_dir",
+    "resume",
+    "init_from",
+    "eval_outdir",
+)
+MACHINE_FLAGS += ("eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
+
+
+def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) -> None:
+    """See that every process has the same flags and data; raises ParallelError."""
+    facts = {f"--{n}": v for n, v in vars(flags).items() if n not in MACHINE_FLAGS}
+    remedy = "start every machine with the same command, over the same files"
+    world.check_same({**facts, **{f"data {n}": v for n, v in data.items()}}, remedy)
+
+
+def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool) -> None:
+    """Remove or set aside what an earlier run, or an earlier part of this one, has left."""
+    if resumed:
+        files.prune_ring(newest=state.progress.step)
+        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
+            state.ladder.kept_step = None
+    elif aside := files.set_aside():
+        console.line(f"An earlier run's files were moved to {aside}")
+    files.remove_leftovers()
 
 
 def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
@@ -965,9 +1076,20 @@ def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[st
 
 
 def find_checkpoint(
+    flags: argparse.Namespace, console: Console, world: World
+) -> tuple[dict[str, Any] | None, str]:
+    """The checkpoint to resume from and where it came from, or None for a new run.
+
+    Rank 0 reads it for all.
+    """
+    found = read_checkpoint(flags, console) if world.is_first else (None, "")
+    return world.share(found[0]), world.from_first(found[1])
+
+
+def read_checkpoint(
     flags: argparse.Namespace, console: Console
 ) -> tuple[dict[str, Any] | None, str]:
-    """The checkpoint to resume from and where it came from, or None for a new run."""
+    """The same, from this machine's disk."""
     if flags.resume:
         return load_checkpoint(flags.resume), flags.resume
     if flags.no_resume:
@@ -1018,8 +1140,13 @@ def merge_flags(
     return argparse.Namespace(**merged)
 
 
-def pick_device(wanted: str | None) -> torch.device:
-    """The device asked for, or the best present; an absent one is an error and no fall back."""
+def pick_device(wanted: str | None, world: World) -> torch.device:
+    """The device asked for, or the best present; an absent one is an error and no fall back.
+
+    Of CUDA devices each process of a machine takes its own.
+    """
+    if world.size > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
+        wanted = f"cuda:{world.local_rank}"
     if wanted is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -1027,6 +1154,8 @@ def pick_device(wanted: str | None) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
@@ -1121,11 +1250,14 @@ def build_model(
     source: str,
     corpus: Corpus,
     device: torch.device,
+    world: World,
 ) -> CodesTransformer:
     """The model of the checkpoint, of --init-from, or of the flags, in that order."""
     initial = None
     if checkpoint is None and flags.init_from:
-        initial = load_checkpoint(flags.init_from, needed=WEIGHTS_KEYS)
+        if world.is_first:
+            initial = load_checkpoint(flags.init_from, needed=WEIGHTS_KEYS)
+        initial = world.share(initial)
     saved = checkpoint or initial
     if saved is not None and not flags.ignore_arch:
         config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
@@ -1159,7 +1291,7 @@ def build_model(
         depth_share=flags.depth_share,
     ).to(device)
     if initial is not None:
-        load_weights(model, initial["ema"], flags.init_from)
+        load_weights(model, initial["ema"], flags.init_from, world)
     return model
 
 
@@ -1185,7 +1317,7 @@ def build_state(
 
 
 def build_loader(
-    flags: argparse.Namespace, windows: WindowDataset, order: EpochOrder, device: torch.device
+    flags: argparse.Namespace, windows: WindowDataset, order: Sampler[Any], device: torch.device
 ) -> DataLoader[Tensor]:
     """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
     workers = flags.num_workers
@@ -1226,7 +1358,7 @@ def compile_losses(run: Run) -> None:
     try:
         with rng_kept():
             trial = run.train_windows[np.zeros(flags.batch, dtype=np.int64)]
-            backward(run, itertools.repeat(trial))
+            accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
         raise
@@ -1280,7 +1412,7 @@ def take_steps(run: Run) -> bool:
             p.cooling = p.cooling or cools
         started = time.perf_counter()
         stats = train_step(run, batches)
-        seconds = time.perf_counter() - started
+        seconds = agree(run, time.perf_counter() - started)
         p.seconds += seconds
         p.epoch_seconds += seconds
         p.log_seconds += seconds
@@ -1289,11 +1421,26 @@ def take_steps(run: Run) -> bool:
         elif handle_refusal(run, stats):
             batches, end = read_on(run)
         check_save(run)
-        minutes = (time.perf_counter() - run.last_save) / 60
-        if run.stop.save or 0 < run.flags.save_every_minutes < minutes:
+        if run.stop.save:
             save(run)
     run.console.end_epoch()
     return p.position + run.windows_per_step > end
+
+
+def agree(run: Run, seconds: float = 0.0) -> float:
+    """Settle what the shared state does not say: signals, and clocks, where rank 0's counts.
+
+    Returns rank 0's seconds. Every process decides by what is settled here, so all do the same.
+    """
+    stop, world, every = run.stop, run.world, run.flags.save_every_minutes
+    due = 0 < every < (time.perf_counter() - run.last_save) / 60
+    if world.size == 1:
+        stop.settle(0, due)
+        return seconds
+    clock = (float(due), seconds) if world.is_first else (0.0, 0.0)
+    number_, asked, due, seconds = world.largest(stop.received or 0, stop.received_save, *clock)
+    stop.settle(int(number_), bool(asked or due))
+    return seconds
 
 
 def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
@@ -1398,7 +1545,7 @@ def roll_back(run: Run, reason: str) -> bool:
         state.guard.forget()
     else:
         checkpoint, path = found
-        restore(state, checkpoint, str(path))
+        restore(state, checkpoint, path, run.world)
         # The lr that this state was sound with may be lower than what another --lr asks now.
         goal = min(goal, p.lr_goal * checkpoint["flags"]["lr"] / flags.lr)
     for name, value in kept.items():
@@ -1414,7 +1561,8 @@ def roll_back(run: Run, reason: str) -> bool:
     report_rollback(run, event, reason, found[1] if found else None)
     save(run)
     check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
-    run.files.prune_ring(newest=p.step)
+    if run.world.is_first:
+        run.files.prune_ring(newest=p.step)
     return True
 
 
@@ -1425,8 +1573,15 @@ def last_windows(run: Run) -> np.ndarray[Any, Any]:
     return order.permutation(p.epoch)[max(0, p.position - count) : p.position]
 
 
-def find_retreat(run: Run) -> tuple[dict[str, Any], Path] | None:
-    """The step checkpoint to go back to: the ladder's first choice that can be read and fits."""
+def find_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+    """The step checkpoint to go back to and its name; rank 0 reads it for all."""
+    found = read_retreat(run) if run.world.is_first else None
+    checkpoint = run.world.share(found[0] if found else None)
+    return (checkpoint, run.world.from_first(found[1] if found else "")) if checkpoint else None
+
+
+def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+    """The ladder's first choice that can be read and fits."""
     for step in run.state.ladder.retreats(run.state.progress.step, run.files.ring_steps()):
         path = run.files.ring_file(step)
         try:
@@ -1437,12 +1592,12 @@ def find_retreat(run: Run) -> tuple[dict[str, Any], Path] | None:
         shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
         fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
         if fits and checkpoint["data"] == run.data:
-            return checkpoint, path
+            return checkpoint, path.name
         run.console.problem(f"{path}: of other data or another architecture; trying an older one")
     return None
 
 
-def report_rollback(run: Run, event: int, reason: str, path: Path | None) -> None:
+def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None:
     """Metrics row and console line of a rollback that has just happened."""
     p, detour = run.state.progress, run.state.ladder.detours[-1]
     run.metrics.write(
@@ -1450,13 +1605,13 @@ def report_rollback(run: Run, event: int, reason: str, path: Path | None) -> Non
         step=event,
         epoch=p.epoch + 1,
         to_step=p.step,
-        file=path.name if path else None,
+        file=file,
         lr_scale=p.lr_scale,
         reason=reason,
         skipped_windows=len({*detour["suspects"], *detour["barred"]}),
         rollbacks=len(run.state.ladder.events),
     )
-    where = f"back to step {p.step}" if path else "no step checkpoint could be read, going on"
+    where = f"back to step {p.step}" if file else "no step checkpoint could be read, going on"
     run.console.problem(
         f"{reason} at step {event}; {where}, lr is scaled by {p.lr_scale:g} now, the windows "
         "before are left out"
@@ -1465,6 +1620,8 @@ def report_rollback(run: Run, event: int, reason: str, path: Path | None) -> Non
 
 def snapshot(run: Run) -> None:
     """Keep the state before a rollback for diagnosis."""
+    if not run.world.is_first:
+        return
     try:
         save_checkpoint(checkpoint_of(run), run.files.panic_snapshot(run.state.progress.step))
     except OSError as error:
@@ -1570,7 +1727,8 @@ def finished(run: Run) -> int:
     """See the last save to its end, and say what there is."""
     p = run.state.progress
     finish_save(run)
-    run.files.remove_ring()
+    if run.world.is_first:
+        run.files.remove_ring()
     run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
     run.console.line(
         f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
@@ -1585,6 +1743,9 @@ def train_or_save(run: Run) -> int:
         return train(run)
     except Exception as error:
         run.console.end_epoch()
+        if not run.world.go_alone():
+            raise
+        run.stop.settle(run.stop.received or 0, False)
         if run.stop.signal is not None and run.between_steps:
             return interrupted(run)  # the signal went to every process, and ended a loader too
         if run.between_steps and not isinstance(error, OSError):
@@ -1617,7 +1778,7 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
         f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads: "
         f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained frame"
     )
-    run.console.detail(f"device   {run.device}, {precision}")
+    run.console.detail(f"device   {run.device}, {precision}" + parallel_words(run))
     run.console.detail(
         f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "
         f"{flags.accum}), {run.planned_steps} in all"
@@ -1629,26 +1790,53 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
     run.metrics.write(event, step=p.step, epoch=p.epoch + 1, source=source, flags=vars(flags))
 
 
+def parallel_words(run: Run) -> str:
+    """`, 4 processes (ddp)`, or nothing for one."""
+    return f", {run.world.size} processes ({run.flags.parallel})" if run.world.size > 1 else ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Parse, lock the folder, set up, train; errors become one message and an exit code."""
-    flags, explicit = parse_flags(argv)
-    console = Console(quiet=flags.quiet)
+    """Join, parse, lock the folder, train; errors become one message and an exit code."""
+    world = World()
+    try:
+        world = join()
+        with world.one_voice():
+            flags, explicit = parse_flags(argv)
+        return train_as_one(flags, explicit, world)
+    except UsageError as error:
+        return fail(world, EXIT_USAGE, str(error))
+    except (CheckpointError, BadFilesError, NpqError, ParallelError, OSError) as error:
+        return fail(world, EXIT_FAILED, str(error))
+    except KeyboardInterrupt:
+        told = "interrupted before the first step; no file of the run was changed"
+        return fail(world, 128 + signal.SIGINT, told)
+    except Exception as error:
+        if world.store is None:
+            raise
+        lost = f"another process of the run died ({error}); torchrun names it below"
+        return fail(world, EXIT_FAILED, lost if is_loss_of_peer(error) else traceback.format_exc())
+
+
+def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
+    """Set up and train; rank 0 holds the folder and the console for all."""
+    console = Console(quiet=flags.quiet, silent=not world.is_first)
     if flags.quiet:
         warnings.filterwarnings("ignore")
-    try:
-        with FolderLock(flags.save_dir):
-            run = set_up(flags, explicit, console)
-            run.stop.install()
-            return train_or_save(run)
-    except UsageError as error:
-        console.problem(str(error))
-        return EXIT_USAGE
-    except (CheckpointError, BadFilesError, NpqError, OSError) as error:
-        console.problem(str(error))
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        console.problem("interrupted before the first step; no file of the run was changed")
-        return 128 + signal.SIGINT
+    with FolderLock(flags.save_dir) if world.is_first else contextlib.nullcontext():
+        run = set_up(flags, explicit, console, world)
+        run.stop.install()
+        code = train_or_save(run)
+        world.leave()
+        return code
+
+
+def fail(world: World, code: int, message: str) -> int:
+    """Say why the run failed, once for all processes; the exit code of all."""
+    told = world.first_failure(code)
+    if told is not None:
+        return told
+    Console().problem(message if world.is_first else f"{world.name}: {message}")
+    return code
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from train_rvq import build_parser
 
 FLOORS = {
     "losses": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
+    "parallel": 0,
     "model": 1, "stability": 1, "reporting": 1, "code_statistics": 1,
     "sampling": 2, "planning": 2,
     "ckpt_summary": 2, "ckpt_checks": 3, "ckpt_compare": 3, "ckpt_probe": 3, "ckpt_diagnosis": 4,

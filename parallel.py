@@ -1,0 +1,303 @@
+"""Many processes, one run: joining, agreeing, sharing the state, reducing gradients.
+
+    torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
+
+    world = join()                          # alone without torchrun: then nothing below costs
+    world.replicate(model, losses)          # DDP: each process holds the whole state
+    world.shard(model, model.blocks)        # FSDP2: each process holds a part of every tensor
+
+Every process runs the same program and takes the same decisions. What is not a function of the
+shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
+touches files. Messages about the run go through gloo, gradients on CUDA through NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+
+# Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
+# one that hangs after this.
+TIMEOUT = datetime.timedelta(hours=1)
+
+T = TypeVar("T")
+
+
+class ParallelError(RuntimeError):
+    """The processes do not fit together; says which one differs, in what, and what to do."""
+
+
+@dataclass
+class World:
+    """The processes of a run and this one's place among them; alone unless `join` says more."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    store: Store | None = field(default=None, repr=False)  # outlives a process that dies
+    module: nn.Module | None = field(default=None, repr=False)  # reduces the gradients
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns the files and the console."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """`rank 3 on node2`."""
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    # --- agreeing --------------------------------------------------------------------------------
+
+    def largest(self, *numbers: float) -> list[float]:
+        """Of each number the largest that any process gives; one exchange between CPUs."""
+        if self.size == 1:
+            return list(numbers)
+        all_numbers = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(all_numbers, dist.ReduceOp.MAX)
+        return all_numbers.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, value: T | None) -> T | None:
+        """The value of the lowest rank that has one."""
+        return next((v for v in self.gather(value) if v is not None), None)
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        return values[0]
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Rank 0 first, then the first process of each other machine, then the rest.
+
+        What the first of a machine reads and remembers, the others need not.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.largest(0)
+        yield
+        for _ in range(2 - turn):
+            self.largest(0)
+
+    def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
+        """Compare facts that must be equal in every process.
+
+        Raises:
+            ParallelError: names the first process that differs from rank 0, and in what.
+        """
+        told = self.gather((self.name, dict(facts)))
+        for name, theirs in told[1:]:
+            differing = [n for n in facts if theirs[n] != told[0][1][n]]
+            if differing:
+                listed = ", ".join(f"{n} {theirs[n]}, not {told[0][1][n]}" for n in differing)
+                raise ParallelError(f"{name} differs from {told[0][0]}: {listed}; {remedy}")
+
+    # --- failing ---------------------------------------------------------------------------------
+
+    def first_failure(self, code: int) -> int | None:
+        """None for the process that fails first, which must say why; for others its exit code.
+
+        Those that wait for a process that has failed fail too, and have nothing to add.
+        """
+        if self.store is None:
+            return None
+        try:
+            if self.store.add("failures", 1) == 1:
+                self.store.set("code", str(code))
+                return None
+            return int(self.store.get("code"))
+        except RuntimeError:  # torchrun itself is gone
+            return None
+
+    @contextlib.contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Around what may print and exit: where every process would, the first to do so prints."""
+        if self.size == 1:
+            yield
+            return
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                yield
+        except SystemExit as error:
+            code = int(error.code or 0)
+            told = self.first_failure(code)
+            if told is None:
+                print(said.getvalue(), end="", file=sys.stderr, flush=True)
+            raise SystemExit(code if told is None else told) from None
+
+    def go_alone(self) -> bool:
+        """After a failure: go on as one process where this one holds files and a whole state."""
+        can = self.size == 1 or (self.is_first and not self.is_sharded)
+        if can:
+            self.size, self.module = 1, None
+        return can
+
+    def leave(self) -> None:
+        """Wait for the others and part; they would take an earlier end for a failure."""
+        if self.size > 1:
+            self.largest(0)
+            dist.destroy_process_group()
+
+    # --- the state -------------------------------------------------------------------------------
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the state."""
+        return False
+
+    def share(self, checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Rank 0's checkpoint; elsewhere weights and moments are shapes alone, for `place`."""
+        outline = self.from_first(_outline(checkpoint) if self.size > 1 else None)
+        return checkpoint if self.is_first else outline
+
+    @torch.no_grad()
+    def place(self, own: Tensor, saved: Tensor) -> None:
+        """Copy rank 0's saved tensor into each process's own."""
+        if self.size == 1:
+            own.copy_(saved)
+            return
+        whole = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
+        if self.is_first:
+            whole.copy_(saved)
+        dist.broadcast(whole, 0)
+        own.copy_(whole)
+
+    def placed_moments(
+        self, saved: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer
+    ) -> dict[int, dict[str, Any]]:
+        """A saved optimizer state, by index of the parameter, as each process holds it."""
+        if self.size == 1:
+            return saved
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        placed = {}
+        for index, state in saved.items():
+            placed[index] = dict(state)
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    placed[index][kind] = torch.zeros_like(parameters[index], requires_grad=False)
+                    self.place(placed[index][kind], value)
+        return placed
+
+    # --- gradients -------------------------------------------------------------------------------
+
+    def replicate(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
+        """Losses whose backward averages the model's gradients over the processes.
+
+        Overlaps the exchange with backward (Li et al. 2020, "PyTorch Distributed").
+        """
+        if self.size == 1:
+            return losses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the old name; torch 2.13 renamed it
+            self.module = DistributedDataParallel(
+                _Losses(model, losses), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return self.module
+
+    @contextlib.contextmanager
+    def reducing(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: the step's last exchanges gradients."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.module, DistributedDataParallel) and not last:
+                stack.enter_context(self.module.no_sync())
+            yield
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place, on the tensor's device; no host sync."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Norm of all gradients together, a scalar on their device."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def join() -> World:
+    """The world that torchrun started this process in; one process without it.
+
+    Raises:
+        ParallelError: the other processes cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ParallelError(f"the processes could not find each other: {error}") from error
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(rank, size, local_rank, PrefixStore("failure", store))
+
+
+def is_loss_of_peer(error: BaseException) -> bool:
+    """Whether an error means no more than that another process has died."""
+    said = str(error).lower()
+    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    return network or any(w in said for w in ("closed by peer", "connection reset", "gloo"))
+
+
+class EveryNth(Sampler[T]):
+    """This process's micro-batches of an order that all processes share."""
+
+    def __init__(self, order: Sampler[T], world: World) -> None:
+        self.order, self.world = order, world
+
+    def __iter__(self) -> Iterator[T]:
+        for number, batch in enumerate(self.order):
+            if number % self.world.size == self.world.rank:
+                yield batch
+
+    def __len__(self) -> int:
+        return len(self.order) // self.world.size  # type: ignore[arg-type]
+
+
+class _Losses(nn.Module):
+    """A model and its losses as the module that DDP wants; nothing of it is ever saved."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, codes: Tensor) -> Any:
+        """The losses of codes."""
+        return self.losses(codes)
+
+
+def _outline(value: Any) -> Any:
+    """Nested containers with every array of floats as its shape: a tensor on meta."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {key: _outline(part) for key, part in value.items()}
+    return [_outline(part) for part in value] if isinstance(value, list) else value
