@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
     world = join()                          # alone without torchrun: then nothing below costs
-    world.replicate(model, losses)          # DDP: each process holds the whole state
-    world.shard(model, model.blocks)        # FSDP2: each process holds a part of every tensor
+    world.shard(model, model.blocks, device)       # FSDP2; without it DDP
+    losses = world.averaging(model, model.losses)  # over the processes, gradients are
+    checkpoint = {"model": world.whole(model.state_dict())}  # the same file for all of them
 
 Every process runs the same program and takes the same decisions. What is not a function of the
 shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
@@ -20,15 +21,18 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
@@ -51,7 +55,8 @@ class World:
     size: int = 1
     local_rank: int = 0  # among the processes of this machine
     store: Store | None = field(default=None, repr=False)  # outlives a process that dies
-    module: nn.Module | None = field(default=None, repr=False)  # reduces the gradients
+    module: Any = field(default=None, repr=False)  # DDP's or FSDP's, which averages the gradients
+    is_sharded: bool = False  # each process holds a part of every tensor
 
     @property
     def is_first(self) -> bool:
@@ -168,10 +173,33 @@ class World:
 
     # --- the state -------------------------------------------------------------------------------
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds only a part of the state."""
-        return False
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+        """Give each process a part of every tensor of a model that has `losses`.
+
+        Each block's are put together while it runs (FSDP: Zhao et al. 2023; ZeRO-3: Rajbhandari et
+        al. 2020). The model may lie on the CPU: its parts go to the device block by block.
+        """
+        mesh = init_device_mesh(device.type, (self.size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        # Without resharding, a model that sees no backward would keep its root's parameters whole.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(model, "losses")
+        self.is_sharded = True
+
+    def whole(self, value: Any) -> Any:
+        """Sharded tensors in nested containers put together on rank 0's CPU; None elsewhere.
+
+        Every process must ask. One tensor at a time is whole on the devices.
+        """
+        if isinstance(value, DTensor):
+            full = value.full_tensor()
+            return full.cpu() if self.is_first else None
+        if not self.is_sharded or isinstance(value, Tensor):
+            return value
+        if isinstance(value, dict):
+            return {key: self.whole(part) for key, part in value.items()}
+        return [self.whole(part) for part in value] if isinstance(value, list) else value
 
     def share(self, checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
         """Rank 0's checkpoint; elsewhere weights and moments are shapes alone, for `place`."""
@@ -187,8 +215,11 @@ class World:
         whole = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
         if self.is_first:
             whole.copy_(saved)
-        dist.broadcast(whole, 0)
-        own.copy_(whole)
+        if isinstance(own, DTensor):
+            own.copy_(distribute_tensor(whole, own.device_mesh, own.placements))
+        else:
+            dist.broadcast(whole, 0)
+            own.copy_(whole)
 
     def placed_moments(
         self, saved: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer
@@ -208,12 +239,15 @@ class World:
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def replicate(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
+    def averaging(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
         """Losses whose backward averages the model's gradients over the processes.
 
-        Overlaps the exchange with backward (Li et al. 2020, "PyTorch Distributed").
+        Where the model is not sharded, by DDP (Li et al. 2020, "PyTorch Distributed").
         """
         if self.size == 1:
+            return losses
+        if self.is_sharded:
+            self.module = model
             return losses
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the old name; torch 2.13 renamed it
@@ -226,6 +260,8 @@ class World:
     def reducing(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: the step's last exchanges gradients."""
         with contextlib.ExitStack() as stack:
+            if isinstance(self.module, FSDPModule):
+                self.module.set_requires_gradient_sync(last)
             if isinstance(self.module, DistributedDataParallel) and not last:
                 stack.enter_context(self.module.no_sync())
             yield
@@ -238,7 +274,8 @@ class World:
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Norm of all gradients together, a scalar on their device."""
-        return torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def join() -> World:
@@ -258,6 +295,11 @@ def join() -> World:
         raise ParallelError(f"the processes could not find each other: {error}") from error
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return World(rank, size, local_rank, PrefixStore("failure", store))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_loss_of_peer(error: BaseException) -> bool:

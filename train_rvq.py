@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -56,7 +57,7 @@ from checkpointing import (
 )
 from code_statistics import compare, describe, flat, read_excerpts
 from losses import Losses
-from model import PATTERNS, CodesTransformer, ModelConfig
+from model import PATTERNS, Block, CodesTransformer, ModelConfig
 from npq_dataset import (
     BadFilesError,
     Corpus,
@@ -71,7 +72,7 @@ from npq_dataset import (
     write_npq,
 )
 from optimizer import build_optimizer, state_tensors
-from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join
+from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, local
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -665,6 +666,7 @@ def write_samples(run: Run) -> None:
     """
     p, flags = run.state.progress, run.flags
     started = time.perf_counter()
+    weights = run.world.whole(run.state.ema.state_dict())
     if not run.world.is_first:
         return
 
@@ -675,7 +677,7 @@ def write_samples(run: Run) -> None:
     codes: np.ndarray[Any, Any] | None = None
     outcome: dict[str, Any]
     try:
-        path = draw_sample(run, stop_on_signal)
+        path = draw_sample(run, weights, stop_on_signal)
         codes = map_codes(read_header(path)).astype(np.int64)
         from codec import load_codec, write_wav  # training runs where no codec can be imported
 
@@ -706,14 +708,18 @@ def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, float 
     return flat(figures)
 
 
-def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:
-    """Codes of one sample as .npq, named by run, epoch and time."""
+def draw_sample(run: Run, weights: dict[str, Tensor], on_frame: Callable[[], None]) -> Path:
+    """Codes of one sample of EMA weights as .npq, named by run, epoch and time."""
     p, flags, config = run.state.progress, run.flags, run.state.model.config
     folder = Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
     folder.mkdir(parents=True, exist_ok=True)
+    model = run.state.ema.model
+    if run.world.is_sharded:  # drawing is one process's work
+        model = CodesTransformer(config).to(run.device)
+        model.load_state_dict(weights)
     draw = Draw.of(config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p)
     codes = generate(
-        run.state.ema.model,
+        model,
         flags.eval_frames,
         ctx=flags.ctx,
         draw=draw,
@@ -738,14 +744,14 @@ MAX_FAILED_SAVES = 3
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
-    """Everything needed to resume: plain types and tensors only."""
-    state = run.state
+    """Everything needed to resume: plain types and tensors only; every process must ask."""
+    state, whole = run.state, run.world.whole
     state.progress.elapsed += time.perf_counter() - run.started
     run.started = time.perf_counter()
     return {
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "model": whole(state.model.state_dict()),
+        "ema": whole(state.ema.state_dict()),
+        "optimizer": whole(state.optimizer.state_dict()),
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.state_dict(),
         "ladder": state.ladder.state_dict(),
@@ -785,6 +791,7 @@ def save(
         return reason
     if ring:
         run.state.ladder.kept_step = p.step
+    checkpoint = checkpoint_of(run)
     if not run.world.is_first:
         return None
     write = functools.partial(
@@ -795,7 +802,7 @@ def save(
         keep_archived=run.flags.keep_archived,
         tell=run.console.problem,
     )
-    written = run.saver.start(checkpoint_of(run), write)
+    written = run.saver.start(checkpoint, write)
     stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
     return None
@@ -859,7 +866,7 @@ def unsound(run: Run) -> str | None:
     tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
     tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
     tensors |= dict(state_tensors(state.optimizer))
-    bad = not_finite(tensors)
+    bad = not_finite({n: local(t) for n, t in tensors.items()})
     return run.world.first(
         f"{len(bad)} tensors are not finite, first {bad[0]}"
         if bad
@@ -869,11 +876,11 @@ def unsound(run: Run) -> str | None:
 
 def quarantine(run: Run, reason: str) -> None:
     """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
-    p = run.state.progress
+    p, checkpoint = run.state.progress, checkpoint_of(run)
     if not run.world.is_first:
         return
     try:
-        name = run.files.quarantine(checkpoint_of(run), p.step, reason).name
+        name = run.files.quarantine(checkpoint, p.step, reason).name
     except OSError as error:
         name = f"nowhere ({error})"
     run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
@@ -935,14 +942,13 @@ def load_weights(
 # --- setting up ----------------------------------------------------------------------------------
 
 
+ALONE = World()
+
+
 def set_up(
-    flags: argparse.Namespace,
-    explicit: dict[str, Any],
-    console: Console,
-    world: World | None = None,
+    flags: argparse.Namespace, explicit: dict[str, Any], console: Console, world: World = ALONE
 ) -> Run:
     """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
-    world = world or World()
     checkpoint, source = find_checkpoint(flags, console, world)
     if checkpoint is not None:
         flags = merge_flags(flags, explicit, checkpoint, console)
@@ -958,17 +964,12 @@ def set_up(
     with world.in_turn():
         corpus, train_windows, val_windows, data = open_data(flags, console)
     check_same(flags, data, world)
-    order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
-    if order.num_windows < flags.batch * flags.accum:
-        raise UsageError(
-            f"{order.num_windows} training windows are fewer than one step's --batch {flags.batch} "
-            f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
-        )
+    order = open_order(flags, train_windows)
     shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     weights = torch.tensor(shares, device=device)
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, source, corpus, device, world)
-    state = build_state(flags, model, amp_dtype, device)
+    state = build_state(flags, model, amp_dtype, device, world)
     name = run_name(model.config.num_codebooks, flags.tag)
     files = RunFiles(flags.save_dir, name)
     if checkpoint is not None:
@@ -1003,8 +1004,18 @@ def set_up(
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
-    run.losses = world.replicate(model, run.losses)
+    run.losses = world.averaging(model, run.losses)
     return run
+
+
+def open_order(flags: argparse.Namespace, windows: WindowDataset) -> EpochOrder:
+    """The order of the training windows; raises UsageError where they make no step."""
+    if len(windows) < flags.batch * flags.accum:
+        raise UsageError(
+            f"{len(windows)} training windows are fewer than one step's --batch {flags.batch} "
+            f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
+        )
+    return EpochOrder(len(windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
 
 
 def check_accum(accum: int, world: World) -> None:
@@ -1289,7 +1300,9 @@ def build_model(
         embed_grad=flags.embed_grad,
         code_dropout=flags.code_dropout,
         depth_share=flags.depth_share,
-    ).to(device)
+    )
+    if not shards(flags, world):  # else it need not fit there whole
+        model.to(device)
     if initial is not None:
         load_weights(model, initial["ema"], flags.init_from, world)
     return model
@@ -1300,8 +1313,15 @@ def build_state(
     model: CodesTransformer,
     amp_dtype: torch.dtype | None,
     device: torch.device,
+    world: World,
 ) -> TrainState:
-    """Optimizer, scaler, EMA and guard around a model."""
+    """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
+    average = copy.deepcopy(model)
+    if shards(flags, world):
+        if amp_dtype is torch.float16:
+            raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
+        for each in (model, average):
+            world.shard(each, [m for m in each.modules() if isinstance(m, Block)], device)
     optimizer = build_optimizer(
         model,
         optim=flags.optim,
@@ -1313,7 +1333,13 @@ def build_state(
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
     guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
-    return TrainState(model, Ema(model, flags.ema), optimizer, scaler, guard, Progress())
+    ema = Ema(model, flags.ema, average)
+    return TrainState(model, ema, optimizer, scaler, guard, Progress())
+
+
+def shards(flags: argparse.Namespace, world: World) -> bool:
+    """Whether each process shall hold a part of the state."""
+    return world.size > 1 and flags.parallel == "fsdp"
 
 
 def build_loader(
@@ -1620,10 +1646,11 @@ def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None
 
 def snapshot(run: Run) -> None:
     """Keep the state before a rollback for diagnosis."""
+    checkpoint = checkpoint_of(run)
     if not run.world.is_first:
         return
     try:
-        save_checkpoint(checkpoint_of(run), run.files.panic_snapshot(run.state.progress.step))
+        save_checkpoint(checkpoint, run.files.panic_snapshot(run.state.progress.step))
     except OSError as error:
         run.console.problem(f"snapshot failed, training goes on: {error}")
 

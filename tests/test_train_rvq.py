@@ -251,7 +251,7 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--no-fused-optim", "--no-amp")
     meta = torch.device("meta")
     model = CodesTransformer(run.state.model.config).to(meta)
-    run.state = train_rvq.build_state(run.flags, model, None, meta)
+    run.state = train_rvq.build_state(run.flags, model, None, meta, run.world)
     run.device, run.weights = meta, run.weights.to(meta)
     run.losses = lambda codes: model.losses(codes, 0.05)
     facts = backward(run, iter(run.loader))
