@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not learns:
                 continue
             # The slope lacks - smoothing / V, equal for all entries: the products get it instead.
-            grad_x = ((slope @ w[g]).to(exact) - smoothing * w_mean[g]) * scale[g]
+            grad_x = (_product(slope, w[g]).to(exact) - smoothing * w_mean[g]) * scale[g]
             if shared:
                 grad_states += grad_x.sum(0)
             else:
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gone is not None:
                 share = share * ~gone.mT
             # A sum over many frames could overflow fp16; sqrt(n) keeps it in range.
-            grad_w = (slope.mT @ (x_g * n**-0.5)).to(exact) * n**0.5
+            grad_w = _product(slope.mT, x_g * n**-0.5).to(exact) * n**0.5
             grad_head[g] = (grad_w - share) * scale[g]
         ce, log_z, squares = torch.cat(facts, dim=1)  # [K] each
         # Mean over frames of the entries' mean logit, without the logits.
@@ -136,7 +136,7 @@ def _logits_and_slope(
     Returns means over frames, [3, G], of cross-entropy, log Z and its square; and d loss / d logits
     [G, N, V] but for smoothing's even part: p (1 + 2 z log Z) - (1 - smoothing) at the target.
     """
-    logits = x @ w.mT
+    logits = _product(x, w.mT)
     if absent is not None:
         logits.masked_fill_(absent, -torch.inf)
     log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -148,3 +148,8 @@ def _logits_and_slope(
         p *= 1 + 2 * z_loss * log_z
     hit = torch.full_like(target, smoothing - 1, dtype=logits.dtype)
     return facts, p.to(logits.dtype).scatter_add_(-1, target, hit)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[1 or G, M, D] @ [G, D, N]; a batch of one would copy transposed operands on a CPU."""
+    return (a[0] @ b[0])[None] if len(a) == len(b) == 1 else a @ b

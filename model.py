@@ -25,7 +25,6 @@ H attention heads, C = D / H channels of a head, N = B * T frames, E width of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -37,6 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels import (
+    Rope,
+    causal_attention,
+    dropout,
+    rms_norm,
+    rotated_heads,
+    squared_relu,
+)
 from losses import Losses, linear_cross_entropy
 
 PATTERNS = ("parallel", "delay", "depth")
@@ -178,9 +185,8 @@ class CodesTransformer(nn.Module):
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
         self.embed_norm = nn.RMSNorm(d, eps=1e-8, elementwise_affine=False)
-        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(d, eps=NORM_EPS)
+        self.norm = RmsNorm(d)
         self.depth = DepthTransformer(config) if config.pattern == "depth" else None
         width = config.depth().d_model if self.depth else d
         self.head = nn.Linear(width, k * v, bias=False)
@@ -249,7 +255,7 @@ class CodesTransformer(nn.Module):
         x = self.embed_past(shifted)
         if self.embed_grad != 1.0:  # of the tables alone (GLM-130B: Zeng et al. 2022)
             x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
-        x = self.dropout(self.embed_norm(x))
+        x = dropout(self.embed_norm(x), self.config.dropout if self.training else 0.0)
         rope = rotary_angles(torch.arange(x.shape[1], device=codes.device), self.config)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -373,7 +379,7 @@ class DepthTransformer(nn.Module):
         self.embed = nn.Embedding((k - 1) * v, e)
         self.embed_norm = nn.RMSNorm(e, eps=1e-8, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
-        self.norm = nn.RMSNorm(e, eps=NORM_EPS)
+        self.norm = RmsNorm(e)
         self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
 
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
@@ -389,21 +395,36 @@ class DepthTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each update under dropout in training.
+
+    Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.dropout = config.dropout
+        self.norm1 = RmsNorm(config.d_model)
         self.attn = Attention(config)
-        self.norm2 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
+        self.norm2 = RmsNorm(config.d_model)
         self.mlp = SquaredReluMlp(config)
-        # Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
-        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.dropout(self.attn(self.norm1(x), rope, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        p = self.dropout if self.training else 0.0
+        x = x + dropout(self.attn(self.norm1(x), rope, cache), p)
+        return x + dropout(self.mlp(self.norm2(x)), p)
+
+
+class RmsNorm(nn.Module):
+    """`rms_norm` with a gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], in the dtype that a product takes in."""
+        return rms_norm(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -417,19 +438,27 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        norm = nn.RMSNorm if config.qk_norm else nn.Identity
-        self.q_norm = norm(config.channels, eps=NORM_EPS)
-        self.k_norm = norm(config.channels, eps=NORM_EPS)
+        norm = RmsNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(config.channels)
+        self.k_norm = norm(config.channels)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, C]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
-        q, k = self.q_norm(q.float()), self.k_norm(k.float())
-        rotated = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
-        mixed = causal_attention(*rotated, v) if cache is None else cache.attend(*rotated, v, k)
+        if cache is None:
+            mixed = causal_attention(*rotated_heads(qkv, self.gains(), rope))
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            mixed = cache.attend(rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype), v, k)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def gains(self) -> Tensor | None:
+        """[2, C] of queries and keys; None where they are not normalised."""
+        if isinstance(self.q_norm, RmsNorm) and isinstance(self.k_norm, RmsNorm):
+            return torch.stack((self.q_norm.weight, self.k_norm.weight))
+        return None
 
 
 class SquaredReluMlp(nn.Module):
@@ -443,37 +472,10 @@ class SquaredReluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(F.relu(self.up(x)).square())
-
-
-class Dropout(nn.Module):
-    """Inverted dropout (Srivastava et al. 2014), with 16 random bits an element on a CPU.
-
-    torch's own takes more than twice as long there (benchmarks/README.md).
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape; in training an element is 0 with probability p, else divided by 1 - p."""
-        if not (self.training and self.p):
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.p)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= round(self.p * 2**16) - 2**15
-        return x * (kept.to(x.dtype) / (1 - self.p))
+        return self.down(squared_relu(self.up(x)))
 
 
 # --- positions -----------------------------------------------------------------------------------
-
-NORM_EPS = 1e-6
-
-
-Rope = tuple[Tensor, Tensor]
 
 
 def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
@@ -562,55 +564,3 @@ class LayerCache(NamedTuple):
             self.keys[:, :, :1] = rotate(self.bos_key, cache.bos_rope).to(k.dtype)
         seen = None if cache.is_full else cache.seen
         return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen)
-
-
-# --- attention kernels ---------------------------------------------------------------------------
-
-
-SDPA_BATCH = 65_535  # CUDA's fused kernels lay the batch along a grid axis that ends here
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention over the past, [B, H, T, C] each, by the best kernel."""
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if slow or len(q) > SDPA_BATCH:
-        return blocked_attention(q, k, v)
-    with sdpa_kernels():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
-    """The same by plain products, for `block` queries at a time over the keys they may see.
-
-    On CPUs SDPA's bfloat16 kernel took more than twice as long (benchmarks/README.md). It keeps the
-    attention weights for backward, B * H * T^2 / 2 of them a layer.
-    """
-    frames, scale = q.shape[2], q.shape[3] ** -0.5
-    batch = q.shape[:2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [B * H, T, C]
-    mixed = []
-    for first, q_block in zip(range(0, frames, block), q.split(block, dim=1), strict=True):
-        end = first + q_block.shape[1]
-        future = torch.full((end - first, end), -torch.inf, dtype=q.dtype, device=q.device)
-        future = future.triu(1 + first)
-        scores = torch.baddbmm(future, q_block, k[:, :end].mT, alpha=scale)
-        mixed.append(scores.softmax(-1) @ v[:, :end])
-    return torch.cat(mixed, dim=1).unflatten(0, batch)
-
-
-def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The context that lets SDPA choose flash, memory-efficient or plain kernels.
-
-    PyTorch 2.3 moved it and changed its arguments. Older: the old name. None: SDPA's own choice.
-    cuDNN's kernel is left out: it recompiles for every shape.
-    """
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
-        old = getattr(torch.backends.cuda, "sdp_kernel", None)
-        return old if old is not None else contextlib.nullcontext
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return lambda: sdpa_kernel(kernels)
-
-
-sdpa_kernels = find_sdpa_kernels()

@@ -960,6 +960,8 @@ def set_up(
     amp_dtype = pick_amp_dtype(flags, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device.type == "cpu":
+        keep_freed_memory()
 
     with world.in_turn():
         corpus, train_windows, val_windows, data = open_data(flags, console)
@@ -1174,6 +1176,15 @@ def pick_device(wanted: str | None, world: World) -> torch.device:
             "device present, or pass --device cpu"
         ) from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: fetching a step's pages anew took a tenth of its time."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_threshold, 32 << 20)  # the most it accepts
 
 
 def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import kernels
 from losses import linear_cross_entropy
-from model import Dropout, blocked_attention
+from model import ModelConfig, rotary_angles, rotate
 
-K, V, FRAMES, WIDTH = 9, 1024, 2048, 256
+K, V, FRAMES, WIDTH = 9, 1024, 2048, 512
 
 
 def attention(batch: int, heads: int, frames: int, channels: int) -> list[Callable[[], None]]:
@@ -34,7 +35,7 @@ def attention(batch: int, heads: int, frames: int, channels: int) -> list[Callab
         F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(slope, retain_graph=True)
 
     def blocked() -> None:
-        blocked_attention(q, k, v).backward(slope, retain_graph=True)
+        kernels.blocked_attention(q, k, v).backward(slope, retain_graph=True)
 
     return [sdpa, blocked]
 
@@ -60,10 +61,58 @@ def loss() -> list[Callable[[], None]]:
     return [lambda: step(plain), lambda: step(ours)]
 
 
-def dropout() -> list[Callable[[], Tensor]]:
-    """torch's dropout and the 16-bit one, forward alone."""
-    x, ours = torch.randn(FRAMES, WIDTH), Dropout(0.1).train()
-    return [lambda: F.dropout(x, 0.1), lambda: ours(x)]
+def dropout() -> list[Callable[[], None]]:
+    """torch's dropout, and masks of 15 random bits."""
+    x = torch.randn(FRAMES, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn_like(x)
+    return [
+        lambda: F.dropout(x, 0.1).backward(slope),
+        lambda: kernels.dropout(x, 0.1).backward(slope),
+    ]
+
+
+def norm() -> list[Callable[[], None]]:
+    """RMSNorm under autocast: torch's and its cast for the next product, and ours."""
+    x, gain = torch.randn(FRAMES, WIDTH, requires_grad=True), torch.ones(WIDTH, requires_grad=True)
+    slope = torch.randn(FRAMES, WIDTH, dtype=torch.bfloat16)
+
+    def ours() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = kernels.rms_norm(x, gain)
+        y.backward(slope)
+
+    return [lambda: F.rms_norm(x, (WIDTH,), gain).bfloat16().backward(slope), ours]
+
+
+def activation() -> list[Callable[[], None]]:
+    """Squared ReLU by autograd, and ours."""
+    x = torch.randn(FRAMES, 4 * WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn_like(x)
+    return [
+        lambda: F.relu(x).square().backward(slope),
+        lambda: kernels.squared_relu(x).backward(slope),
+    ]
+
+
+def heads() -> list[Callable[[], None]]:
+    """QK-norm and rotary positions by autograd, and ours: 4 windows of 512, 8 heads of 64."""
+    qkv = torch.randn(4, 512, 3, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+    gains = torch.ones(2, 64, requires_grad=True)
+    rope = rotary_angles(torch.arange(512), ModelConfig((2,), d_model=512, heads=8))
+    slope = torch.randn(4, 8, 512, 64, dtype=torch.bfloat16)
+
+    def by_autograd() -> None:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = (
+            rotate(F.rms_norm(x.float(), (64,), gain), rope).bfloat16()
+            for x, gain in zip((q, k), gains, strict=True)
+        )
+        torch.autograd.backward((q, k, v), (slope,) * 3)
+
+    def ours() -> None:
+        torch.autograd.backward(kernels.rotated_heads(qkv, gains, rope), (slope,) * 3)
+
+    return [by_autograd, ours]
 
 
 def main() -> int:
@@ -79,6 +128,9 @@ def main() -> int:
         "attention, 6 windows of 512, 12 heads of 64": attention(6, 12, 512, 64),
         f"loss of {FRAMES} frames, width {WIDTH}, {K} x {V}": loss(),
         f"dropout of {FRAMES} x {WIDTH}": dropout(),
+        f"RMSNorm of {FRAMES} x {WIDTH}": norm(),
+        f"squared ReLU of {FRAMES} x {4 * WIDTH}": activation(),
+        "QK-norm and rotary positions, 4 windows of 512, 8 heads of 64": heads(),
     }
     print("| piece | PyTorch's, ms | ours, ms | ratio (min to max) |\n|---|---:|---:|---:|")
     for name, ways in pieces.items():

@@ -14,7 +14,7 @@ from conftest import ROOT
 from train_rvq import build_parser
 
 FLOORS = {
-    "losses": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
+    "losses": 0, "kernels": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
     "parallel": 0,
     "model": 1, "stability": 1, "reporting": 1, "code_statistics": 1,
     "sampling": 2, "planning": 2,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import LOGITS_AT_ONCE
@@ -19,9 +16,7 @@ from model import (
     ABSENT,
     PATTERNS,
     CodesTransformer,
-    Dropout,
     ModelConfig,
-    blocked_attention,
     shift,
     unshift,
 )
@@ -113,29 +108,6 @@ def test_code_dropout_hides_inputs_in_training_alone():
     assert torch.equal(model(codes), model(other)), "nothing of the past is left"
     assert not torch.equal(model.eval()(codes), model(other))
     torch.testing.assert_close(model(codes), make_model().eval()(codes))
-
-
-def test_dropout_keeps_the_mean_and_drops_its_share_everywhere():
-    torch.manual_seed(0)
-    x = Dropout(0.1).train()(torch.ones(4, 250_001))
-    assert x.mean().item() == pytest.approx(1, abs=0.003)
-    for offset in range(4):  # four elements come from one word of random bits
-        assert (x.flatten()[offset::4] == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
-
-
-@pytest.mark.parametrize("frames", [1, 128, 300])
-def test_blocked_attention_agrees_with_sdpa(frames):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, frames, 16, requires_grad=True).unbind(0)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(blocked_attention(q, k, v), expected)
-    slope = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(blocked_attention(q, k, v), (q, k, v), slope),
-        torch.autograd.grad(expected, (q, k, v), slope),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_logits_match_a_slow_reference():
@@ -317,48 +289,3 @@ def test_compiles_with_all_that_training_adds():
         losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05, 1e-4)
     losses.objective.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-NO_NEW_API = "sys.modules['torch.nn.attention'] = None"
-OLD_API = """
-import contextlib
-@contextlib.contextmanager
-def sdp_kernel(enable_flash=True, enable_math=True, enable_mem_efficient=True):
-    print("old", end=" ")
-    yield
-torch.backends.cuda.sdp_kernel = sdp_kernel
-"""
-
-
-@pytest.mark.parametrize(
-    ("before", "printed"),
-    [
-        ("", "True"),
-        (NO_NEW_API + OLD_API, "old True"),
-        (NO_NEW_API + "; del torch.backends.cuda.sdp_kernel", "True"),
-    ],
-    ids=["new", "old", "neither"],
-)
-def test_sdpa_wrapper_survives_every_api(before, printed):
-    """Pitfall 27: the present API, the one before it, and none."""
-    script = f"""
-import sys, torch
-{before}
-sys.path.insert(0, {str(ROOT)!r})
-import model
-q = torch.randn(1, 2, 5, 4)
-future = torch.ones(5, 5).triu(1).bool()
-expected = (q @ q.mT / 2).masked_fill(future, -torch.inf).softmax(-1) @ q
-print(torch.allclose(model.causal_attention(q, q, q), expected, atol=1e-5))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == printed, done.stderr
-
-
-def test_flash_attention_is_a_kernel_the_model_can_use():
-    """The fused kernel takes the shapes and dtypes that the model gives it; CPUs have one too."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q = torch.randn(2, 2, 12, 16, dtype=torch.bfloat16)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        F.scaled_dot_product_attention(q, q, q, is_causal=True)

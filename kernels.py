@@ -1,0 +1,257 @@
+"""Pieces of a block whose backward is written out: fewer passes over memory than autograd makes.
+
+Each is a function of tensors, works in any floating dtype on any device, and can be traced by
+torch.compile. Statistics are float32 at least, whatever goes in; what comes out is what autocast
+would make a product's input.
+
+B windows, H heads, T frames, C channels of a head, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-6
+Rope = tuple[Tensor, Tensor]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype that a product of x would be made in: autocast's, or its own."""
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if mixed else x.dtype
+
+
+# --- norm, activation, dropout -------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """x / rms(x) * gain over the last dimension (Zhang and Sennrich 2019): [..., D], gain [D]."""
+    return _RmsNorm.apply(x, gain, product_dtype(x))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact) * x.shape[-1] ** -0.5
+        inverse = (rms.square() + NORM_EPS).rsqrt()
+        ctx.save_for_backward(x, gain, inverse)
+        return ((x * inverse) * gain).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, inverse = ctx.saved_tensors
+        unit = x * inverse
+        along = grad * unit
+        mean = (along @ gain.to(along.dtype))[..., None] / x.shape[-1]
+        grad_x = torch.addcmul(grad * gain, unit, mean, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), along.flatten(0, -2).sum(0).to(gain.dtype), None
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021)."""
+    return _SquaredRelu.apply(x)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Inverted dropout (Srivastava et al. 2014): 0 with probability p, else divided by 1 - p."""
+    if not p:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return _Dropout.apply(x, _kept_bits(x, p), p)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.p = p
+        return _masked(x, kept).mul_(1 / (1 - p))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(grad, *ctx.saved_tensors).mul_(1 / (1 - ctx.p)), None, None
+
+
+def _kept_bits(x: Tensor, p: float) -> Tensor:
+    """Of x's shape, int16: all bits set with probability 1 - p, else none; from 15 random bits.
+
+    torch's own dropout takes four times as long on a CPU (benchmarks/README.md), and comparisons
+    that make booleans are slow there as well.
+    """
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
+    drawn >>= 1  # so that the difference below cannot overflow; its sign, spread, is the mask
+    return drawn.neg_().add_(round(p * 2**15) - 2**14 - 1).bitwise_right_shift_(15)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+def _masked(x: Tensor, kept: Tensor) -> Tensor:
+    """x where the bits of `kept` are set, else 0."""
+    words = _WORDS[x.element_size()]
+    return (x.contiguous().view(words) & kept.to(words)).view(x.dtype)
+
+
+# --- heads with rotary positions -----------------------------------------------------------------
+
+
+def rotated_heads(qkv: Tensor, gains: Tensor | None, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, T, C] of qkv [B, T, 3, H, C].
+
+    Queries and keys are RMS-normalised with gains [2, C], unless None, and turned by `rope`.
+    """
+    q_and_k, v = _RotatedHeads.apply(qkv, gains, *rope)
+    return q_and_k[0], q_and_k[1], v
+
+
+class _RotatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, gains: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = _exact(qkv[:, :, :2].permute(2, 0, 3, 1, 4))
+        inverse = None
+        turned_cos, turned_sin = cos, sin
+        if gains is not None:  # in the small tables of angles, where they cost nothing
+            gain = gains[:, None, None, None]
+            turned_cos, turned_sin = gain * cos, gain.roll(gain.shape[-1] // 2, -1) * sin
+            inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+        rotated = _turned(x, turned_cos, turned_sin)
+        if inverse is not None:
+            rotated *= inverse
+        ctx.save_for_backward(qkv, gains, cos, sin, inverse)
+        return rotated.to(qkv.dtype), qkv[:, :, 2].transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, gains, cos, sin, inverse = ctx.saved_tensors
+        grad = _exact(grad)
+        grad_x = _turned(grad, cos, -sin)
+        grad_gains = None
+        if gains is not None:
+            unit = _exact(qkv[:, :, :2].permute(2, 0, 3, 1, 4)).mul_(inverse)
+            along = grad_x * unit
+            grad_gains = along.sum((1, 2, 3))
+            gain = gains[:, None, None, None]
+            mean = along @ gain.mT / gain.shape[-1]
+            grad_x.mul_(gain).addcmul_(unit, mean, value=-1).mul_(inverse)
+        grad_qkv = torch.empty_like(qkv)
+        grad_qkv[:, :, :2] = grad_x.permute(1, 3, 0, 2, 4)
+        grad_qkv[:, :, 2] = grad_v.transpose(1, 2)
+        return grad_qkv, grad_gains, None, None
+
+
+def _exact(x: Tensor) -> Tensor:
+    """A contiguous copy in float32 at least, in one pass."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + x's halves exchanged * sin; `roll` would take a pass of its own."""
+    half, out = x.shape[-1] // 2, x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+SDPA_BATCH = 65_535  # CUDA's fused kernels lay the batch along a grid axis that ends here
+BLOCK = 128  # queries at a time
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention over the past, [B, H, T, C] each, by the best kernel."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if slow or len(q) > SDPA_BATCH:
+        return blocked_attention(q, k, v)
+    with sdpa_kernels():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by plain products, for BLOCK queries at a time over the keys they may see.
+
+    On CPUs SDPA's bfloat16 kernel took more than twice as long (benchmarks/README.md). It keeps the
+    attention weights for backward, B * H * T^2 / 2 of them a layer.
+    """
+    return _BlockedAttention.apply(q, k, v)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, frames, scale = q.shape[:2], q.shape[2], q.shape[3] ** -0.5
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * H, T, C]
+        mixed, weights = torch.empty_like(q), []
+        for first in range(0, frames, BLOCK):
+            end = min(first + BLOCK, frames)
+            future = torch.full((end - first, end), -torch.inf, dtype=q.dtype, device=q.device)
+            scores = torch.baddbmm(
+                future.triu(1 + first), q[:, first:end], k[:, :end].mT, alpha=scale
+            )
+            weights.append(scores.softmax(-1))
+            mixed[:, first:end] = weights[-1] @ v[:, :end]
+        ctx.save_for_backward(q, k, v, mixed, *weights)
+        return mixed.unflatten(0, batch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mixed, *weights = ctx.saved_tensors
+        batch, grad, scale = grad.shape[:2], grad.flatten(0, 1), q.shape[2] ** -0.5
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        inner = (grad * mixed).sum(-1, keepdim=True)
+        for first, weight in zip(range(0, q.shape[1], BLOCK), weights, strict=True):
+            end = min(first + BLOCK, q.shape[1])
+            block = grad[:, first:end]
+            grad_v[:, :end].baddbmm_(weight.mT, block)
+            slope = torch.baddbmm(inner[:, first:end], block, v[:, :end].mT, beta=-1).mul_(weight)
+            grad_q[:, first:end] = torch.bmm(slope, k[:, :end])
+            grad_k[:, :end].baddbmm_(slope.mT, q[:, first:end], alpha=scale)
+        return (
+            grad_q.mul_(scale).unflatten(0, batch),
+            grad_k.unflatten(0, batch),
+            grad_v.unflatten(0, batch),
+        )
+
+
+def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The context that lets SDPA choose flash, memory-efficient or plain kernels.
+
+    PyTorch 2.3 moved it and changed its arguments. Older: the old name. None: SDPA's own choice.
+    cuDNN's kernel is left out: it recompiles for every shape.
+    """
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        old = getattr(torch.backends.cuda, "sdp_kernel", None)
+        return old if old is not None else contextlib.nullcontext
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return lambda: sdpa_kernel(kernels)
+
+
+sdpa_kernels = find_sdpa_kernels()
