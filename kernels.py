@@ -39,9 +39,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact) * x.shape[-1] ** -0.5
-        inverse = (rms.square() + NORM_EPS).rsqrt()
+        inverse = _inverse_rms(x)
         ctx.save_for_backward(x, gain, inverse)
         return ((x * inverse) * gain).to(dtype)
 
@@ -53,6 +51,13 @@ class _RmsNorm(torch.autograd.Function):
         mean = (along @ gain.to(along.dtype))[..., None] / x.shape[-1]
         grad_x = torch.addcmul(grad * gain, unit, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), along.flatten(0, -2).sum(0).to(gain.dtype), None
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """1 / rms(x) over the last dimension: [..., 1], float32 at least."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+    return (norm.square() / x.shape[-1] + NORM_EPS).rsqrt()
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ class _SquaredRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
-        return (grad * positive).mul_(2)
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)  # in one pass
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -138,7 +143,7 @@ class _RotatedHeads(torch.autograd.Function):
         if gains is not None:  # in the small tables of angles, where they cost nothing
             gain = gains[:, None, None, None]
             turned_cos, turned_sin = gain * cos, gain.roll(gain.shape[-1] // 2, -1) * sin
-            inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+            inverse = _inverse_rms(x)
         rotated = _turned(x, turned_cos, turned_sin)
         if inverse is not None:
             rotated *= inverse
@@ -156,7 +161,7 @@ class _RotatedHeads(torch.autograd.Function):
             along = grad_x * unit
             grad_gains = along.sum((1, 2, 3))
             gain = gains[:, None, None, None]
-            mean = along @ gain.mT / gain.shape[-1]
+            mean = (along * gain).mean(-1, keepdim=True)
             grad_x.mul_(gain).addcmul_(unit, mean, value=-1).mul_(inverse)
         grad_qkv = torch.empty_like(qkv)
         grad_qkv[:, :, :2] = grad_x.permute(1, 3, 0, 2, 4)
