@@ -245,73 +245,27 @@ def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
     Raises:
         NpqError: the file is no longer the one whose header was read.
     """
-    with _OpenFile(header.path, *_file_columns(header)) as file:
-        mapped = mmap.mmap(file.descriptor, header.file_size, access=mmap.ACCESS_READ)
+    descriptor = _open_unchanged(header.path, header.file_size, header.mtime_ns)
+    try:
+        mapped = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
     count = header.num_frames * header.num_codebooks
     flat = np.frombuffer(mapped, header.dtype, count, header.codes_offset)
     return flat.reshape(header.num_frames, header.num_codebooks)
 
 
-class _OpenFile:
-    """An open file that gives windows of its codes, and notices when it was replaced or cut.
-
-    Windows are read with preadv, straight into the batch, and not copied from a memory map: where
-    every window lies in another file that is about three times as fast (a map costs page faults and
-    an unmap), resident memory stays flat, and a file cut during the run is a short read instead of
-    a SIGBUS. `benchmarks/data_path.py` measures both.
-    """
-
-    __slots__ = ("codebooks", "descriptor", "dtype", "frames", "offset", "path")
-
-    def __init__(
-        self,
-        path: str,
-        offset: int,
-        frames: int,
-        codebooks: int,
-        dtype_code: int,
-        size: int,
-        mtime_ns: int,
-    ) -> None:
-        self.path, self.offset, self.frames = path, offset, frames
-        self.codebooks, self.dtype = codebooks, CODE_DTYPES[dtype_code]
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
-        except OSError as error:
-            self.descriptor = -1
-            raise _changed(path, "the file that was there at the start", error) from error
-        now = os.fstat(self.descriptor)
-        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
-            found = f"{now.st_size} bytes, or a newer file"
-            raise _changed(path, f"{size} bytes, untouched", found)
-
-    def __enter__(self) -> _OpenFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.__del__()
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-    def read_into(self, row: np.ndarray[Any, Any], start: int) -> None:
-        """Fill row [ctx, K] with the frames from `start` on, widened to the row's dtype."""
-        same = self.codebooks == row.shape[1] and self.dtype.itemsize == row.itemsize
-        shape = (row.shape[0], self.codebooks)
-        buffer = row if same else np.empty(shape, self.dtype)
-        position = self.offset + start * self.codebooks * self.dtype.itemsize
-        try:
-            found = os.preadv(self.descriptor, [buffer.data], position)
-        except OSError as error:
-            raise _changed(self.path, "a readable file", error) from error
-        if found != buffer.nbytes:
-            raise _changed(
-                self.path, f"{self.frames} frames", f"an end within frame {start} and on"
-            )
-        if not same:
-            row[:] = buffer[:, : row.shape[1]]
+def _open_unchanged(path: str, size: int, mtime_ns: int) -> int:
+    """A descriptor of the file, which is still the one that was scanned."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
+    except OSError as error:
+        raise _changed(path, "the file that was there at the start", error) from error
+    now = os.fstat(descriptor)
+    if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+        os.close(descriptor)
+        raise _changed(path, f"{size} bytes, untouched", f"{now.st_size} bytes, or a newer file")
+    return descriptor
 
 
 def _changed(path: str, expected: object, found: object) -> NpqError:
@@ -770,6 +724,28 @@ MAX_OPEN_FILES = (
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly, however many there are
 
 
+class _OpenFiles(OrderedDict[int, int]):
+    """Descriptors of a corpus's files by number, the MAX_OPEN_FILES that were opened last."""
+
+    def __init__(self, paths: Sequence[str], files: np.ndarray[Any, Any]) -> None:
+        super().__init__()
+        self.paths, self.files = paths, files
+
+    def __missing__(self, file: int) -> int:
+        *_, size, mtime_ns, _ = self.files[file].item()
+        self[file] = descriptor = _open_unchanged(self.paths[file], size, mtime_ns)
+        if len(self) > MAX_OPEN_FILES:
+            os.close(self.popitem(last=False)[1])
+        return descriptor
+
+    def __del__(self) -> None:
+        for descriptor in self.values():
+            os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OpenFiles, (self.paths, self.files)  # descriptors stay with their process
+
+
 class WindowDataset(Dataset[torch.Tensor]):
     """Windows of `ctx` frames every `stride` frames, each read from its place on disk.
 
@@ -794,7 +770,13 @@ class WindowDataset(Dataset[torch.Tensor]):
     ) -> None:
         self.paths, self.files, self.spans = corpus.paths, corpus.files, spans
         self.num_codebooks = corpus.num_codebooks
-        self.dtype = np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32
+        self.dtype = np.dtype(np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32)
+        code_bytes = 1 << self.files["dtype_code"]
+        self.frame_bytes = self.files["codebooks"] * code_bytes
+        self.is_plain = (code_bytes == self.dtype.itemsize) & (
+            self.files["codebooks"] == self.num_codebooks
+        )  # lies in the file as in the batch
+        self.open_files = _OpenFiles(self.paths, self.files)
         self.phase = None if jitter_seed is None else _phases(jitter_seed, len(spans.start))
         self._cut(ctx, stride)
 
@@ -804,7 +786,8 @@ class WindowDataset(Dataset[torch.Tensor]):
         counts = np.where(self.last_start >= 0, self.last_start // stride + 1, 0)
         self.last_window = np.cumsum(counts)  # exclusive, per file
         self.first_window = self.last_window - counts
-        self.open_files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self.outside = min(stride, ctx) // 2
+        self.part = (self.last_start + (2 * self.outside + 1)) / np.maximum(counts, 1)
 
     def recut(self, ctx: int) -> WindowDataset:
         """The same spans of the same files, in windows of another length that stand end to end."""
@@ -814,9 +797,6 @@ class WindowDataset(Dataset[torch.Tensor]):
 
     def __len__(self) -> int:
         return int(self.last_window[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "open_files": OrderedDict()}  # they stay with their process
 
     def locate(
         self, numbers: np.ndarray[Any, Any]
@@ -845,10 +825,8 @@ class WindowDataset(Dataset[torch.Tensor]):
         last part reach half a stride beyond the span, and a start there becomes its end: else a
         file's first and last frames would hardly ever be seen.
         """
-        last, outside = self.last_start[file], min(self.stride, self.ctx) // 2
-        part = (last + (2 * outside + 1)) / (self.last_window[file] - self.first_window[file])
-        start = ((rank + share) * part).astype(np.int64) - outside
-        return np.minimum(np.maximum(start, 0), last)
+        start = ((rank + share) * self.part[file]).astype(np.int64) - self.outside
+        return np.minimum(np.maximum(start, 0), self.last_start[file])
 
     def describe(self, windows: np.ndarray[Any, Any], epoch: int = 0) -> list[dict[str, Any]]:
         """Where windows of an epoch lie, for logs: file and first frame."""
@@ -860,20 +838,32 @@ class WindowDataset(Dataset[torch.Tensor]):
     def __getitem__(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
         batch = np.empty((len(numbers), self.ctx, self.num_codebooks), self.dtype)
         files, starts = self.locate(numbers)
-        for row, file, start in zip(batch, files.tolist(), starts.tolist(), strict=True):
-            self._open(file).read_into(row, start)
+        positions = self.files["offset"][files] + starts * self.frame_bytes[files]
+        columns = files.tolist(), positions.tolist(), self.is_plain[files].tolist()
+        for row, file, position, is_plain in zip(batch, *columns, strict=True):
+            if is_plain:
+                self._read_into(row.data, file, position)
+            else:
+                _, _, codebooks, dtype_code, *_ = self.files[file].item()
+                codes = np.empty((self.ctx, codebooks), CODE_DTYPES[dtype_code])
+                self._read_into(codes.data, file, position)
+                row[:] = codes[:, : self.num_codebooks]
         return torch.from_numpy(batch)
 
-    def _open(self, number: int) -> _OpenFile:
-        file = self.open_files.get(number)
-        if file is None:
-            *columns, _ = self.files[number].item()  # all but the CRC
-            file = self.open_files[number] = _OpenFile(self.paths[number], *columns)
-            if len(self.open_files) > MAX_OPEN_FILES:
-                self.open_files.popitem(last=False)
-        else:
-            self.open_files.move_to_end(number)
-        return file
+    def _read_into(self, buffer: memoryview, file: int, position: int) -> None:
+        """Fill the buffer with a file's bytes from `position` on.
+
+        With preadv, and not from a memory map: where every window lies in another file that is four
+        times as fast (a map costs page faults and an unmap), resident memory stays flat, and a file
+        cut during the run is a short read, not a SIGBUS. `benchmarks/data_path.py` measures it.
+        """
+        try:
+            found = os.preadv(self.open_files[file], [buffer], position)
+        except OSError as error:
+            raise _changed(self.paths[file], "a readable file", error) from error
+        if found != buffer.nbytes:
+            size, end = self.files["size"][file], position + found
+            raise _changed(self.paths[file], f"{size} bytes", f"an end at byte {end}")
 
 
 def _phases(seed: int, files: int) -> np.ndarray[Any, Any]:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from npq_dataset import (
+    FILE_COLUMNS,
     MAX_OPEN_FILES,
     BadFilesError,
     Corpus,
@@ -946,7 +947,7 @@ def test_the_number_of_open_files_is_bounded(tmp_path):
             assert windows[np.array([i])].tolist() == [truth[i]]
             assert open_descriptors() <= before + MAX_OPEN_FILES
     assert open_descriptors() == before + MAX_OPEN_FILES
-    windows.open_files.clear()
+    del windows
     assert open_descriptors() == before
 
 
@@ -996,9 +997,9 @@ def test_a_read_that_fails_gives_a_named_error(tmp_path):
     path = put(tmp_path / "x.npq", npq1(some_codes(60)))
     windows = all_windows([path])
     windows[np.array([0])]
-    (file,) = windows.open_files.values()
+    (descriptor,) = windows.open_files.values()
     folder = os.open(tmp_path, os.O_RDONLY)
-    os.dup2(folder, file.descriptor)  # reading a folder fails in the kernel
+    os.dup2(folder, descriptor)  # reading a folder fails in the kernel
     os.close(folder)
     with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
         windows[np.array([0])]
@@ -1026,7 +1027,7 @@ def jittered_by_loops(spans, *, ctx, stride, seed, epoch) -> list[list[int]]:
 def spans_alone(spans: list[tuple[int, int]], **keywords) -> WindowDataset:
     """Windows that can be located but not read."""
     start, stop = np.array(spans, dtype=np.int64).T
-    corpus = Corpus([str(i) for i in range(len(spans))], np.empty(0), (4,), 0, 1.0, DataSummary())
+    corpus = Corpus([], np.empty(0, FILE_COLUMNS), (4,), 0, 1.0, DataSummary())
     return WindowDataset(corpus, Spans(start, stop, ""), **keywords)
 
 
