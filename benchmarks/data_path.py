@@ -1,32 +1,37 @@
-"""What the way from disk to batch costs: scan, index, windows per second by three readers, memory.
+"""Windows per second from disk to batch: this project, a plain PyTorch loader, limits; memory.
 
 python benchmarks/data_path.py                         # makes its files: 0.7 GB, removed again
 python benchmarks/data_path.py --files 2000 --rounds 3
-python benchmarks/data_path.py --data npq_out          # real files instead
+python benchmarks/data_path.py --data npq_out          # real files instead, of 16-bit codes
 
 The files are in the page cache throughout (the scan has just read them): this compares what the
-readers themselves cost, not disks.
+readers themselves cost, not disks. All read the same windows in the same shuffled order and take
+turns; a ratio is the median over the rounds of the reader's rate by the first row's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import struct
 import sys
 import tempfile
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from npq_dataset import (
     MAX_OPEN_FILES,
-    Corpus,
     WindowDataset,
     find_npq_files,
     map_codes,
@@ -37,8 +42,8 @@ from npq_dataset import (
 
 CTX, CODEBOOKS, VOCAB, BATCH = 512, 9, 1024, 32
 RATE = 44_100 / 512  # frames per second
-READERS = ("preadv", "memory map", "whole file")
-Batch = Callable[[np.ndarray], object]
+SLOW = 10  # readers that take this many times as long get as many times fewer windows
+Read = Callable[[np.ndarray], None]  # window numbers [n] -> reads them all, batch by batch
 
 
 def make_files(folder: Path, lengths: np.ndarray) -> None:
@@ -47,12 +52,16 @@ def make_files(folder: Path, lengths: np.ndarray) -> None:
     pool = random.integers(VOCAB, size=(int(lengths.max()) + 10_000, CODEBOOKS), dtype=np.uint16)
     folder.mkdir()
     for i, frames in enumerate(lengths.tolist()):
-        head = struct.pack("<4sHHffI", b"NPQ1", 1, CODEBOOKS, RATE, 320.0, frames)
-        head += struct.pack(f"<{CODEBOOKS}IB", *[VOCAB] * CODEBOOKS, 1)
         start = random.integers(10_000)
         codes = pool[start : start + frames].copy()
         codes[0, :2] = divmod(i, VOCAB)  # no two files alike
-        (folder / f"{i:06d}.npq").write_bytes(head + codes.tobytes())
+        (folder / f"{i:06d}.npq").write_bytes(npq1_head(frames) + codes.tobytes())
+
+
+def npq1_head(frames: int) -> bytes:
+    """What stands before the codes of an NPQ1 file."""
+    head = struct.pack("<4sHHffI", b"NPQ1", 1, CODEBOOKS, RATE, 320.0, frames)
+    return head + struct.pack(f"<{CODEBOOKS}IB", *[VOCAB] * CODEBOOKS, 1)
 
 
 def resident_mb() -> float:
@@ -61,107 +70,189 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def all_windows(corpus: Corpus) -> WindowDataset:
-    """Every window of a corpus, end to end."""
-    train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
-    return WindowDataset(corpus, train, ctx=CTX, stride=CTX)
+# --- readers -------------------------------------------------------------------------------------
 
 
-def by_memory_map(windows: WindowDataset) -> Batch:
-    """Slices of memory maps, of which as many stay open as the project's reader keeps files."""
-    headers = [read_header(path) for path in windows.paths]
-    open_maps: OrderedDict[int, np.ndarray] = OrderedDict()
+def in_batches(batch: Callable[[np.ndarray], object]) -> Read:
+    """Reads window numbers by calls with BATCH of them."""
 
-    def batch(numbers: np.ndarray) -> np.ndarray:
-        out = np.empty((len(numbers), CTX, windows.num_codebooks), windows.dtype)
-        files, starts = windows.locate(numbers)
-        for row, file, start in zip(out, files.tolist(), starts.tolist(), strict=True):
-            if file not in open_maps:
-                open_maps[file] = map_codes(headers[file])
-                if len(open_maps) > MAX_OPEN_FILES:
-                    open_maps.popitem(last=False)
-            open_maps.move_to_end(file)
-            row[:] = open_maps[file][start : start + CTX]
-        return out
+    def read(numbers: np.ndarray) -> None:
+        for first in range(0, len(numbers), BATCH):
+            batch(numbers[first : first + BATCH])
 
-    return batch
+    return read
 
 
-def by_whole_file(windows: WindowDataset) -> Batch:
-    """The file read from beginning to end for each window of it."""
-
-    def batch(numbers: np.ndarray) -> np.ndarray:
-        out = np.empty((len(numbers), CTX, windows.num_codebooks), windows.dtype)
-        files, starts = windows.locate(numbers)
-        for row, file, start in zip(out, files.tolist(), starts.tolist(), strict=True):
-            _, frames, k, code_type, *_ = windows.files[file].item()
-            count = frames * k
-            content = Path(windows.paths[file]).read_bytes()
-            dtype = ("<u1", "<u2", "<u4")[code_type]
-            codes = np.frombuffer(content, dtype, count, int(windows.files[file]["offset"]))
-            row[:] = codes.reshape(frames, k)[start : start + CTX]
-        return out
-
-    return batch
-
-
-def windows_per_second(read: Batch, numbers: np.ndarray) -> float:
-    started = time.perf_counter()
-    for first in range(0, len(numbers), BATCH):
-        read(numbers[first : first + BATCH])
-    return len(numbers) / (time.perf_counter() - started)
-
-
-def compare_readers(windows: WindowDataset, rounds: int, most: int) -> None:
-    """Windows per second in shuffled order; the readers take turns on the same windows."""
-    reads = dict(
-        zip(
-            READERS,
-            (windows.__getitem__, by_memory_map(windows), by_whole_file(windows)),
-            strict=True,
-        )
+def by_loader(dataset: Dataset[torch.Tensor], workers: int, collate: bool) -> Read:
+    """Reads through a DataLoader, whose processes live on from call to call."""
+    order: list[Any] = []
+    loader = DataLoader(
+        dataset,
+        batch_size=BATCH if collate else None,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=6 if workers else None,
     )
-    some = np.arange(min(8, len(windows)))
-    assert np.array_equal(reads["preadv"](some), reads["memory map"](some))
-    assert np.array_equal(reads["preadv"](some), reads["whole file"](some))
-    found: dict[str, list[float]] = {name: [] for name in READERS}
-    for turn in range(rounds):
+
+    def read(numbers: np.ndarray) -> None:
+        order[:] = numbers.tolist() if collate else np.split(numbers, len(numbers) // BATCH)
+        for _ in loader:
+            pass
+
+    return read
+
+
+class WholeFiles(Dataset[torch.Tensor]):
+    """The ordinary way: a table of all windows, and for each its file read to the end."""
+
+    def __init__(self, windows: WindowDataset) -> None:
+        files, starts = windows.locate(np.arange(len(windows)))
+        offsets = windows.files["offset"][files].tolist()
+        paths = [windows.paths[file] for file in files.tolist()]
+        self.table = list(zip(paths, offsets, starts.tolist(), strict=True))
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        path, offset, start = self.table[number]
+        codes = np.fromfile(path, "<i2", offset=offset).reshape(-1, CODEBOOKS)
+        return torch.from_numpy(codes[start : start + CTX])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def by_maps(windows: WindowDataset) -> Read:
+    """Slices of memory maps into a batch; as many maps stay as the project keeps files open."""
+    headers = [read_header(path) for path in windows.paths]
+    maps: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def batch(numbers: np.ndarray) -> torch.Tensor:
+        out = np.empty((len(numbers), CTX, CODEBOOKS), windows.dtype)
+        files, starts = windows.locate(numbers)
+        for row, file, start in zip(out, files.tolist(), starts.tolist(), strict=True):
+            if file not in maps:
+                maps[file] = map_codes(headers[file])
+                if len(maps) > MAX_OPEN_FILES:
+                    maps.popitem(last=False)
+            row[:] = maps[file][start : start + CTX]
+        return torch.from_numpy(out)
+
+    return in_batches(batch)
+
+
+def limit_of_system_calls(windows: WindowDataset) -> Read:
+    """Open, look at size and time, read into the batch, close: no index, no checks."""
+
+    def batch(numbers: np.ndarray) -> None:
+        out = np.empty((len(numbers), CTX, CODEBOOKS), windows.dtype)
+        for row, number in zip(out, numbers.tolist(), strict=True):
+            descriptor = os.open(paths[number], os.O_RDONLY)
+            os.fstat(descriptor)
+            os.preadv(descriptor, [row.data], positions[number])
+            os.close(descriptor)
+
+    files, starts = windows.locate(np.arange(len(windows)))
+    paths = [windows.paths[file] for file in files.tolist()]
+    positions = (windows.files["offset"][files] + starts * windows.frame_bytes[files]).tolist()
+    return in_batches(batch)
+
+
+def limit_of_slices(windows: WindowDataset) -> Read:
+    """A slice of a memory map a window, of MAX_OPEN_FILES made before: nothing read or copied."""
+    files, starts = (column.tolist() for column in windows.locate(np.arange(len(windows))))
+    maps = [map_codes(read_header(path)) for path in windows.paths[:MAX_OPEN_FILES]]
+
+    def batch(numbers: np.ndarray) -> None:
+        for number in numbers.tolist():
+            start = starts[number]
+            maps[files[number] % len(maps)][start : start + CTX]
+
+    return in_batches(batch)
+
+
+def limit_of_memory(windows: WindowDataset) -> Read:
+    """The same bytes copied into batches from an array in memory."""
+    pool = np.ones((min(len(windows), 10_000), CTX, CODEBOOKS), windows.dtype)
+
+    def batch(numbers: np.ndarray) -> None:
+        out = np.empty((len(numbers), CTX, CODEBOOKS), windows.dtype)
+        np.take(pool, numbers, axis=0, out=out, mode="wrap")
+
+    return in_batches(batch)
+
+
+def readers_of(windows: WindowDataset, jittered: WindowDataset) -> dict[str, tuple[Read, int]]:
+    """Each with the factor by which it gets fewer windows."""
+    files = WholeFiles(windows)
+    return {
+        "this project, one process": (in_batches(windows.__getitem__), 1),
+        "the same with jitter": (in_batches(jittered.__getitem__), 1),
+        "through a DataLoader, 0 workers": (by_loader(jittered, 0, collate=False), 1),
+        "through a DataLoader, 2 workers": (by_loader(jittered, 2, collate=False), 1),
+        "peer: whole files, DataLoader, 0 workers": (by_loader(files, 0, collate=True), SLOW),
+        "peer: whole files, DataLoader, 2 workers": (by_loader(files, 2, collate=True), SLOW),
+        f"memory maps, {MAX_OPEN_FILES} kept": (by_maps(windows), 1),
+        "limit: open, fstat, preadv, close": (limit_of_system_calls(windows), 1),
+        "limit: bare slices of kept maps": (limit_of_slices(windows), 1),
+        "limit: memcpy of the same bytes": (limit_of_memory(windows), 1),
+    }
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def check_equal(windows: WindowDataset) -> None:
+    """What the peer reads is what the project reads."""
+    some = np.unique(np.linspace(0, len(windows) - 1, 50).astype(np.int64))
+    files = WholeFiles(windows)
+    assert torch.equal(windows[some], torch.stack([files[number] for number in some.tolist()]))
+
+
+def compare_readers(windows: WindowDataset, jittered: WindowDataset, turns: int, n: int) -> None:
+    """A table of windows per second, every reader once a round, each round begun by another."""
+    readers = readers_of(windows, jittered)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for read, _ in readers.values():
+        read(np.arange(BATCH) % len(windows))  # starts its processes
+    for turn in range(turns):
         order = np.random.default_rng(turn).permutation(len(windows))
-        order = np.resize(order, max(len(order), most))[:most]
-        for name in READERS[turn % 3 :] + READERS[: turn % 3]:
-            numbers = order[: most // 10] if name == "whole file" else order
-            found[name].append(windows_per_second(reads[name], numbers))
-    for name, speeds in found.items():
-        count = most // 10 if name == "whole file" else most
-        print(
-            f"  {name:<11} {statistics.median(speeds):>10,.0f} windows/s   "
-            f"{min(speeds):>9,.0f} to {max(speeds):<9,.0f} n = {rounds} x {count:,}"
-        )
+        order = np.resize(order, n)
+        names = itertools.islice(itertools.cycle(readers), turn, turn + len(readers))
+        for name in names:
+            read, slower = readers[name]
+            some = order[: n // slower // BATCH * BATCH]
+            started = time.perf_counter()
+            read(some)
+            rates[name].append(len(some) / (time.perf_counter() - started))
+    ours = next(iter(rates.values()))
+    print(f"| n = {turns} rounds of {n:,} windows | windows/s | range | ratio |")
+    print("|---|---:|---:|---:|")
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, ours, strict=True))
+        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        print(f"| {name} | {statistics.median(found):,.0f} | {spread} | {ratio:.2f} |")
 
 
-def epoch_memory(windows: WindowDataset) -> None:
-    """Resident memory before and after every window once, by either reader that keeps files."""
-    order = np.random.default_rng(0).permutation(len(windows))
-    for name, read in (("preadv", windows.__getitem__), ("memory map", by_memory_map(windows))):
-        before = resident_mb()
-        windows_per_second(read, order)
-        print(f"  {name:<11} resident {before:,.0f} MB before an epoch, {resident_mb():,.0f} after")
-
-
-def report(title: str, paths: list[str], rounds: int, most: int, store: Path) -> None:
+def report(title: str, paths: list[str], turns: int, n: int, store: Path) -> None:
+    """Scan, index, the readers' table and the memory of an epoch for one set of files."""
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
         corpus = scan_corpus(paths, ctx=CTX, skip_bad=True, checked_file=store)
         seconds.append(time.perf_counter() - started)
-    windows = all_windows(corpus)
-    arrays = [v for v in vars(windows).values() if isinstance(v, np.ndarray)]
-    size = sum(a.nbytes for a in arrays)
-    print(f"{title}: {len(corpus.paths):,} files, {len(windows):,} windows of {CTX} frames")
-    print(f"  scan        {seconds[0]:.2f} s the first time, {seconds[1]:.2f} s again")
-    print(f"  index       {size:,} bytes in arrays, {size / len(corpus.paths):.0f} a file")
-    compare_readers(windows, rounds, most)
-    epoch_memory(windows)
+    train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
+    windows = WindowDataset(corpus, train, ctx=CTX, stride=CTX)
+    jittered = WindowDataset(corpus, train, ctx=CTX, stride=CTX, jitter_seed=0)
+    if not windows.is_plain.all() or windows.num_codebooks != CODEBOOKS:
+        raise SystemExit(f"the peer reads files of {CODEBOOKS} codebooks in 16 bits only")
+    check_equal(windows)
+    before, descriptors = resident_mb(), len(os.listdir("/proc/self/fd"))
+    in_batches(jittered.__getitem__)(np.random.default_rng(0).permutation(len(windows)))
+    after, opened = resident_mb(), len(os.listdir("/proc/self/fd")) - descriptors
+    print(f"\n{title}: {len(paths):,} files, {len(windows):,} windows of {CTX} frames")
+    print(f"scan, every code checked: {seconds[0]:.2f} s, remembered {seconds[1]:.2f} s")
+    print(f"resident {before:,.0f} MB before an epoch, {after:,.0f} after; {opened} files open\n")
+    compare_readers(windows, jittered, turns, n)
 
 
 def main() -> None:
@@ -169,10 +260,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--files", type=int, default=20_000, help="short files to make")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each reader")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each reader")
     parser.add_argument("--windows", type=int, default=10_000, help="windows in a turn")
     parser.add_argument("--data", nargs="+", help="use these .npq files or folders instead")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    n = max(SLOW * BATCH, args.windows // BATCH * BATCH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.data:
@@ -184,7 +277,7 @@ def main() -> None:
             sets = {n: find_npq_files([folder / d]) for n, d in
                     (("short files", "many"), ("long files", "two"))}  # fmt: skip
         for number, (title, paths) in enumerate(sets.items()):
-            report(title, paths, args.rounds, args.windows, folder / f"checked{number}.json")
+            report(title, paths, args.rounds, n, folder / f"checked{number}.json")
 
 
 if __name__ == "__main__":
