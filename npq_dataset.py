@@ -27,6 +27,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,11 +39,7 @@ from torch.utils.data import Dataset, Sampler
 MAX_CODEBOOKS = 64
 MAX_VOCAB_SIZE = 2**20
 MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
-CODE_DTYPES = (
-    np.dtype("<u1"),
-    np.dtype("<u2"),
-    np.dtype("<u4"),
-)  # indexed by the file's dtype_code
+CODE_DTYPES = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")  # by the file's dtype_code
 NO_DTYPE = np.dtype("V1")  # stands for a dtype_code that does not exist
 FIXED_BYTES = 20  # the shortest fixed part of a header, common to every layout
 LONGEST_HEADER = 23 + 4 * MAX_CODEBOOKS + 1  # NPQ2 with every codebook
@@ -382,17 +379,8 @@ def _write_whole(path: str, content: bytes) -> None:
 # --- the corpus: every file of a run -------------------------------------------------------------
 
 FRAME_RATE_TOLERANCE = 0.02  # relative; encoders store T / duration, which strays by 0.1 %
-FILE_COLUMNS = np.dtype(
-    [
-        ("offset", "i8"),
-        ("frames", "i8"),
-        ("codebooks", "i8"),
-        ("dtype_code", "i8"),
-        ("size", "i8"),
-        ("mtime_ns", "i8"),
-        ("crc", "i8"),
-    ]
-)
+COLUMN_NAMES = "offset", "frames", "codebooks", "dtype_code", "size", "mtime_ns", "crc"
+FILE_COLUMNS = np.dtype([(name, "i8") for name in COLUMN_NAMES])
 
 
 def _file_columns(h: NpqHeader) -> tuple[int, int, int, int, int, int]:
@@ -468,10 +456,9 @@ def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
     found: dict[str, str] = {}
     for pattern in (os.fspath(p) for p in patterns):
         if os.path.isdir(pattern):
-            walk = os.walk(os.path.normpath(pattern))
             matches = sorted(
                 os.path.join(folder, name)
-                for folder, folders, files in walk
+                for folder, folders, files in os.walk(Path(pattern))
                 for name in (*folders, *files)
                 if name.endswith(".npq")
             )
@@ -741,9 +728,7 @@ def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarra
 
 # --- windows -------------------------------------------------------------------------------------
 
-MAX_OPEN_FILES = (
-    256  # per process; each holds a file descriptor, and 1024 of those is a common limit
-)
+MAX_OPEN_FILES = 256  # per process; 1024 file descriptors is a common limit
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly, however many there are
 
 
@@ -796,9 +781,8 @@ class WindowDataset(Dataset[torch.Tensor]):
         self.dtype = np.dtype(np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32)
         code_bytes = 1 << self.files["dtype_code"]
         self.frame_bytes = self.files["codebooks"] * code_bytes
-        self.is_plain = (code_bytes == self.dtype.itemsize) & (
-            self.files["codebooks"] == self.num_codebooks
-        )  # lies in the file as in the batch
+        is_cut = self.files["codebooks"] != self.num_codebooks
+        self.is_plain = (code_bytes == self.dtype.itemsize) & ~is_cut  # read as it lies on disk
         self.open_files = _OpenFiles(self.paths, self.files)
         self.phase = None if jitter_seed is None else _phases(jitter_seed, len(spans.start))
         self._cut(ctx, stride)
@@ -809,7 +793,7 @@ class WindowDataset(Dataset[torch.Tensor]):
         counts = np.where(self.last_start >= 0, self.last_start // stride + 1, 0)
         self.last_window = np.cumsum(counts)  # exclusive, per file
         self.first_window = self.last_window - counts
-        self.outside = min(stride, ctx) // 2
+        self.outside = min(stride, ctx) // 2  # frames; of both see _jittered
         self.part = (self.last_start + (2 * self.outside + 1)) / np.maximum(counts, 1)
 
     def recut(self, ctx: int) -> WindowDataset:

@@ -514,6 +514,36 @@ def test_files_are_found_by_folder_glob_and_name_each_once(tmp_path, monkeypatch
     assert find_npq_files(["~/a.n*"]) == [a]
 
 
+def test_a_file_reached_by_several_ways_counts_once(tmp_path, monkeypatch):
+    a = put(tmp_path / "real" / "deep" / "a.npq", b"")
+    (tmp_path / "also").symlink_to(tmp_path / "real" / "deep")
+    (tmp_path / "real" / "b.npq").symlink_to(a)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for ways in ([a, "also"], [a, "also/a.npq"], [a, "real"], [a, "loop/also/../../real/deep"]):
+        assert find_npq_files(ways) == [a]
+    assert find_npq_files(["real/../also", a]) == ["real/../also/a.npq"]
+
+
+def test_a_folder_named_like_a_file_is_not_passed_over(tmp_path):
+    """Pitfall 22."""
+    put(tmp_path / "a.npq", npq1(some_codes(20)))
+    (tmp_path / "b.npq").mkdir()
+    with pytest.raises(BadFilesError, match=r"b\.npq: file: expected a regular file"):
+        scan_corpus(find_npq_files([tmp_path]), ctx=16)
+
+
+def test_headers_of_many_files_are_small(tmp_path):
+    """Pitfall 24: 200,000 of them wait for the codes to be checked."""
+    path = put(tmp_path / "a.npq", npq1(some_codes(20, 9)))
+    tracemalloc.start()
+    try:
+        headers = [read_header(path) for _ in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] < 500 * len(headers)
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
     """Pitfall 22: nothing is dropped without a word."""
     put(tmp_path / "a.npq", npq1(some_codes(20)))
@@ -1201,6 +1231,18 @@ def test_golden_permutations():
     assert order.permutation(1)[:8].tolist() == [518, 727, 123, 23, 926, 364, 215, 578]
     large = EpochOrder(100_000, batch=1, accum=1, seed=1234).permutation(7)
     assert hashlib.sha256(large.astype("<i8").tobytes()).hexdigest()[:16] == "809694dd4a056bb0"
+
+
+def test_a_shuffle_makes_no_second_copy():
+    """Pitfall 24: an epoch can have many millions of windows."""
+    order = EpochOrder(1_000_000, batch=8, accum=1, seed=0)
+    order.epoch, order.start = 3, 16
+    tracemalloc.start()
+    try:
+        next(iter(order))
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * 8e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
