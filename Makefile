@@ -36,8 +36,9 @@ test-faults: .venv/installed-dev  ## kills, full disks and bit flips in earnest;
 test-gpu: .venv/installed-dev  ## needs a CUDA device
 	$(BIN)/python -m pytest -m cuda
 
-bench-data: .venv/installed  ## index and window speed, memory
+bench-data: .venv/installed  ## window speed and memory; scan, index and order of 10,000 hours
 	$(BIN)/python benchmarks/data_path.py
+	$(BIN)/python benchmarks/scale.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
