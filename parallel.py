@@ -23,7 +23,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -165,11 +165,10 @@ class World:
             self.size, self.module = 1, None
         return can
 
-    def leave(self) -> None:
-        """Wait for the others and part; they would take an earlier end for a failure."""
-        if self.size > 1:
+    def wait(self) -> None:
+        """Until all have come to their end; an earlier one would pass for a failure."""
+        with contextlib.suppress(RuntimeError):  # another was faster
             self.largest(0)
-            dist.destroy_process_group()
 
     # --- the state -------------------------------------------------------------------------------
 
@@ -307,6 +306,15 @@ def is_loss_of_peer(error: BaseException) -> bool:
     said = str(error).lower()
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
     return network or any(w in said for w in ("closed by peer", "connection reset", "gloo"))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; one of many at once, since gloo's threads may abort an orderly exit."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class EveryNth(Sampler[T]):

@@ -72,7 +72,7 @@ from npq_dataset import (
     write_npq,
 )
 from optimizer import build_optimizer, state_tensors
-from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, local
+from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, leave, local
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -969,8 +969,7 @@ def set_up(
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, source, corpus, device, world)
     state = build_state(flags, model, amp_dtype, device, world)
-    name = run_name(model.config.num_codebooks, flags.tag)
-    files = RunFiles(flags.save_dir, name)
+    files = RunFiles(flags.save_dir, run_name(model.config.num_codebooks, flags.tag))
     if checkpoint is not None:
         restore(state, checkpoint, source, world)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
@@ -981,12 +980,10 @@ def set_up(
     state.ladder.kept_step = world.from_first(state.ladder.kept_step)
     order.detours = state.ladder.detours
 
+    written = files.metrics if world.is_first else None
     run = Run(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
-        metrics=MetricsLog(
-            files.metrics if world.is_first else None, tensorboard=flags.tensorboard
-        ),
-        state=state, world=world,
+        metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
         losses=functools.partial(
             model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
             weights=weights,
@@ -997,8 +994,7 @@ def set_up(
         stop=StopRequest(world),
         best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
-    if checkpoint is not None:
-        run.metrics.history = checkpoint["history"]
+    run.metrics.history = checkpoint["history"] if checkpoint is not None else []
     settle_schedule(run, checkpoint)
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
@@ -1865,7 +1861,7 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
         run = set_up(flags, explicit, console, world)
         run.stop.install()
         code = train_or_save(run)
-        world.leave()
+        world.wait()
         return code
 
 
@@ -1879,4 +1875,4 @@ def fail(world: World, code: int, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

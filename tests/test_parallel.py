@@ -1,0 +1,313 @@
+"""parallel.py: runs under torchrun, as real processes over gloo, against one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
+
+import train_rvq
+from checkpointing import load_checkpoint
+from npq_dataset import EpochOrder
+from optimizer import newton_schulz
+from parallel import EveryNth, World
+from train_rvq import noise_seed
+
+# The defaults: Muon, dropout 0.1, pattern depth, bf16. Sums of gradients round in another order,
+# and Muon's iteration in bf16 makes of that a few 1e-5 in the loss; without either it is 1e-6.
+NEAR = 3e-4
+EXACT = ("--no-amp", "--optim", "adamw")
+STEPS = 8
+
+
+def start(processes: int, *flags: str | Path, torchrun: tuple[str, ...] = ()) -> Any:
+    """Torchrun with a trainer, as a user starts it."""
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return subprocess.Popen(
+        [sys.executable, *launch, *torchrun, str(ROOT / "train_rvq.py"), *TINY, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run(processes: int, *flags: str | Path, torchrun: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Exit code of torchrun and everything printed."""
+    if processes == 1:
+        return train_rvq.main([*TINY, *map(str, flags)]), ""
+    trainers = start(processes, *flags, torchrun=torchrun)
+    try:
+        output, _ = trainers.communicate(timeout=200)
+    finally:
+        trainers.kill()
+    return trainers.returncode, output
+
+
+def processes_of(save_dir: Path) -> dict[int, list[int]]:
+    """Process numbers of trainers and their loaders that write to a folder, by rank."""
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_text().split("\0")
+            rank = re.search(r"\0RANK=(\d+)", (entry / "environ").read_text())
+        except OSError:
+            continue
+        if str(save_dir) in command and rank:
+            found.setdefault(int(rank[1]), []).append(int(entry.name))
+    return {rank: sorted(numbers) for rank, numbers in found.items()}
+
+
+def figures(save_dir: Path) -> list[float]:
+    """Loss and gradient norm of every step, val and val_obj of every validation."""
+    steps = {r["step"]: [r["loss"], r["grad_norm"]] for r in rows(save_dir, "step")}
+    vals = {r["step"]: [r["val"], r["val_obj"]] for r in rows(save_dir, "epoch")}
+    return [x for table in (steps, vals) for step in sorted(table) for x in table[step]]
+
+
+def assert_same_run(save_dir: Path, other: Path, near: float) -> None:
+    torch.testing.assert_close(figures(save_dir), figures(other), rtol=near, atol=near)
+
+
+def flags(tunes: Path, *more: str | Path) -> tuple[str | Path, ...]:
+    """Of a run of STEPS steps that logs each."""
+    every = ("--log-lr-steps", "1", "--max-steps", str(STEPS), "--accum", "4")
+    return ("--data", tunes, *every, *more)
+
+
+# --- in one process ------------------------------------------------------------------------------
+
+
+def test_micro_batches_are_dealt_out_in_turn():
+    order = EpochOrder(50, batch=3, accum=4, seed=1)
+    order.epoch, order.start = 1, 12
+    whole = [batch.tolist() for batch in order]
+    parts = [EveryNth(order, World(rank, 2)) for rank in (0, 1)]
+    dealt = [[batch.tolist() for batch in part] for part in parts]
+    assert [len(part) for part in parts] == [len(d) for d in dealt] == [len(whole) // 2] * 2
+    assert [b for pair in zip(*dealt, strict=True) for b in pair] == whole
+
+
+def test_noise_depends_on_its_place_alone():
+    seeds = {noise_seed(s, e, p) for s in range(3) for e in range(10) for p in range(0, 600, 6)}
+    assert len(seeds) == 3 * 10 * 100
+    assert noise_seed(0, 3, 12) == noise_seed(0, 3, 12) < 2**64
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_newton_schulz_is_torchs(shape):
+    torch.manual_seed(0)
+    gradient, p = torch.randn(shape), torch.nn.Parameter(torch.zeros(shape))
+    p.grad = gradient
+    muon = torch.optim.Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0)
+    muon.step()
+    group = muon.param_groups[0]
+    update = newton_schulz(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    expected = -update.float() * max(1.0, shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
+
+
+# --- many processes ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tunes, tmp_path_factory) -> Path:
+    """The run in one process."""
+    save_dir = tmp_path_factory.mktemp("alone")
+    assert run(1, *flags(tunes, "--save_dir", save_dir))[0] == 0
+    return save_dir
+
+
+def test_two_processes_are_one_run(tunes, tmp_path, alone):
+    code, output = run(2, *flags(tunes, "--save_dir", tmp_path))
+    assert code == 0, output
+    assert "2 processes (ddp)" in output
+    assert output.count("Done at step") == 1
+    assert_same_run(tmp_path, alone, NEAR)
+    mine, its = (load_checkpoint(d / "rvq_4cb_latest.pt") for d in (tmp_path, alone))
+    assert mine.keys() == its.keys()
+    assert mine["guard"].keys() == its["guard"].keys()
+    for part in ("model", "ema"):
+        assert mine[part].keys() == its[part].keys()
+
+
+def test_two_processes_with_a_part_of_the_state_each_are_one_run(tunes, tmp_path, alone):
+    more = ("--parallel", "fsdp", "--eval-audio-every", "1", "--eval-frames", "8")
+    more += ("--eval-dac-repo", "demo")
+    code, output = run(2, *flags(tunes, "--save_dir", tmp_path), *more)
+    assert code == 0, output
+    assert "2 processes (fsdp)" in output
+    assert_same_run(tmp_path, alone, NEAR)
+    mine, its = (load_checkpoint(d / "rvq_4cb_latest.pt") for d in (tmp_path, alone))
+    for part in ("model", "ema"):
+        assert {n: t.shape for n, t in mine[part].items()} == {
+            n: t.shape for n, t in its[part].items()
+        }
+    assert_same_tensors(_shapes(mine["optimizer"]), _shapes(its["optimizer"]))
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return str((value.dtype, value.shape))
+    if isinstance(value, dict):
+        return {key: _shapes(part) for key, part in value.items()}
+    return [_shapes(part) for part in value] if isinstance(value, list) else None
+
+
+def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path, alone):
+    command = flags(tunes, "--save_dir", tmp_path)
+    trainers = start(2, *command, "--num_workers", "1")
+    wait_for(lambda: any(tmp_path.glob("*.jsonl")) and len(rows(tmp_path, "step")) >= 2)
+    os.kill(trainers.pid, signal.SIGINT)
+    output, _ = trainers.communicate(timeout=100)
+    assert trainers.returncode != 0
+    assert output.count("Stopped by SIGINT; saved") == 1, output
+    assert processes_of(tmp_path) == {}
+    assert 2 <= len(rows(tmp_path, "step")) < STEPS
+    assert run(1, *command, "--num_workers", "0")[0] == 0
+    assert_same_run(tmp_path, alone, NEAR)
+
+
+def test_micro_batches_that_cannot_be_shared_are_named(tunes, tmp_path):
+    code, output = run(2, *flags(tunes, "--save_dir", tmp_path, "--accum", "5"))
+    assert code == 1  # torchrun's own
+    assert output.count("! ") == 1, output
+    assert "2 processes cannot share so many micro-batches" in output
+    assert "use --accum 4 or 6" in output
+    assert len(re.findall(r"exitcode +: 2 ", output)) == 2, output
+    assert not list(tmp_path.glob("rvq*"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes(tunes, tmp_path):
+    """2, then 4, then 2 with a part each, then 1: the run of one process."""
+    for save_dir, counts in ((tmp_path / "1", [1]), (tmp_path / "n", [2, 4, -2, 1])):
+        steps = [4, 8, 12, 16][4 - len(counts) :]
+        for count, end in zip(counts, steps, strict=True):
+            more = ("--parallel", "fsdp" if count < 0 else "ddp", "--max-steps", str(end))
+            command = flags(tunes, "--save_dir", save_dir, "--schedule", "wsd", *EXACT, *more)
+            code, output = run(abs(count), *command)
+            assert code == 0, output
+    own = {r["step"]: r["loss"] for r in rows(tmp_path / "1", "step")}
+    assert len(own) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_four_processes_are_one_run(parallel, tunes, tmp_path):
+    for count in (1, 4):
+        command = flags(tunes, "--save_dir", tmp_path / str(count), "--parallel", parallel, *EXACT)
+        code, output = run(count, *command)
+        assert code == 0, output
+    assert_same_run(tmp_path / "4", tmp_path / "1", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_restarts_all_and_the_run_goes_on(parallel, tunes, tmp_path, alone):
+    command = flags(tunes, "--save_dir", tmp_path, "--parallel", parallel)
+    command += ("--num_workers", "1", "--save-every-minutes", "0.0001")
+    trainers = start(2, *command, torchrun=("--max-restarts=3",))
+    wait_for(lambda: any(tmp_path.glob("*.jsonl")) and len(rows(tmp_path, "step")) >= 3)
+    os.kill(processes_of(tmp_path)[1][0], signal.SIGKILL)
+    output, _ = trainers.communicate(timeout=200)
+    assert trainers.returncode == 0, output
+    assert "Resuming at step" in output
+    assert processes_of(tmp_path) == {}
+    assert_same_run(tmp_path, alone, NEAR)
+
+
+@pytest.mark.slow
+def test_data_that_differs_is_named_with_its_rank(tunes, tmp_path):
+    """As two machines, of which one lacks a file."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in sorted(tunes.glob("*.npq"))[1:]:
+        (other / path.name).write_bytes(path.read_bytes())
+    script = tmp_path / "two_machines.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"data = {[str(tunes), str(other)]!r}[int(os.environ['RANK'])]\n"
+        "sys.argv[sys.argv.index('DATA')] = data\n"
+        "import train_rvq\n"
+        "train_rvq.leave(train_rvq.main())\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    command = [sys.executable, *launch, *TINY, "--data", "DATA", "--save_dir", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert re.search(r"! .*rank 1 on \S+ differs from rank 0 on \S+: data files", done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_rollback_and_guard_are_the_same_everywhere(parallel, tunes, tmp_path):
+    """A guard that refuses for ever: refusals, rollbacks, the guard's exit, on all ranks."""
+    script = tmp_path / "wrecked.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import stability, train_rvq\n"
+        "judge = stability.Guard.judge\n"
+        "def refuse_all_after(self, loss, norm, ce):\n"
+        "    return 'test' if len(self.losses) >= 3 else judge(self, loss, norm, ce)\n"
+        "stability.Guard.judge = refuse_all_after\n"
+        "train_rvq.leave(train_rvq.main())\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    command = [sys.executable, *launch, *TINY, "--data", str(tunes), "--save_dir", str(tmp_path)]
+    command += ["--parallel", parallel, "--panic-snapshot", "--epochs", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stderr.count("Stopped by the guard") == 1, done.stderr
+    assert len(re.findall(r"exitcode +: 3 ", done.stderr)) == 2
+    assert len(rows(tmp_path, "rollback")) == 3
+
+
+@pytest.mark.slow
+def test_a_failing_process_ends_all_with_its_own_message(tunes, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_rvq\n"
+        "step = train_rvq.train_step\n"
+        "def fail(run, batches):\n"
+        "    if run.world.rank == 1 and run.state.progress.step == 3:\n"
+        "        raise ValueError('planted')\n"
+        "    return step(run, batches)\n"
+        "train_rvq.train_step = fail\n"
+        "train_rvq.leave(train_rvq.main())\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    command = [sys.executable, *launch, *TINY, "--data", str(tunes), "--save_dir", str(tmp_path)]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert re.search(r"! rank 1 on \S+: Traceback[^!]*ValueError: planted", done.stderr)
+    assert done.stderr.count("Traceback") <= 2, "its own and torchrun's"
+    assert load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"] == 3
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_is_the_same_run(parallel, tunes, tmp_path):
+    for count in (1, 2):
+        command = flags(tunes, "--save_dir", tmp_path / str(count), *EXACT, "--dropout", "0")
+        more = ("--compile", "--parallel", parallel) if count == 2 else ()
+        code, output = run(count, *command, "--depth-share", "1", *more)
+        assert code == 0, output
+        assert "torch.compile failed" not in output
+        assert count == 1 or "compiled in" in output
+    assert_same_run(tmp_path / "2", tmp_path / "1", 1e-4)
