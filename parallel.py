@@ -187,15 +187,16 @@ class World:
         self.is_sharded = True
 
     def whole(self, value: Any) -> Any:
-        """Sharded tensors in nested containers put together on rank 0's CPU; None elsewhere.
+        """Nested containers with sharded tensors put together, copied to rank 0's CPU.
 
-        Every process must ask. One tensor at a time is whole on the devices.
+        Every process must ask, and others get None for tensors. One at a time is whole on the
+        devices. Where nothing is sharded the value stays as it is, and is no copy.
         """
-        if isinstance(value, DTensor):
-            full = value.full_tensor()
-            return full.cpu() if self.is_first else None
-        if not self.is_sharded or isinstance(value, Tensor):
+        if not self.is_sharded:
             return value
+        if isinstance(value, Tensor):
+            full = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+            return full.detach().cpu() if self.is_first else None
         if isinstance(value, dict):
             return {key: self.whole(part) for key, part in value.items()}
         return [self.whole(part) for part in value] if isinstance(value, list) else value

@@ -802,7 +802,7 @@ def save(
         keep_archived=run.flags.keep_archived,
         tell=run.console.problem,
     )
-    written = run.saver.start(checkpoint, write)
+    written = run.saver.start(checkpoint, write, is_copy=run.world.is_sharded)
     stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
     return None
@@ -1199,6 +1199,7 @@ def open_data(
     flags: argparse.Namespace, console: Console
 ) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
     """Scan, split and index the files; the last item tells one set of windows from another."""
+    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
     corpus = scan_corpus(
         find_npq_files(flags.data),
         ctx=flags.ctx,
@@ -1328,8 +1329,13 @@ def build_state(
     if shards(flags, world):
         if amp_dtype is torch.float16:
             raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
+        if flags.compile_mode == "reduce-overhead":
+            raise UsageError(
+                "--parallel fsdp moves the weights that CUDA graphs would hold in place; "
+                "use another --compile-mode"
+            )
         for each in (model, average):
-            world.shard(each, [m for m in each.modules() if isinstance(m, Block)], device)
+            world.shard(each, blocks_of(each), device)
     optimizer = build_optimizer(
         model,
         optim=flags.optim,
@@ -1343,6 +1349,11 @@ def build_state(
     guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
     ema = Ema(model, flags.ema, average)
     return TrainState(model, ema, optimizer, scaler, guard, Progress())
+
+
+def blocks_of(model: CodesTransformer) -> list[Block]:
+    """The backbone's and those of depth."""
+    return [m for m in model.modules() if isinstance(m, Block)]
 
 
 def shards(flags: argparse.Namespace, world: World) -> bool:
@@ -1383,26 +1394,33 @@ def leave_signals_to_the_trainer(_: int) -> None:
 
 def compile_losses(run: Run) -> None:
     """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
-    state, flags = run.state, run.flags
+    state, failure = run.state, None
     eager, scaler = run.losses, state.scaler
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
-    run.losses = torch.compile(eager, mode=flags.compile_mode, fullgraph=True)
+    options = {"mode": run.flags.compile_mode, "fullgraph": True}
+    blocks = blocks_of(state.model) if run.world.is_sharded else []
+    for block in blocks:  # between them their weights are put together, by code for no compiler
+        vars(block)["forward"] = torch.compile(block.forward, **options)
+    run.losses = eager if blocks else torch.compile(eager, **options)
     run.compiled = True
     started = time.perf_counter()
     try:
         with rng_kept():
-            trial = run.train_windows[np.zeros(flags.batch, dtype=np.int64)]
+            trial = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)]
             accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler can fail in any way; training need not
-        run.losses, run.compiled = eager, False
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        run.console.problem(f"torch.compile failed, going on without it ({reason})")
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     finally:
         state.scaler = scaler
         state.optimizer.zero_grad(set_to_none=True)
+    if (failure := run.world.first(failure)) is not None:
+        run.losses, run.compiled = eager, False
+        for block in blocks:
+            del vars(block)["forward"]
+        run.console.problem(f"torch.compile failed, going on without it ({failure})")
 
 
 # --- the loop ------------------------------------------------------------------------------------

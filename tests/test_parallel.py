@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,16 +191,17 @@ def test_micro_batches_that_cannot_be_shared_are_named(tunes, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(tunes, tmp_path):
-    """2, then 4, then 2 with a part each, then 1: the run of one process."""
-    for save_dir, counts in ((tmp_path / "1", [1]), (tmp_path / "n", [2, 4, -2, 1])):
-        steps = [4, 8, 12, 16][4 - len(counts) :]
-        for count, end in zip(counts, steps, strict=True):
+    """2, then 4, then 2 with a part each, then 1, as four times 1."""
+    for name, counts in (("1", [1, 1, 1, 1]), ("n", [2, 4, -2, 1])):
+        for count, end in zip(counts, (4, 8, 12, 16), strict=True):
             more = ("--parallel", "fsdp" if count < 0 else "ddp", "--max-steps", str(end))
-            command = flags(tunes, "--save_dir", save_dir, "--schedule", "wsd", *EXACT, *more)
-            code, output = run(abs(count), *command)
+            code, output = run(
+                abs(count), *flags(tunes, "--save_dir", tmp_path / name, *EXACT, *more)
+            )
             assert code == 0, output
-    own = {r["step"]: r["loss"] for r in rows(tmp_path / "1", "step")}
-    assert len(own) == 16
+    assert len(rows(tmp_path / "n", "resume")) == 3
+    assert len(rows(tmp_path / "n", "step")) == 16
+    assert_same_run(tmp_path / "n", tmp_path / "1", 1e-5)
 
 
 @pytest.mark.slow
@@ -225,6 +227,29 @@ def test_a_killed_process_restarts_all_and_the_run_goes_on(parallel, tunes, tmp_
     assert "Resuming at step" in output
     assert processes_of(tmp_path) == {}
     assert_same_run(tmp_path, alone, NEAR)
+
+
+@pytest.mark.slow
+def test_two_machines_share_nothing_but_the_data(tunes, tmp_path, alone):
+    """Two torchruns that meet at an address; the second one's folder holds no checkpoint."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d")
+    trainers = []
+    for node in ("a", "b"):
+        launch = ("-m", "torch.distributed.run", *nodes, f"--rdzv_endpoint={endpoint}")
+        command = flags(tunes, "--save_dir", tmp_path / node)
+        words = [sys.executable, *launch, ROOT / "train_rvq.py", *TINY, *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        trainers.append(subprocess.Popen(list(map(str, words)), env=environment, **pipes))
+    outputs = [t.communicate(timeout=200)[0] for t in trainers]
+    assert [t.returncode for t in trainers] == [0, 0], outputs
+    (first,) = [n for n in ("a", "b") if list((tmp_path / n).glob("*.jsonl"))]
+    (other,) = {"a", "b"} - {first}
+    assert {p.name for p in (tmp_path / other).iterdir()} <= {".checked_files.json"}
+    assert_same_run(tmp_path / first, alone, NEAR)
 
 
 @pytest.mark.slow
