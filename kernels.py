@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 Rope = tuple[Tensor, Tensor]
@@ -260,3 +260,37 @@ def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
 
 
 sdpa_kernels = find_sdpa_kernels()
+
+
+# --- sampling's products -------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """A product without bias for sampling's few rows; weight [out, in] is kept in `dtype`.
+
+    On CPUs in oneDNN's own layout: rearranging it at every call takes as long as the product
+    (benchmarks/README.md). `parts` blocks of rows can be asked for one by one.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, parts: int = 1) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.parts = list(weight.detach().to(dtype).chunk(parts))
+        self.is_packed = can_pack(weight.device, dtype)
+        if self.is_packed:
+            self.parts = [torch.ops.mkldnn._reorder_linear_weight(p) for p in self.parts]
+
+    def forward(self, x: Tensor, part: int = 0) -> Tensor:
+        """[..., in] of any dtype -> [..., out / parts] in `dtype`."""
+        weight = self.parts[part]
+        if self.is_packed:
+            pointwise = torch.ops.mkldnn._linear_pointwise.default
+            return pointwise(x.to(self.dtype), weight, None, "none", [], "")
+        return F.linear(x.to(self.dtype), weight)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype here: float32 on CPUs, bfloat16 on some."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -25,6 +25,7 @@ H attention heads, C = D / H channels of a head, N = B * T frames, E width of th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
+    PackedLinear,
     Rope,
     causal_attention,
     dropout,
@@ -298,6 +300,7 @@ class CodesTransformer(nn.Module):
             logits = (states @ head.mT).transpose(0, 1)
         return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
 
+    @torch.no_grad()
     def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
         """Fill an empty cache with BOS and what is known; state [B, D] of the column after it.
 
@@ -307,8 +310,10 @@ class CodesTransformer(nn.Module):
         if columns.shape[1]:
             x = torch.cat((x, self.embed_frames(columns)), dim=1)
         cache.begin(x.shape[1])
-        return self._through_cache(x, torch.arange(x.shape[1], device=x.device), cache)
+        rope = rotary_angles(torch.arange(x.shape[1], device=x.device), self.config)
+        return self._through_cache(x, rope, cache)
 
+    @torch.no_grad()
     def step(self, column: Tensor, cache: KeyValueCache) -> Tensor:
         """Take in the column [B, K] just drawn; state [B, D] of the next."""
         cache.begin(1)
@@ -316,16 +321,16 @@ class CodesTransformer(nn.Module):
 
     def advance(self, column: Tensor, cache: KeyValueCache) -> Tensor:
         """`step` after `cache.begin(1)`: static shapes and tensors alone, so it can be compiled."""
-        return self._through_cache(self.embed_frames(column[:, None]), cache.position, cache)
+        rope = rotary_angles(cache.position, self.config)
+        return self._through_cache(self.embed_frames(column[:, None]), rope, cache)
 
-    def _through_cache(self, x: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+    def _through_cache(self, x: Tensor, rope: Rope, cache: KeyValueCache) -> Tensor:
         x = self.embed_norm(x)
-        rope = rotary_angles(positions, self.config)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache.layer(layer))
-        cache.position += x.shape[1]
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, rope, layer)
         return self.norm(x[:, -1])
 
+    @torch.no_grad()
     def draw(self, state: Tensor, choose: Choose) -> Tensor:
         """Draw the column [B, K] that follows: at once, or for depth one codebook after another.
 
@@ -333,14 +338,25 @@ class CodesTransformer(nn.Module):
         """
         if self.depth is None:
             return choose(self.logits_of(state[None]), 0)
-        column = torch.zeros(len(state), len(self.sizes), dtype=torch.int64, device=state.device)
-        head = self.head.weight.unflatten(0, (len(self.sizes), -1))
-        for k in range(len(self.sizes)):  # at most K positions: cheaper anew than from a cache
-            logits = self.depth(state, column[:, : k + 1])[k] @ head[k].T
-            if self.absent is not None:
-                logits = logits.masked_fill(self.absent[k], -math.inf)
-            column[:, k] = choose(logits[:, None], k)[:, 0]
+        depth, (batch, k) = self.depth, (len(state), len(self.sizes))
+        column = torch.zeros(batch, k, dtype=torch.int64, device=state.device)
+        cache = KeyValueCache(depth, batch=batch, ctx=k)
+        rope = rotary_angles(torch.arange(k, device=state.device), depth.config)
+        inputs = depth.inputs(state).to(state.dtype)
+        for i in range(k):
+            cache.begin(1)
+            states = depth.step(inputs[:, i : i + 1], column[:, :i], rope, cache)
+            logits = self.codebook_logits(states, i)
+            column[:, i] = choose(logits[:, None], i)[:, 0]
         return column
+
+    def codebook_logits(self, states: Tensor, k: int) -> Tensor:
+        """States [N, D or E] of codebook k alone -> its logits [N, V]."""
+        if isinstance(self.head, PackedLinear):
+            logits = self.head(states, k)
+        else:
+            logits = F.linear(states, self.head.weight.unflatten(0, (len(self.sizes), -1))[k])
+        return logits if self.absent is None else logits.masked_fill(self.absent[k], -math.inf)
 
     def num_parameters(self) -> int:
         """Trainable parameters, all tables included."""
@@ -385,13 +401,28 @@ class DepthTransformer(nn.Module):
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
         """States [N, D], codes [N, k] -> [k, N, E], k <= K; the last code is not looked at."""
         k = codes.shape[1]
-        x = self.proj(states).unflatten(-1, (-1, self.config.d_model))[:, :k]
+        x = self.inputs(states)[:, :k]
         lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
         x = x + F.pad(lower, (0, 0, 1, 0))
         rope = rotary_angles(torch.arange(k, device=codes.device), self.config)
         for block in self.blocks:
             x = block(x, rope)
         return self.norm(x).transpose(0, 1)
+
+    def inputs(self, states: Tensor) -> Tensor:
+        """States [N, D] -> what they give each position, [N, K, E]."""
+        return self.proj(states).unflatten(-1, (-1, self.config.d_model))
+
+    def step(self, x: Tensor, lower: Tensor, rope: Rope, cache: KeyValueCache) -> Tensor:
+        """Position k from its input [N, 1, E] and codes [N, k] -> [N, E]; `cache` has the rest."""
+        k = lower.shape[1]
+        if k:
+            rows = lower[:, -1:] + self.row_offset[k - 1]
+            x = x + self.embed_norm(self.embed(rows))
+        here = rope[0][k : k + 1], rope[1][k : k + 1]
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, here, layer)
+        return self.norm(x[:, -1])
 
 
 class Block(nn.Module):
@@ -445,13 +476,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
+        if cache is not None:
+            return self.recall(x, rope, cache)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, C]
-        if cache is None:
-            mixed = causal_attention(*rotated_heads(qkv, self.gains(), rope))
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
-            mixed = cache.attend(rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype), v, k)
+        mixed = causal_attention(*rotated_heads(qkv, self.gains(), rope))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def recall(self, x: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
+        """`forward` over all that the cache holds: float32 but for the products and the cache."""
+        qkv = self.qkv(x).float().unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        mixed = cache.attend(rotate(q, rope), rotate(k, rope), v, k)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def gains(self) -> Tensor | None:
@@ -506,40 +542,51 @@ class KeyValueCache:
     column gives way, but BOS stays in slot 0, turned so that it always seems as far away as in
     training at the farthest: models lean on their first position, and fall apart when it leaves
     (attention sinks: Xiao et al. 2023).
+
+    A step attends over the slots in use; with `static` over all of them, the others masked, so that
+    its shapes never change and it can be compiled.
     """
 
     def __init__(
-        self, model: CodesTransformer, *, batch: int, ctx: int, dtype: torch.dtype | None = None
+        self,
+        model: CodesTransformer | DepthTransformer,
+        *,
+        batch: int,
+        ctx: int,
+        dtype: torch.dtype = torch.float32,
+        static: bool = False,
     ) -> None:
-        config, weight = model.config, model.head.weight
+        config, device = model.config, model.norm.weight.device
         size = ctx + config.lag
         shape = (config.layers, batch, config.heads, size, config.channels)
-        self.config, self.size = config, size
-        self.keys = torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
+        self.config, self.size, self.static = config, size, static
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        unrotated = (*shape[:3], 1, config.channels)
-        self.bos_keys = torch.zeros(unrotated, device=weight.device)  # float32
-        self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next input
-        self.host_position = 0  # the same; known without reading the device
-        self.is_full = False
+        self.bos_keys = torch.zeros((*shape[:3], 1, config.channels), device=device)  # float32
+        self.layers = [
+            LayerCache(self, self.keys[i], self.values[i], self.bos_keys[i])
+            for i in range(config.layers)
+        ]
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next input
+        self.slot = torch.zeros_like(self.position)  # where it goes
+        self.host_position = 0  # of the input after it; known without reading the device
 
     def begin(self, inputs: int) -> None:
-        """Settle where the next inputs go and what they see: all on the device, no host read."""
-        self.prefilling = self.host_position == 0
-        self.is_full = self.host_position >= self.size
+        """Settle where the next inputs go and what they see: nothing is read from the device."""
+        p, last = self.host_position, self.size - 1
         self.host_position += inputs
-        if self.prefilling:
-            return
-        last, p = self.size - 1, self.position
-        self.slot = torch.where(p <= last, p, 1 + (p - 1) % last)  # [1]
-        if self.is_full:
-            self.bos_rope = rotary_angles(p - last, self.config)
-        else:
-            self.seen = (torch.arange(self.size, device=p.device) <= p)[None]  # [1, size]
-
-    def layer(self, index: int) -> LayerCache:
-        """The part of one block."""
-        return LayerCache(self, self.keys[index], self.values[index], self.bos_keys[index])
+        self.prefilling, is_full = p == 0, p > last
+        self.position.fill_(p)
+        self.slot.fill_(p if p <= last else 1 + (p - 1) % last)
+        self.held = self.size if self.static else min(p + 1, self.size)
+        self.unseen: Tensor | None = None  # [1, size], -inf where nothing is yet
+        if self.static and not is_full:
+            empty = torch.arange(self.size, device=self.slot.device) > p
+            self.unseen = torch.zeros_like(self.keys[0, 0, 0, :, 0]).masked_fill(empty, -math.inf)
+        if is_full:
+            self.keys[..., :1, :] = rotate(
+                self.bos_keys, rotary_angles(self.position - last, self.config)
+            )
 
 
 class LayerCache(NamedTuple):
@@ -551,8 +598,13 @@ class LayerCache(NamedTuple):
     bos_key: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated_k: Tensor) -> Tensor:
-        """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill."""
-        cache = self.cache
+        """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill.
+
+        One query is best served by plain products: SDPA's kernels on CPUs took 3 times as long in
+        float32 and 10 times in bfloat16 (benchmarks/README.md).
+        """
+        cache, dtype = self.cache, self.keys.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache.prefilling:
             self.keys[:, :, : k.shape[2]] = k
             self.values[:, :, : k.shape[2]] = v
@@ -560,7 +612,22 @@ class LayerCache(NamedTuple):
             return causal_attention(q, k, v)
         self.keys.index_copy_(2, cache.slot, k)
         self.values.index_copy_(2, cache.slot, v)
-        if cache.is_full:
-            self.keys[:, :, :1] = rotate(self.bos_key, cache.bos_rope).to(k.dtype)
-        seen = None if cache.is_full else cache.seen
-        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen)
+        keys, values = self.keys[:, :, : cache.held], self.values[:, :, : cache.held]
+        scores = (q * q.shape[-1] ** -0.5) @ keys.mT
+        if cache.unseen is not None:
+            scores = scores + cache.unseen
+        return scores.softmax(-1) @ values
+
+
+# --- sampling's products -------------------------------------------------------------------------
+
+
+def packed_copy(model: CodesTransformer, dtype: torch.dtype) -> CodesTransformer:
+    """A copy for sampling whose products are made in `dtype`; it shares all other weights."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    packed = copy.deepcopy(model, shared).eval()
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            parts = len(model.sizes) if model.depth and linear is model.head else 1
+            packed.set_submodule(name, PackedLinear(linear.weight, dtype, parts))
+    return packed

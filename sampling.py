@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import ABSENT, CodesTransformer, KeyValueCache, shift, unshift
+from model import ABSENT, CodesTransformer, KeyValueCache, packed_copy, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 
@@ -55,7 +55,7 @@ class Draw:
         On the same device, without a host read.
         """
         of = slice(first, first + logits.shape[1])
-        logits = logits.float() / logits.new_tensor(self.temperature[of]).float()[:, None]
+        logits = self._temper(logits.float(), of)
         if any(self.top_k[of]) or min(self.top_p[of]) < 1:
             logits = self._narrow(logits, of)
         # One uniform number per code, looked up in the summed probabilities. It is scaled by the
@@ -66,18 +66,26 @@ class Draw:
         target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
         return torch.searchsorted(summed, target)[..., 0]
 
+    def _temper(self, logits: Tensor, of: slice) -> Tensor:
+        temperature = set(self.temperature[of])
+        if len(temperature) == 1:
+            return logits / temperature.pop()
+        return logits / logits.new_tensor(self.temperature[of])[:, None]
+
     def _narrow(self, logits: Tensor, of: slice) -> Tensor:
         """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
         vocab = logits.shape[-1]
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(vocab, device=logits.device)
-        last = torch.tensor([k or vocab for k in self.top_k[of]], device=logits.device)
+        limits = [min(k or vocab, vocab) for k in self.top_k[of]]
+        likeliest, order = logits.topk(max(limits))  # a whole sort takes far longer
+        last = torch.tensor(limits, device=logits.device)
         share = torch.tensor(self.top_p[of], device=logits.device)
-        probabilities = ordered.softmax(-1)
+        probabilities = (likeliest - logits.logsumexp(-1, keepdim=True)).exp()
         before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
+        rank = torch.arange(max(limits), device=logits.device)
         dropped = (rank >= last[:, None]) | ((before >= share[:, None]) & (share < 1)[:, None])
         dropped[..., 0] = False  # the likeliest always stays
-        return logits.scatter(-1, order, ordered.masked_fill(dropped, -torch.inf))
+        kept = likeliest.masked_fill(dropped, -torch.inf)
+        return torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
 
 
 @torch.inference_mode()
@@ -91,12 +99,14 @@ def generate(
     batch: int = 1,
     prompt: Tensor | None = None,
     compiled: bool = False,
+    dtype: torch.dtype | None = None,
     on_frame: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Draw `frames` new frames after an optional prompt [T, K]; codes [B, frames, K] int64.
 
     The model sees at most ctx frames, as in training. `compiled` compiles the one step of static
-    shape. `on_frame` is called after each frame. The model is left in evaluation mode.
+    shape. Products are made in `dtype`, without it in that of the weights. `on_frame` is called
+    after each frame. The model is left in evaluation mode.
 
     Raises:
         ValueError: a code of the prompt is not below its vocab size.
@@ -111,7 +121,12 @@ def generate(
             f"prompt: expected codes [T, {k}] below {model.config.vocab_sizes}, found "
             f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
         )
-    cache, lag = KeyValueCache(model, batch=batch, ctx=ctx), model.config.lag
+    if dtype is not None:
+        model = packed_copy(model, dtype)
+    # A CPU attends faster in float32: it has no products of one row in bfloat16.
+    kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
+    cache = KeyValueCache(model, batch=batch, ctx=ctx, dtype=kept, static=compiled)
+    lag = model.config.lag
     prompt = prompt[max(0, len(prompt) - ctx + 1) :].to(device)
     # The first columns of the pattern hold what the prompt knows of them.
     to_draw = prompt.new_full((lag, k), TO_DRAW)
