@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test lint smoke test-faults test-gpu bench-data clean
+.PHONY: demo test lint smoke test-faults test-gpu bench-data bench-gpu clean
 
 demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds and a picture
 	rm -rf demo && mkdir -p demo
@@ -39,6 +39,9 @@ test-gpu: .venv/installed-dev  ## needs a CUDA device
 bench-data: .venv/installed  ## window speed and memory; scan, index and order of 10,000 hours
 	$(BIN)/python benchmarks/data_path.py
 	$(BIN)/python benchmarks/scale.py
+
+bench-gpu: .venv/installed  ## frames/s, MFU, memory and compile time of the usual runs on a GPU
+	$(BIN)/python benchmarks/gpu.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
