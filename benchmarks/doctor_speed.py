@@ -1,23 +1,25 @@
-"""What the doctor takes for large checkpoints: seconds against reading the files, and memory.
+"""What the doctor takes for large checkpoints: seconds, beside a plain load and a plain read.
 
     python benchmarks/doctor_speed.py [--files 3] [--shape 768/16/12]
 
 Writes checkpoints of that shape (random weights, EMA, Adam's moments; about 2 GB each) into a
-temporary folder, then runs, in turn, the doctor and a plain read of all their bytes.
+temporary folder, then runs, in turn: the doctor (a process of its own, report included), torch.load
+of every file, which checks nothing, and a read of all their bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import measuring
 import torch
+from measuring import in_turn, print_table, ratios, seconds_of, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,18 +44,21 @@ def main() -> None:
         writer.join()
         paths = sorted(Path(folder).glob("*.pt"))
         size = sum(p.stat().st_size for p in paths)
-        reads, doctors, peaks = [], [], []
-        for _ in range(flags.rounds):
-            reads.append(seconds_to_read(paths))
-            seconds, peak = seconds_of_doctor(folder)
-            doctors.append(seconds)
-            peaks.append(peak)
-    read, doctor = statistics.median(reads), statistics.median(doctors)
+        peaks: list[float] = []
+        ways = {
+            "the doctor": lambda: seconds_of_doctor(folder, peaks),
+            "torch.load of every file": lambda: seconds_of(lambda: load_all(paths)),
+            "limit: the bytes read": lambda: seconds_to_read(paths),
+        }
+        times = in_turn(ways, flags.rounds, warm_up=0)
+    limit, rows = times["limit: the bytes read"], []
     print(f"{flags.files} files of {flags.shape}, {size / 1e9:.2f} GB, n = {flags.rounds} rounds")
-    print(f"reading    {read:6.1f} s ({min(reads):.1f} to {max(reads):.1f})")
-    print(f"the doctor {doctor:6.1f} s ({min(doctors):.1f} to {max(doctors):.1f})")
-    print(f"{doctor / read:.1f} times as long, {doctor / size * 1e9:.2f} s/GB")
-    print(f"largest process {max(peaks):.2f} GB")
+    print(measuring.machine())
+    for name, taken in times.items():
+        per_gb = spread([t / size * 1e9 for t in taken], ".2f")
+        rows.append([name, spread(taken, ".1f"), per_gb, spread(ratios(taken, limit), ".1f")])
+    print_table(["", "s", "s/GB", "times the limit"], rows)
+    print(f"largest process of the doctor {max(peaks):.2f} GB")
 
 
 def write_run(folder: Path, files: int, shape: tuple[int, ...]) -> None:
@@ -96,8 +101,14 @@ def seconds_to_read(paths: list[Path]) -> float:
     return time.perf_counter() - started
 
 
-def seconds_of_doctor(folder: str) -> tuple[float, float]:
-    """Of a whole process, start and report included; and GB of its largest process."""
+def load_all(paths: list[Path]) -> None:
+    """As torch does, one after the other."""
+    for path in paths:
+        torch.load(path, weights_only=True)
+
+
+def seconds_of_doctor(folder: str, peaks: list[float]) -> float:
+    """Of a whole process, start and report included; GB of its largest process go to `peaks`."""
     script = (
         "import resource, subprocess, sys\n"
         "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
@@ -107,7 +118,8 @@ def seconds_of_doctor(folder: str) -> tuple[float, float]:
     started = time.perf_counter()
     command = [sys.executable, "-c", script, sys.executable, str(ROOT / "ckpt_doctor.py"), folder]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - started, float(done.stdout) / 1e6
+    peaks.append(float(done.stdout) / 1e6)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
