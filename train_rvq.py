@@ -2,9 +2,9 @@ r"""Train a causal transformer on the codes of a neural audio codec, kept in .np
 
     python train_rvq.py --data "npq_out/*.npq"           # a new run, or its next part
     python train_rvq.py --data "npq_out/*.npq" --resume rvq_ckpts/rvq_9cb_best.pt
+    torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
     python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64 \
         --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
-    torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
 The file reads from top to bottom: flags, pure pieces, the state of a run, one step, evaluation,
 saving and restoring, the loop, and `main`. It can be killed at any moment; the same command goes on
