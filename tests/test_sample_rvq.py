@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -120,21 +121,29 @@ def test_without_validation_windows_the_distance_is_not_available(music, tmp_pat
 
 
 def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path, capsys):
-    """The music goes while the sample, already drawn, is decoded; open files stay readable."""
-    data, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(music, data)
+    """The validation file is cut while the sample, already drawn, is decoded, and is back after."""
+    run, held_out = tmp_path / "run", tmp_path / "held_out.npq"
+    train_on, validate_on = sorted(music.glob("*.npq"))
+    shutil.copy(validate_on, held_out)
+    (tmp_path / "list.txt").write_text(f"{held_out}\n")
 
-    def remove_music_once_drawn() -> None:
+    def cut_once_drawn() -> None:
+        whole = held_out.read_bytes()
         wait_for(lambda: any(run.glob("samples/*.npq")))
-        shutil.rmtree(data)
+        os.truncate(held_out, 100)
+        wait_for(lambda: rows(run, "sample"))
+        held_out.write_bytes(whole)
 
-    thread = threading.Thread(target=remove_music_once_drawn)
+    thread = threading.Thread(target=cut_once_drawn)
     thread.start()
-    train("--data", data, "--save_dir", run, "--epochs", "2", *SOUND, "--eval-frames", "400")
+    files = ("--data", train_on, held_out, "--val-list", tmp_path / "list.txt")
+    train(*files, "--save_dir", run, "--epochs", "2", *SOUND, "--eval-frames", "400")
     thread.join()
     assert "statistics of the sample failed, training goes on" in capsys.readouterr().err
     assert [row["epoch"] for row in rows(run, "epoch")] == [1, 2]
-    assert "distance" not in rows(run, "sample")[0]
+    first, second = rows(run, "sample")
+    assert "distance" not in first
+    assert "distance" in second
 
 
 def test_samples_are_compared_with_music(checkpoint, music, tmp_path, capsys):
