@@ -149,6 +149,7 @@ def test_two_processes_with_a_part_of_the_state_each_are_one_run(tunes, tmp_path
     assert code == 0, output
     assert "2 processes (fsdp)" in output
     assert_same_run(tmp_path, alone, NEAR)
+    assert [r for r in rows(tmp_path, "sample") if r["file"].endswith(".npq")]
     mine, its = (load_checkpoint(d / "rvq_4cb_latest.pt") for d in (tmp_path, alone))
     for part in ("model", "ema"):
         assert {n: t.shape for n, t in mine[part].items()} == {
@@ -165,18 +166,23 @@ def _shapes(value: Any) -> Any:
     return [_shapes(part) for part in value] if isinstance(value, list) else None
 
 
-def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path, alone):
-    command = flags(tunes, "--save_dir", tmp_path)
+def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path):
+    """And SIGUSR1 to any process saves without an end."""
+    end = ("--max-steps", "30", *EXACT)
+    command = flags(tunes, "--save_dir", tmp_path / "cut", *end)
     trainers = start(2, *command, "--num_workers", "1")
-    wait_for(lambda: any(tmp_path.glob("*.jsonl")) and len(rows(tmp_path, "step")) >= 2)
+    wait_for(lambda: any(tmp_path.glob("cut/*.jsonl")) and len(rows(tmp_path / "cut", "step")) >= 2)
+    os.kill(processes_of(tmp_path / "cut")[1][0], signal.SIGUSR1)
+    wait_for(lambda: any(r["step"] % 4 for r in rows(tmp_path / "cut", "save")))  # within an epoch
     os.kill(trainers.pid, signal.SIGINT)
     output, _ = trainers.communicate(timeout=100)
     assert trainers.returncode != 0
     assert output.count("Stopped by SIGINT; saved") == 1, output
-    assert processes_of(tmp_path) == {}
-    assert 2 <= len(rows(tmp_path, "step")) < STEPS
+    assert processes_of(tmp_path / "cut") == {}
+    assert 2 <= len(rows(tmp_path / "cut", "step")) < 30
     assert run(1, *command, "--num_workers", "0")[0] == 0
-    assert_same_run(tmp_path, alone, NEAR)
+    assert run(1, *flags(tunes, "--save_dir", tmp_path / "whole", *end))[0] == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", 1e-5)
 
 
 def test_micro_batches_that_cannot_be_shared_are_named(tunes, tmp_path):
@@ -209,6 +215,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tunes, tmp_path):
 def test_four_processes_are_one_run(parallel, tunes, tmp_path):
     for count in (1, 4):
         command = flags(tunes, "--save_dir", tmp_path / str(count), "--parallel", parallel, *EXACT)
+        command += ("--grad-clip", "0.1", "--grad-checkpoint", "--code-dropout", "0.1")
         code, output = run(count, *command)
         assert code == 0, output
     assert_same_run(tmp_path / "4", tmp_path / "1", 1e-5)
