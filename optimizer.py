@@ -12,12 +12,14 @@ Each group of parameters runs at its own multiple of the learning rate, kept in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:  # takes most of a second: left to runs that shard
+    from torch.distributed.tensor import DTensor
 
 BETAS = (0.9, 0.95)
 
@@ -80,7 +82,7 @@ def build_optimizer(
         groups = parameter_groups(model, weight_decay, decay_all=decay_all)
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
-    is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    is_sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     return MuonWithAdamW(
         (ShardedMuon if is_sharded else torch.optim.Muon)([hidden], lr=lr),
         torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
@@ -149,12 +151,11 @@ class ShardedMuon(torch.optim.Muon):
                 own.mul_(1 - group["lr"] * group["weight_decay"])
                 own.add_(update, alpha=-group["lr"] * tallness**0.5)
 
-    def _nesterov(self, p: DTensor, momentum: float) -> Tensor:
+    def _nesterov(self, p: Any, momentum: float) -> Tensor:
         """Move the momentum of this process's rows; the update that follows from it."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
-        assert isinstance(p.grad, DTensor)
         gradient, average = p.grad.to_local(), state["momentum_buffer"].to_local()
         average.lerp_(gradient, 1 - momentum)
         return gradient.lerp(average, momentum)

@@ -23,22 +23,22 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 # Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
 # one that hangs after this.
 TIMEOUT = datetime.timedelta(hours=1)
+
+if TYPE_CHECKING:  # takes most of a second: left to runs that shard
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -178,6 +178,9 @@ class World:
         Each block's are put together while it runs (FSDP: Zhao et al. 2023; ZeRO-3: Rajbhandari et
         al. 2020). The model may lie on the CPU: its parts go to the device block by block.
         """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         mesh = init_device_mesh(device.type, (self.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -195,7 +198,7 @@ class World:
         if not self.is_sharded:
             return value
         if isinstance(value, Tensor):
-            full = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+            full = value.full_tensor() if is_part(value) else value.clone()
             return full.detach().cpu() if self.is_first else None
         if isinstance(value, dict):
             return {key: self.whole(part) for key, part in value.items()}
@@ -215,7 +218,9 @@ class World:
         whole = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
         if self.is_first:
             whole.copy_(saved)
-        if isinstance(own, DTensor):
+        if is_part(own):
+            from torch.distributed.tensor import distribute_tensor
+
             own.copy_(distribute_tensor(whole, own.device_mesh, own.placements))
         else:
             dist.broadcast(whole, 0)
@@ -260,7 +265,7 @@ class World:
     def reducing(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: the step's last exchanges gradients."""
         with contextlib.ExitStack() as stack:
-            if isinstance(self.module, FSDPModule):
+            if self.is_sharded and self.module is not None:
                 self.module.set_requires_gradient_sync(last)
             if isinstance(self.module, DistributedDataParallel) and not last:
                 stack.enter_context(self.module.no_sync())
@@ -275,7 +280,7 @@ class World:
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Norm of all gradients together, a scalar on their device."""
         norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if is_part(norm) else norm
 
 
 def join() -> World:
@@ -297,9 +302,14 @@ def join() -> World:
     return World(rank, size, local_rank, PrefixStore("failure", store))
 
 
+def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is sharded over processes."""
+    return hasattr(tensor, "device_mesh")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def is_loss_of_peer(error: BaseException) -> bool:
