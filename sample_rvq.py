@@ -66,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", nargs="+", metavar="GLOB",
         help=".npq files of music; print how far the samples' statistics are from theirs")
     add("--device", default="best", help="of the model; decoding is on the CPU")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="products in bfloat16; without it as in training")
     add("--compile", action="store_true", help="pays from some thousand frames on")
     # fmt: on
     return parser
@@ -165,6 +167,7 @@ def draw_samples(
     model = load_model(checkpoint, raw=flags.raw, device=flags.device)
     k, frame_rate = model.config.num_codebooks, checkpoint["data"]["frame_rate"]
     draw = Draw.of(k, flags.temperature, flags.top_k, flags.top_p)
+    mixed = checkpoint["flags"].get("amp", False) if flags.amp is None else flags.amp
     started = time.perf_counter()
     with tqdm(total=flags.frames, unit="frame", disable=None) as bar:
 
@@ -182,6 +185,7 @@ def draw_samples(
             batch=flags.samples,
             prompt=prompt,
             compiled=flags.compile,
+            dtype=torch.bfloat16 if mixed else None,
             on_frame=on_frame,
         ).cpu()
     seconds = time.perf_counter() - started

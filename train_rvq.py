@@ -724,6 +724,7 @@ def draw_sample(run: Run, weights: dict[str, Tensor], on_frame: Callable[[], Non
         ctx=flags.ctx,
         draw=draw,
         seed=flags.seed + p.epoch,
+        dtype=run.amp_dtype,
         on_frame=on_frame,
     )
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -154,7 +154,7 @@ def cells(row: dict[str, Any], peak: float | None, product: float) -> list[str]:
     if "error" in row:
         return [*name, row["error"], *["-"] * 5]
     tflops = [r * row["flops_per_frame"] / 1e12 for r in row["frames_per_s"]]
-    shares = [spread([100 * t / p for t in tflops], ".1f") if p else "-" for p in (peak, product)]
+    shares = [spread([100 * t / p for t in tflops], ".3g") if p else "-" for p in (peak, product)]
     memory = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
     rest = [spread(row["frames_per_s"]), *shares, memory, f"{row['warm_up_s']:.0f}"]
     return [*name, f"{row['parameters'] / 1e6:.0f}, {row['batch']}", *rest]

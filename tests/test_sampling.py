@@ -10,7 +10,16 @@ import pytest
 import torch
 from test_model import CONFIG, make_codes, make_model
 
-from model import PATTERNS, CodesTransformer, KeyValueCache, ModelConfig, rotary_angles, rotate
+from model import (
+    PATTERNS,
+    CodesTransformer,
+    KeyValueCache,
+    ModelConfig,
+    packed_copy,
+    rotary_angles,
+    rotate,
+    shift,
+)
 from sampling import Draw, generate
 
 ANY = Draw.of(3)
@@ -79,10 +88,11 @@ def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_fram
         torch.testing.assert_close(logits, expected[:, :, k])
 
 
-def test_cached_equals_uncached_past_ctx():
+@pytest.mark.parametrize("static", [False, True])
+def test_cached_equals_uncached_past_ctx(static):
     model, codes = make_model().eval(), make_codes(frames=30)
     expected = banded_reference(model, codes, ctx=8)
-    cache = KeyValueCache(model, batch=2, ctx=8)
+    cache = KeyValueCache(model, batch=2, ctx=8, static=static)
     state = model.prefill(codes[:, :3], cache)
     for frame in range(3, 30):
         logits = model.logits_of(state[None])
@@ -106,6 +116,42 @@ def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
         generate(model, 10, ctx=16, draw=ANY, batch=2, compiled=True)
     assert not torch.equal(cached, generate(model, 14, ctx=16, draw=ANY, seed=4, batch=2))
     assert not torch.equal(cached[0], cached[1])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_packed_products_draw_what_plain_ones_draw_and_share_all_other_weights(pattern):
+    config = dataclasses.replace(CONFIG, pattern=pattern)
+    model = make_model(config).eval()
+    names = [name for name, _ in model.named_modules()]
+    plain = generate(model, 12, ctx=8, draw=ANY, batch=2)
+    assert torch.equal(plain, generate(model, 12, ctx=8, draw=ANY, batch=2, dtype=torch.float32))
+    packed = packed_copy(model, torch.bfloat16)
+    assert packed.embed.weight is model.embed.weight
+    assert [name for name, _ in model.named_modules()] == names
+    assert isinstance(model.head, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16_samples_come_from_the_logits_of_autocast(pattern):
+    """One step after a prompt: what training in mixed precision would predict there."""
+    config = dataclasses.replace(CONFIG, pattern=pattern)
+    model, codes = make_model(config).eval(), make_codes(config, batch=2, frames=6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(codes)[:, -1, 0].float()
+    packed = packed_copy(model, torch.bfloat16)
+    cache, columns = KeyValueCache(packed, batch=2, ctx=8), shift(codes, config.lag)
+    packed.prefill(columns[:, :4], cache)
+    state = packed.step(columns[:, 4], cache)
+    logits = []
+
+    def choose(of: torch.Tensor, first: int) -> torch.Tensor:
+        logits.append(of)
+        return of.argmax(-1)
+
+    packed.draw(state, choose)
+    exact = model(codes)[:, -1, 0]
+    error = (logits[0][:, 0] - exact).abs().max()
+    assert 0 < error < 3 * (expected - exact).abs().max()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
