@@ -22,6 +22,8 @@ import functools
 import itertools
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -49,6 +51,7 @@ from checkpointing import (
     library_versions,
     load_checkpoint,
     load_latest,
+    megabytes,
     rng_kept,
     rng_state,
     run_name,
@@ -73,6 +76,20 @@ from npq_dataset import (
 )
 from optimizer import build_optimizer, state_tensors
 from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, leave, local
+from planning import (
+    FIXED,
+    GIB,
+    MARGIN,
+    Memory,
+    Trained,
+    checkpoints_kept,
+    divisors,
+    gib,
+    largest_batch,
+    predict_memory,
+    time_step,
+    what_to_change,
+)
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -98,7 +115,16 @@ LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", 
 # What a run did that was saved before a flag existed, where that is not the flag's default.
 BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
-COMMAND_FLAGS = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch", "allow_data_change")
+COMMAND_FLAGS: tuple[str, ...] = (
+    "save_dir",
+    "resume",
+    "no_resume",
+    "init_from",
+    "ignore_arch",
+    "allow_data_change",
+)
+COMMAND_FLAGS += ("effective_batch", "plan", "memory_gb", "device_tflops", "mfu")
+DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
 
 
 class UsageError(ValueError):
@@ -159,9 +185,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad-checkpoint", action=switch, default=False, help="recompute blocks to save memory")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch", type=at_least(1), default=6, help="windows in a micro-batch")
+    add("--batch", type=number_or_auto, default=6, metavar="N|auto",
+        help="windows in a micro-batch; auto: the most that fit, and --accum to match")
     add("--accum", type=at_least(1), default=6,
         help="micro-batches in an optimizer step, over all processes")
+    add("--effective-batch", type=at_least(1), metavar="N",
+        help="windows in an optimizer step: sets --accum to N / --batch; auto without it: 36")
     add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
     add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
     add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
@@ -213,6 +242,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--parallel", choices=("ddp", "fsdp"), default="ddp",
         help="under torchrun: a whole copy of the state in each process, or a part")
 
+    add = parser.add_argument_group("planning").add_argument
+    add("--plan", action="store_true",
+        help="print memory, time and disk that the run will take, and do nothing else")
+    add("--memory-gb", type=positive,
+        help="memory to fit into, GiB; without it what is free on the device, if that is here")
+    add("--device-tflops", type=positive,
+        help="TFLOP/s of the device's matrix products; without it a few steps are timed")
+    add("--mfu", type=fraction_or_one, default=0.35, help="share of them that training reaches")
+
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save_dir", default="rvq_ckpts", help="folder of the run's files")
     add("--tag", default="", help="part of the files' names")
@@ -257,6 +295,11 @@ def at_least(low: int) -> Callable[[str], int]:
     return whole_number
 
 
+def number_or_auto(text: str) -> int | str:
+    """Argument type: a whole number of at least 1, or `auto`."""
+    return text if text == "auto" else at_least(1)(text)
+
+
 def _number_type(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
@@ -288,6 +331,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
         parser.error("--resume and --no-resume contradict each other; give one")
     if flags.eta_min > flags.lr:
         parser.error(f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it")
+    if "accum" in explicit and flags.batch == "auto":
+        parser.error("--batch auto sets --accum; leave it out, or give --effective-batch")
     if set(flags.tag) & set('/\\*?[]" '):
         parser.error(f"--tag: expected letters, digits, '.', '-' and '_', found {flags.tag!r}")
     return flags, explicit
@@ -956,19 +1001,25 @@ def set_up(
     if not flags.data:
         raise UsageError("--data: name the .npq files to train on")
     flags.step = flags.step or max(1, flags.ctx // 2)
-    check_accum(flags.accum, world)
     device = pick_device(flags.device, world)
     amp_dtype = pick_amp_dtype(flags, device)
     tune_for(device)
 
     with world.in_turn():
         corpus, train_windows, val_windows, data = open_data(flags, console)
+    config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
+    settle_batch(flags, explicit, config, device, console, world)
+    check_accum(flags.accum, world)
     check_same(flags, data, world)
     order = open_order(flags, train_windows)
     shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     weights = torch.tensor(shares, device=device)
     torch.manual_seed(flags.seed)
-    model = build_model(flags, checkpoint, source, corpus, device, world)
+    model = new_model(flags, config)
+    if not shards(flags, world):  # else it need not fit there whole
+        model.to(device)
+    if initial is not None:
+        load_weights(model, initial["ema"], flags.init_from, world)
     state = build_state(flags, model, amp_dtype, device, world)
     files = RunFiles(flags.save_dir, run_name(model.config.num_codebooks, flags.tag))
     if checkpoint is not None:
@@ -1007,11 +1058,16 @@ def set_up(
 def open_order(flags: argparse.Namespace, windows: WindowDataset) -> EpochOrder:
     """The order of the training windows; raises UsageError where they make no step."""
     if len(windows) < flags.batch * flags.accum:
-        raise UsageError(
-            f"{len(windows)} training windows are fewer than one step's --batch {flags.batch} "
-            f"x --accum {flags.accum}; lower these, --ctx or --step, or add data"
-        )
+        raise UsageError(too_few_windows(flags, len(windows)))
     return EpochOrder(len(windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
+
+
+def too_few_windows(flags: argparse.Namespace, windows: int) -> str:
+    """Why not one step can be taken."""
+    return (
+        f"{windows} training windows are fewer than one step's --batch {flags.batch} x --accum "
+        f"{flags.accum}; lower these, --ctx or --step, or add data"
+    )
 
 
 def check_accum(accum: int, world: World) -> None:
@@ -1026,15 +1082,8 @@ def check_accum(accum: int, world: World) -> None:
 
 
 # Flags that may differ from machine to machine: paths and the like.
-MACHINE_FLAGS: tuple[str, ...] = (
-    "data",
-    "val_list",
-    "save_dir",
-    "resume",
-    "init_from",
-    "eval_outdir",
-)
-MACHINE_FLAGS += ("eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
+MACHINE_FLAGS: tuple[str, ...] = ("data", "val_list", "save_dir", "resume", "init_from")
+MACHINE_FLAGS += ("eval_outdir", "eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
 
 
 def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) -> None:
@@ -1123,6 +1172,8 @@ def merge_flags(
 ) -> argparse.Namespace:
     """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
     saved, progress = saved_flags(checkpoint), checkpoint["progress"]
+    if explicit.get("batch") == "auto":  # picked once: another number would be another run
+        explicit = {name: value for name, value in explicit.items() if name != "batch"}
     merged = dict(vars(flags))
     merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
     merged.update(explicit)
@@ -1147,7 +1198,7 @@ def merge_flags(
     return argparse.Namespace(**merged)
 
 
-def pick_device(wanted: str | None, world: World) -> torch.device:
+def pick_device(wanted: str | None, world: World = ALONE) -> torch.device:
     """The device asked for, or the best present; an absent one is an error and no fall back.
 
     Of CUDA devices each process of a machine takes its own.
@@ -1206,7 +1257,9 @@ def open_data(
         ctx=flags.ctx,
         codebooks=flags.codebooks,
         skip_bad=flags.skip_bad_files,
-        checked_file=os.path.join(flags.save_dir, ".checked_files.json"),
+        checked_file=os.path.join(flags.save_dir, ".checked_files.json")
+        if os.path.isdir(flags.save_dir)  # --plan makes none
+        else None,
     )
     split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
     try:
@@ -1265,15 +1318,14 @@ def settle_data_change(
     progress.epoch_loss = progress.epoch_seconds = 0.0
 
 
-def build_model(
+def pick_architecture(
     flags: argparse.Namespace,
     checkpoint: dict[str, Any] | None,
     source: str,
-    corpus: Corpus,
-    device: torch.device,
-    world: World,
-) -> CodesTransformer:
-    """The model of the checkpoint, of --init-from, or of the flags, in that order."""
+    vocab_sizes: tuple[int, ...],
+    world: World = ALONE,
+) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """Of the checkpoint, of --init-from, or of the flags, in that order; and --init-from's file."""
     initial = None
     if checkpoint is None and flags.init_from:
         if world.is_first:
@@ -1283,39 +1335,31 @@ def build_model(
     if saved is not None and not flags.ignore_arch:
         config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
     else:
+        names = ("d_model", "layers", "heads", "dropout", "qk_norm", "pattern", "depth_layers")
         try:
-            config = ModelConfig(
-                corpus.vocab_sizes,
-                flags.d_model,
-                flags.layers,
-                flags.heads,
-                flags.dropout,
-                qk_norm=flags.qk_norm,
-                pattern=flags.pattern,
-                depth_layers=flags.depth_layers,
-            )
+            config = ModelConfig(vocab_sizes, **{name: getattr(flags, name) for name in names})
         except ValueError as error:
             raise UsageError(str(error)) from error
-    fits = len(config.vocab_sizes) == corpus.num_codebooks and all(
-        have <= v for have, v in zip(corpus.vocab_sizes, config.vocab_sizes, strict=False)
+    fits = len(config.vocab_sizes) == len(vocab_sizes) and all(
+        have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
     )
     if not fits:
         raise CheckpointError(
             f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
-            f"data has {list(corpus.vocab_sizes)}; see --codebooks, or start anew with --no-resume"
+            f"data has {list(vocab_sizes)}; see --codebooks, or start anew with --no-resume"
         )
-    model = CodesTransformer(
+    return config, initial
+
+
+def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
+    """With fresh weights, and what the flags say of training it."""
+    return CodesTransformer(
         config,
         grad_checkpoint=flags.grad_checkpoint,
         embed_grad=flags.embed_grad,
         code_dropout=flags.code_dropout,
         depth_share=flags.depth_share,
     )
-    if not shards(flags, world):  # else it need not fit there whole
-        model.to(device)
-    if initial is not None:
-        load_weights(model, initial["ema"], flags.init_from, world)
-    return model
 
 
 def build_state(
@@ -1323,7 +1367,7 @@ def build_state(
     model: CodesTransformer,
     amp_dtype: torch.dtype | None,
     device: torch.device,
-    world: World,
+    world: World = ALONE,
 ) -> TrainState:
     """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
     average = copy.deepcopy(model)
@@ -1411,6 +1455,7 @@ def compile_losses(run: Run) -> None:
             accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
+        tell_out_of_memory(run)
         raise
     except Exception as error:  # the compiler can fail in any way; training need not
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -1806,16 +1851,314 @@ def train_or_save(run: Run) -> int:
             run.console.problem(f"failed at step {run.state.progress.step}; saving first")
             save(run)
             finish_save(run)
-        if isinstance(error, torch.OutOfMemoryError):
-            run.console.problem(
-                "out of memory: halve --batch and double --accum (the same step in less memory), "
-                "or add --grad-checkpoint"
-            )
+        if is_out_of_memory(error):
+            tell_out_of_memory(run)
         raise
     finally:
         with contextlib.suppress(OSError):
             check_save(run, wait=True)
         run.metrics.close()
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) -> int:
+    """Say what the run would take: nothing is trained, locked, moved or restored."""
+    checkpoint, source = look_for_checkpoint(flags)
+    if checkpoint is not None:
+        flags = merge_flags(flags, explicit, checkpoint, console)
+    flags.step = flags.step or max(1, flags.ctx // 2)
+    device = planned_device(flags)
+    if flags.data:
+        corpus, train_windows, *_ = open_data(flags, console)
+        windows, vocab_sizes = len(train_windows), corpus.vocab_sizes
+    else:
+        windows, vocab_sizes = 0, (1024,) * (flags.codebooks or 9)
+        if checkpoint is not None:
+            vocab_sizes = tuple(checkpoint["architecture"]["vocab_sizes"])
+        console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
+    config, _ = pick_architecture(flags, checkpoint, source, vocab_sizes)
+    settle_batch(flags, explicit, config, device, console)
+    flops = plan_step(flags, config, console)
+    memory = plan_memory(flags, config, device, console, new=checkpoint is None)
+    epochs = plan_time(flags, config, device, windows, flops, memory, console)
+    plan_disk(flags, memory, epochs, console)
+    return EXIT_DONE
+
+
+def planned_device(flags: argparse.Namespace) -> torch.device:
+    """The device asked for, here or not, or the best one here."""
+    try:
+        return torch.device(flags.device) if flags.device else pick_device(None)
+    except RuntimeError as error:
+        raise UsageError(f"--device: expected cuda, mps or cpu, found {flags.device!r}") from error
+
+
+def look_for_checkpoint(flags: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+    """As `find_checkpoint`, but a damaged `latest` stays where it is."""
+    if flags.resume:
+        return load_checkpoint(flags.resume), flags.resume
+    files = None if flags.no_resume else find_run(flags.save_dir, flags.tag, flags.codebooks)
+    if files is None:
+        return None, ""
+    try:
+        return load_checkpoint(files.latest), str(files.latest)
+    except CheckpointError:
+        return load_checkpoint(files.previous), str(files.previous)
+
+
+def plan_step(flags: argparse.Namespace, config: ModelConfig, console: Console) -> float:
+    """Print parameters and FLOPs; returns those of a step."""
+    with torch.device("meta"):
+        model = new_model(flags, config)
+    windows = flags.batch * flags.accum
+    flops = model.flops_per_frame(flags.ctx) * windows * flags.ctx
+    console.line(
+        f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads, "
+        f"{config.pattern}: {model.num_parameters() / 1e6:.2f} M parameters"
+    )
+    console.line(
+        f"step     {windows} windows of {flags.ctx} frames (batch {flags.batch} x accum "
+        f"{flags.accum}), {flops / 1e12:.3g} TFLOP: products and attention, forward and backward"
+    )
+    return flops
+
+
+def plan_memory(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    device: torch.device,
+    console: Console,
+    *,
+    new: bool,
+) -> Memory:
+    """Print memory by part, and what to change where it does not fit."""
+    memory = predictor(flags, config, device.type)()
+    console.line(f"memory   at a step's peak on {device.type}, predicted, without --compile:")
+    for line in memory.lines():
+        console.line(f"         {line}")
+    room = memory_room(flags, device)
+    if room is None:
+        console.line(f"         {device} is not here: --memory-gb says what it has to fit into")
+    elif memory.fits(room):
+        console.line(f"         fits into {gib(room)} with {MARGIN:.0%} of it left free")
+    else:
+        console.line(
+            f"         too much for {gib(room)} with {MARGIN:.0%} of it left free; instead:"
+        )
+        for line in smaller_steps(flags, config, device, layers=config.layers if new else None):
+            console.line(f"         {line}")
+    return memory
+
+
+def plan_time(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    device: torch.device,
+    windows: int,
+    flops: float,
+    memory: Memory,
+    console: Console,
+) -> int:
+    """Print steps and hours of training; returns the epochs that the run will have."""
+    seconds, how = seconds_per_step(flags, config, device, flops, memory)
+    if seconds:
+        console.line(f"time     {seconds:.3g} s a step, {how}")
+    else:
+        console.line(f"time     unknown: {how}")
+    if not windows:
+        return int(flags.epochs)
+    per_epoch = windows // (flags.batch * flags.accum)
+    if not per_epoch:
+        raise UsageError(too_few_windows(flags, windows))
+    total = min(flags.epochs * per_epoch, flags.max_steps or math.inf)
+    if flags.max_seconds and seconds:
+        total = min(total, flags.max_seconds / seconds)
+    hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
+    in_all = f", {total * seconds / 3600:.3g} hours of training steps" if seconds else ""
+    console.line(f"epoch    {windows} windows, {per_epoch} steps{hours}")
+    console.line(f"run      {total:.0f} steps{in_all}")
+    return math.ceil(total / per_epoch)
+
+
+def seconds_per_step(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    device: torch.device,
+    flops: float,
+    memory: Memory,
+) -> tuple[float, str]:
+    """Of an optimizer step, and how it is known; 0 and why not."""
+    if flags.device_tflops:
+        rate = flags.device_tflops * flags.mfu
+        at = f"at {flags.device_tflops:g} TFLOP/s x {flags.mfu:g} MFU (--device-tflops, --mfu)"
+        return flops / (rate * 1e12), at
+    room = memory_room(argparse.Namespace(memory_gb=None), device)
+    if room is None:
+        return 0.0, f"{device} is not here; give --device-tflops"
+    if memory.total > room:
+        return 0.0, f"a step does not fit into the {gib(room)} that are free here"
+    compiled = flags.compile or (flags.compile is None and device.type == "cuda")
+    seconds = time_step(
+        functools.partial(trained_by, flags, config),
+        **step_of(flags, config, device.type),
+        device=device,
+        compile_mode=flags.compile_mode if compiled else None,
+    )
+    return seconds, f"measured on {device} with random codes"
+
+
+def plan_disk(flags: argparse.Namespace, memory: Memory, epochs: int, console: Console) -> None:
+    """Print what checkpoints take, and what is free."""
+    least, most = checkpoints_kept(
+        epochs,
+        archive_every=flags.archive_every,
+        keep_archived=flags.keep_archived,
+        validations=math.inf if flags.val_every_seconds else math.ceil(epochs / flags.val_every),
+    )
+    folder = Path(flags.save_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    size = memory.checkpoint
+    console.line(
+        f"disk     {megabytes(size)} a checkpoint: {megabytes(least * size)} without archives "
+        f"({least} files of different content), {megabytes(most * size)} at most ({most}); "
+        f"{megabytes(free)} free in {folder}"
+    )
+    if free < least * size:
+        console.problem("too little disk: saves will fail; free some, or another --save_dir")
+    elif free < most * size:
+        kept = (free // size - least) // 2
+        console.line(f"         old archives will go when it is full; --keep-archived {kept} fits")
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def trained_by(flags: argparse.Namespace, config: ModelConfig) -> Trained:
+    """A new model with EMA and optimizer, on torch's default device."""
+    model = new_model(flags, config)
+    state = build_state(flags, model, None, torch.device("cpu"))
+    return Trained(state.model, state.ema, state.optimizer)
+
+
+def step_of(flags: argparse.Namespace, config: ModelConfig, device: str) -> dict[str, Any]:
+    """What `predict_memory` and `time_step` ask of a step."""
+    here = device != "cuda" or torch.cuda.is_available()
+    dtype = torch.float16 if flags.amp_dtype == "fp16" else torch.bfloat16
+    return {
+        "shape": (flags.batch, flags.ctx, config.num_codebooks),
+        "losses": {"label_smoothing": flags.label_smoothing, "z_loss": flags.z_loss},
+        "accum": flags.accum,
+        "amp_dtype": pick_amp_dtype(flags, torch.device(device)) if here else dtype,
+    }
+
+
+def predictor(flags: argparse.Namespace, config: ModelConfig, device: str) -> Callable[..., Memory]:
+    """Of the memory that a step takes with these flags, or with a few of them changed."""
+
+    @functools.cache
+    def predict(**changes: Any) -> Memory:
+        changed = argparse.Namespace(**{**vars(flags), **changes})
+        smaller = dataclasses.replace(config, layers=changes.get("layers", config.layers))
+        build = functools.partial(trained_by, changed, smaller)
+        return predict_memory(build, **step_of(changed, smaller, device), device=device)
+
+    return predict
+
+
+def memory_room(flags: argparse.Namespace, device: torch.device) -> float | None:
+    """Bytes that this process may take: --memory-gb, or what the device has left; None: unknown."""
+    if flags.memory_gb:
+        return float(flags.memory_gb * GIB)
+    if device.type == "cuda" and torch.cuda.is_available():
+        own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
+        return float(torch.cuda.mem_get_info(device)[0] + own)
+    if device.type == "cpu":
+        lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", lines, re.M))
+        return 1024.0 * (int(sizes["MemAvailable"]) + int(sizes["VmRSS"]))
+    return None
+
+
+def settle_batch(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    config: ModelConfig,
+    device: torch.device,
+    console: Console,
+    world: World = ALONE,
+) -> None:
+    """Make numbers of --batch auto and --effective-batch; a checkpoint keeps these.
+
+    Raises:
+        UsageError: nothing fits, or the numbers do not divide.
+    """
+    effective = flags.effective_batch
+    if flags.batch == "auto":
+        effective = effective or DEFAULT_EFFECTIVE_BATCH
+        room = memory_room(flags, device)
+        if room is None:
+            raise UsageError(f"--batch auto: {device} is not here; say its --memory-gb")
+        predict = predictor(flags, config, device.type)
+        batches = [b for b in divisors(effective) if effective // b % world.size == 0]
+        found = world.from_first(largest_batch(batches, effective, predict, room))
+        if found is None:
+            raise UsageError(
+                f"--batch auto: one window takes {gib(predict(batch=1, accum=effective).total)}, "
+                f"and {gib(room)} less {MARGIN:.0%} are there; --plan --batch 1 says what to change"
+            )
+        flags.batch = found[0]
+        console.line(
+            f"batch    {flags.batch} x accum {effective // flags.batch} are the most that fit: "
+            f"{gib(found[1].total)} of {gib(room)}, {MARGIN:.0%} left free"
+        )
+    elif effective and "accum" in explicit and "batch" not in explicit:
+        flags.batch = max(1, effective // flags.accum)
+    if effective:
+        if "accum" not in explicit:
+            flags.accum = max(1, effective // flags.batch)
+        if flags.batch * flags.accum != effective:
+            raise UsageError(
+                f"--effective-batch {effective} is not --batch {flags.batch} x a whole --accum; "
+                f"--batch can be one of {divisors(effective)}"
+            )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the host's, did not suffice."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def smaller_steps(
+    flags: argparse.Namespace, config: ModelConfig, device: torch.device, layers: int | None = None
+) -> list[str]:
+    """Flags that take less memory, each with how much; another model only where `layers` is given.
+
+    Never raises: it is asked for in the middle of another error.
+    """
+    try:
+        return what_to_change(
+            predictor(flags, config, device.type),
+            batch=flags.batch,
+            accum=flags.accum,
+            grad_checkpoint=flags.grad_checkpoint,
+            layers=layers,
+            room=memory_room(flags, device) or math.inf,
+        )
+    except Exception:  # no memory is left for it either
+        return ["half of --batch with twice --accum, or --grad-checkpoint"]
+
+
+def tell_out_of_memory(run: Run) -> None:
+    """What the user can change; the error itself is raised on."""
+    lines = smaller_steps(run.flags, run.state.model.config, run.device)
+    run.console.problem(
+        "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])
+    )
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -1873,9 +2216,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
     """Set up and train; rank 0 holds the folder and the console for all."""
-    console = Console(quiet=flags.quiet, silent=not world.is_first)
+    console = Console(quiet=flags.quiet and not flags.plan, silent=not world.is_first)
     if flags.quiet:
         warnings.filterwarnings("ignore")
+    if flags.plan:
+        return plan(flags, explicit, console) if world.is_first else EXIT_DONE
     with FolderLock(flags.save_dir) if world.is_first else contextlib.nullcontext():
         run = set_up(flags, explicit, console, world)
         run.stop.install()

@@ -1,0 +1,125 @@
+"""`--plan`'s memory against what real runs take on this CPU: RSS of child processes.
+
+    python benchmarks/plan_accuracy.py
+    python benchmarks/plan_accuracy.py --only bf16,adamw
+
+Each row trains in a process of its own: three optimizer steps with a save after the first, by the
+trainer's own functions. Measured is how far its resident memory rises (VmHWM, reset by
+/proc/self/clear_refs) above what it was after such a run of a tiny model, which loads
+all libraries. glibc is told to give large blocks back at once, so that resident is what is
+allocated; `--malloc-default` leaves that out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_rvq
+from npq_dataset import write_npq
+from planning import FIXED
+from reporting import Console
+
+SMALL = "--d_model 256 --layers 6 --heads 4 --ctx 256"
+WIDE = "--d_model 512 --layers 8 --heads 8 --ctx 512"
+CASES = [
+    f"{SMALL} --batch 8 --pattern parallel",
+    f"{SMALL} --batch 8 --pattern delay",
+    f"{SMALL} --batch 8 --pattern depth",
+    f"{SMALL} --batch 24 --pattern depth --accum 1",
+    f"{SMALL} --batch 8 --pattern parallel --no-amp",
+    f"{SMALL} --batch 8 --pattern delay --no-amp",
+    f"{SMALL} --batch 8 --pattern depth --no-amp",
+    f"{SMALL} --batch 8 --pattern depth --optim adamw",
+    f"{SMALL} --batch 8 --pattern parallel --optim adamw --no-amp --no-fused-optim",
+    f"{SMALL} --batch 16 --pattern parallel --grad-checkpoint",
+    f"{SMALL} --batch 24 --pattern depth --grad-checkpoint",
+    f"{SMALL} --batch 24 --pattern delay --grad-checkpoint --no-amp",
+    f"{WIDE} --batch 2 --pattern depth",
+    f"{WIDE} --batch 2 --pattern parallel --optim adamw --no-amp",
+    f"{WIDE} --batch 4 --pattern delay --dropout 0",
+]
+TINY = "--d_model 32 --layers 1 --heads 1 --ctx 32 --batch 2"
+COMMON = "--device cpu --num_workers 0 --accum 2 --eval-audio-every 0"
+RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def memory_of_this_process(field: str) -> int:
+    """Bytes; VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def take_steps(words: list[str]) -> None:
+    """Three optimizer steps, and a save after the first."""
+    flags, explicit = train_rvq.parse_flags(words)
+    with train_rvq.FolderLock(flags.save_dir):
+        run = train_rvq.set_up(flags, explicit, Console(quiet=True))
+        batches, _ = train_rvq.read_on(run)
+        train_rvq.train_step(run, batches)
+        train_rvq.save(run)
+        train_rvq.check_save(run, wait=True)
+        for _ in range(2):
+            train_rvq.train_step(run, batches)
+
+
+def child(words: list[str], save_dir: str) -> None:
+    """Print how far memory rises over the steps."""
+    take_steps([*words, *TINY.split(), "--save_dir", save_dir + "_tiny"])
+    gc.collect()
+    before = memory_of_this_process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    take_steps([*words, "--save_dir", save_dir])
+    print(memory_of_this_process("VmHWM") - before)
+
+
+def measured(words: list[str], **env: str) -> int:
+    """Peak bytes of a child that trains with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        codes = np.random.default_rng(0).integers(1024, size=(60_000, 9))
+        write_npq(Path(folder) / "a.npq", codes, vocab_sizes=[1024] * 9, frame_rate=86.13)
+        command = [sys.executable, __file__, "--child", str(Path(folder) / "run"), *words]
+        done = subprocess.run(
+            [*command, "--data", folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    return int(done.stdout.splitlines()[-1])
+
+
+def predicted(words: list[str]) -> int:
+    """The same by prediction."""
+    flags, _ = train_rvq.parse_flags(words)
+    names = ("d_model", "layers", "heads", "dropout", "pattern")
+    config = train_rvq.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
+    return train_rvq.predictor(flags, config, "cpu")().total - FIXED["cpu"][1]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[3:], sys.argv[2])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", default="", help="rows whose flags have one of these words")
+    parser.add_argument("--malloc-default", action="store_true", help="glibc as users run it")
+    args = parser.parse_args()
+    print("| flags | predicted MiB | measured MiB | ratio |\n|---|---:|---:|---:|", flush=True)
+    for case in CASES:
+        if not any(word in case for word in args.only.split(",")):
+            continue
+        words = [*COMMON.split(), *case.split()]
+        guess, real = predicted(words), measured(words, **({} if args.malloc_default else RETURN))
+        cells = [guess / 2**20, real / 2**20, guess / real]
+        print("| {} | {:.0f} | {:.0f} | {:.3f} |".format(f"`{case}`", *cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
