@@ -1227,7 +1227,7 @@ def tune_for(device: torch.device) -> None:
     """Settings of the whole process that make a device faster."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if device.type == "cpu":
+    if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
         # glibc keeps what is freed: fetching a step's pages anew took a tenth of its time.
         trim_threshold, mmap_threshold = -1, -3  # as in <malloc.h>
         with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
