@@ -535,13 +535,18 @@ class StopRequest:
         else:
             self.received = number_
         if self.world.size == 1:
-            self.settle(self.received or 0, self.received_save)
+            self.settle(*self.news())
+
+    def news(self) -> tuple[int, bool]:
+        """What this process has received: a signal to stop, or 0; whether to save, told once."""
+        number_, save = self.received or 0, self.received_save
+        self.received_save = False
+        return number_, save
 
     def settle(self, number_: int, save: bool) -> None:
         """Take note of what all processes know."""
         self.signal = self.signal or number_ or None
         self.save = self.save or save
-        self.received_save = False
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -1372,13 +1377,7 @@ def build_state(
     """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
     average = copy.deepcopy(model)
     if shards(flags, world):
-        if amp_dtype is torch.float16:
-            raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
-        if flags.compile_mode == "reduce-overhead":
-            raise UsageError(
-                "--parallel fsdp moves the weights that CUDA graphs would hold in place; "
-                "use another --compile-mode"
-            )
+        check_shardable(flags, model, amp_dtype)
         for each in (model, average):
             world.shard(each, blocks_of(each), device)
     optimizer = build_optimizer(
@@ -1399,6 +1398,24 @@ def build_state(
 def blocks_of(model: CodesTransformer) -> list[Block]:
     """The backbone's and those of depth."""
     return [m for m in model.modules() if isinstance(m, Block)]
+
+
+def check_shardable(
+    flags: argparse.Namespace, model: CodesTransformer, amp_dtype: torch.dtype | None
+) -> None:
+    """Raise UsageError for what --parallel fsdp cannot do."""
+    if amp_dtype is torch.float16:
+        raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
+    if flags.compile_mode == "reduce-overhead":
+        raise UsageError(
+            "--parallel fsdp moves the weights that CUDA graphs would hold in place; use another "
+            "--compile-mode"
+        )
+    if not all(p.numel() for p in model.parameters()):
+        raise UsageError(
+            "--parallel fsdp cannot share the empty table that --pattern depth has for one "
+            "codebook; use --parallel ddp or --pattern parallel"
+        )
 
 
 def shards(flags: argparse.Namespace, world: World) -> bool:
@@ -1536,7 +1553,7 @@ def agree(run: Run, seconds: float = 0.0) -> float:
         stop.settle(0, due)
         return seconds
     clock = (float(due), seconds) if world.is_first else (0.0, 0.0)
-    number_, asked, due, seconds = world.largest(stop.received or 0, stop.received_save, *clock)
+    number_, asked, due, seconds = world.largest(*stop.news(), *clock)
     stop.settle(int(number_), bool(asked or due))
     return seconds
 

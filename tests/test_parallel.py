@@ -18,10 +18,11 @@ from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 
 import train_rvq
 from checkpointing import load_checkpoint
+from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
 from optimizer import newton_schulz
 from parallel import EveryNth, World
-from train_rvq import noise_seed
+from train_rvq import UsageError, check_shardable, noise_seed, parse_flags, pick_amp_dtype
 
 # The defaults: Muon, dropout 0.1, pattern depth, bf16. Sums of gradients round in another order,
 # and Muon's iteration in bf16 makes of that a few 1e-5 in the loss; without either it is 1e-6.
@@ -116,6 +117,22 @@ def test_newton_schulz_is_torchs(shape):
     update = newton_schulz(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
     expected = -update.float() * max(1.0, shape[0] / shape[1]) ** 0.5
     torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--amp-dtype", "fp16"), "no loss scaler"),
+        (("--compile-mode", "reduce-overhead"), "CUDA graphs"),
+        (("--codebooks", "1"), "empty table"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(given, told):
+    parsed, _ = parse_flags([*TINY, *given])
+    config = ModelConfig((16,) * (parsed.codebooks or 4), 32, 1, 2, pattern="depth")
+    dtype = pick_amp_dtype(parsed, torch.device("cpu"))
+    with pytest.raises(UsageError, match=told):
+        check_shardable(parsed, CodesTransformer(config), dtype)
 
 
 # --- many processes ------------------------------------------------------------------------------
