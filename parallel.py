@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
-    world = join()                          # alone without torchrun: then nothing below costs
-    world.shard(model, model.blocks, device)       # FSDP2; without it DDP
-    losses = world.averaging(model, model.losses)  # over the processes, gradients are
-    checkpoint = {"model": world.whole(model.state_dict())}  # the same file for all of them
+    world = join()                                 # alone without torchrun: the rest is free then
+    world.shard(model, model.blocks, device)       # FSDP2; without this line DDP
+    losses = world.averaging(model, model.losses)  # whose backward averages the gradients
+    weights = world.whole(model.state_dict())      # for a checkpoint: not sharded, on rank 0
 
 Every process runs the same program and takes the same decisions. What is not a function of the
 shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
