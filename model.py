@@ -38,7 +38,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
+    NORM_EPS,
     PackedLinear,
+    QuickNorm,
     Rope,
     causal_attention,
     dropout,
@@ -446,12 +448,11 @@ class Block(nn.Module):
         return x + dropout(self.mlp(self.norm2(x)), p)
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(nn.RMSNorm):
     """`rms_norm` with a gain."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the dtype that a product takes in."""
@@ -556,7 +557,7 @@ class KeyValueCache:
         dtype: torch.dtype = torch.float32,
         static: bool = False,
     ) -> None:
-        config, device = model.config, model.norm.weight.device
+        config, device = model.config, model.embed.weight.device
         size = ctx + config.lag
         shape = (config.layers, batch, config.heads, size, config.channels)
         self.config, self.size, self.static = config, size, static
@@ -626,8 +627,10 @@ def packed_copy(model: CodesTransformer, dtype: torch.dtype) -> CodesTransformer
     """A copy for sampling whose products are made in `dtype`; it shares all other weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared).eval()
-    for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear):
-            parts = len(model.sizes) if model.depth and linear is model.head else 1
-            packed.set_submodule(name, PackedLinear(linear.weight, dtype, parts))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parts = len(model.sizes) if model.depth and module is model.head else 1
+            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts))
+        elif isinstance(module, nn.RMSNorm) and model.embed.weight.device.type == "cpu":
+            packed.set_submodule(name, QuickNorm(module))
     return packed
