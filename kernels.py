@@ -273,11 +273,13 @@ class PackedLinear(nn.Module):
     (benchmarks/README.md). `parts` blocks of rows can be asked for one by one.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, parts: int = 1) -> None:
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, parts: int = 1, *, eager: bool = True
+    ) -> None:
         super().__init__()
         self.dtype = dtype
         self.parts = list(weight.detach().to(dtype).chunk(parts))
-        self.is_packed = can_pack(weight.device, dtype)
+        self.is_packed = eager and can_pack(weight.device, dtype)
         if self.is_packed:
             self.parts = [torch.ops.mkldnn._reorder_linear_weight(p) for p in self.parts]
 

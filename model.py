@@ -623,14 +623,19 @@ class LayerCache(NamedTuple):
 # --- sampling's products -------------------------------------------------------------------------
 
 
-def packed_copy(model: CodesTransformer, dtype: torch.dtype) -> CodesTransformer:
-    """A copy for sampling whose products are made in `dtype`; it shares all other weights."""
+def packed_copy(
+    model: CodesTransformer, dtype: torch.dtype, *, eager: bool = True
+) -> CodesTransformer:
+    """A copy for sampling whose products are made in `dtype`; it shares all other weights.
+
+    The compiler takes neither oneDNN's layout nor the quick norm: they come with `eager` alone.
+    """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared).eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             parts = len(model.sizes) if model.depth and module is model.head else 1
-            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts))
-        elif isinstance(module, nn.RMSNorm) and model.embed.weight.device.type == "cpu":
+            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts, eager=eager))
+        elif eager and isinstance(module, nn.RMSNorm) and model.embed.weight.is_cpu:
             packed.set_submodule(name, QuickNorm(module))
     return packed

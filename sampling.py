@@ -122,7 +122,7 @@ def generate(
             f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
         )
     if dtype is not None:
-        model = packed_copy(model, dtype)
+        model = packed_copy(model, dtype, eager=not compiled)
     # A CPU attends faster in float32: it has no products of one row in bfloat16.
     kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
     cache = KeyValueCache(model, batch=batch, ctx=ctx, dtype=kept, static=compiled)

@@ -114,6 +114,8 @@ def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
     )
     with torch.compiler.set_stance("fail_on_recompile"):  # the step's shapes are static
         generate(model, 10, ctx=16, draw=ANY, batch=2, compiled=True)
+    options = {"ctx": 16, "draw": ANY, "seed": 3, "batch": 2, "dtype": torch.float32}
+    assert torch.equal(cached, generate(model, 14, compiled=True, **options))
     assert not torch.equal(cached, generate(model, 14, ctx=16, draw=ANY, seed=4, batch=2))
     assert not torch.equal(cached[0], cached[1])
 
