@@ -233,7 +233,7 @@ def test_wrong_values_are_refused_with_the_remedy(words, expected, tmp_path):
 
 def test_running_out_of_memory_prints_what_to_change(tunes, tmp_path):
     flags = ("--data", tunes, "--save_dir", tmp_path, "--device", "cpu", "--d_model", "256")
-    flags += ("--layers", "8", "--heads", "4", "--ctx", "64", "--step", "1", "--batch", "512")
+    flags += ("--layers", "2", "--heads", "4", "--ctx", "128", "--step", "1", "--batch", "512")
     limit = 4 * GIB
     code, said = run_trainer(
         *flags, "--accum", "1", "--num_workers", "0",
