@@ -173,7 +173,7 @@ class _RotatedHeads(torch.autograd.Function):
 def _exact(x: Tensor) -> Tensor:
     """A contiguous copy in float32 at least, in one pass."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+    return x.new_empty(x.shape, dtype=dtype).copy_(x)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a run will take, before it begins: memory by part, hours, checkpoints on the disk.
 
-    memory = predict_memory(build, codes, losses, accum=6, device="cuda", amp_dtype=torch.bfloat16)
-    print(memory.parts, memory.total / GIB)
+    plan = Plan(flags, config, torch.device("cuda"), torch.bfloat16, build)
+    print(plan.predict().parts, plan.predict(batch=2).total / GIB)
+    print(*plan.memory_lines(), sep="\n")
 
 Memory is not reckoned by formulas: the run's own model, optimizer and EMA take a step on tensors
 that have shapes and no bytes (FakeTensorMode), and what would be alive at each moment is added up
@@ -10,13 +11,20 @@ that have shapes and no bytes (FakeTensorMode), and what would be alive at each 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
+import functools
+import math
+import re
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -26,14 +34,16 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.overrides import TorchFunctionMode
 
-from checkpointing import RING_SIZE, size_of
+from checkpointing import RING_SIZE, megabytes, size_of
 from losses import Losses
-from model import CodesTransformer
+from model import CodesTransformer, ModelConfig
+from parallel import World
 from stability import Ema
 
 GIB = 2**30
 # Estimates: of a GPU's memory what driver and libraries take, of the host's Python with PyTorch.
-FIXED = {"cuda": ("CUDA context (estimate)", GIB // 2), "cpu": ("Python (estimate)", GIB // 4)}
+FIXED = {"cuda": ("CUDA context (estimate)", GIB // 2), "cpu": ("Python (estimate)", GIB // 3)}
+KEPT = "kept by glibc (estimate)"  # on a CPU, of freed blocks: a seventh of the tensors, or more
 MARGIN = 0.1  # of the memory stays free: for what lies between tensors, and libraries' work space
 LOSS = "logits and loss"
 PARTS = {  # what MemTracker calls them
@@ -48,7 +58,11 @@ PARTS = {  # what MemTracker calls them
 }
 
 
-class Trained(NamedTuple):
+class PlanError(ValueError):
+    """What is asked for fits into no memory, or divides into no whole step."""
+
+
+class Trained(Protocol):
     """What a step works on."""
 
     model: CodesTransformer
@@ -128,6 +142,7 @@ def predict_memory(
         parts[name] += peak[kind]
     if device == "cpu":
         parts["copy that is saved"] = checkpoint
+        parts[KEPT] = sum(parts.values()) // 7
     name, size = FIXED.get(device, ("", 0))
     return Memory({**parts, name: size}, checkpoint)
 
@@ -264,25 +279,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
 
 
-class _RmsNorm(torch.autograd.Function):
-    """One kernel that keeps its input and a number a row; the CPU's parts keep three times that."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
-
-
 _CUDA_KERNELS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.dropout: lambda x, p, **_: torch.native_dropout(x, p, True)[0],
-    F.rms_norm: lambda x, _, weight=None, eps=None: _RmsNorm.apply(x, weight),
-    Tensor.square: lambda x: x.float().square(),  # a power, which autocast makes in float32 there
 }
 
 
@@ -420,3 +419,252 @@ def checkpoints_kept(
     best_archives = int(min(keep_archived, validations))
     archives = min(keep_archived, epoch_archives) + best_archives - 1
     return without, without + max(0, archives)
+
+
+# --- the plan of a run ---------------------------------------------------------------------------
+
+DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
+
+
+@dataclass
+class Plan:
+    """What the steps and checkpoints of a run will take, by its flags; its device may be absent.
+
+    `build` makes what a step works on, of flags and architecture, on torch's default device.
+    """
+
+    flags: argparse.Namespace
+    config: ModelConfig
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    build: Callable[[argparse.Namespace, ModelConfig], Trained]
+    predicted: dict[Any, Memory] = dataclasses.field(default_factory=dict)  # by what was changed
+
+    # --- memory ----------------------------------------------------------------------------------
+
+    def predict(self, **changes: Any) -> Memory:
+        """Memory of a step with these flags, or with a few of them changed."""
+        changes = {"batch": self.flags.batch, "accum": self.flags.accum, **changes}
+        key = tuple(sorted(changes.items()))
+        if key not in self.predicted:
+            flags = argparse.Namespace(**{**vars(self.flags), **changes})
+            layers = changes.get("layers", self.config.layers)
+            step = self._step(flags, dataclasses.replace(self.config, layers=layers))
+            self.predicted[key] = predict_memory(**step, device=self.device.type)
+        return self.predicted[key]
+
+    def _step(self, flags: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+        """What `predict_memory` and `time_step` ask of a step."""
+        return {
+            "build": functools.partial(self.build, flags, config),
+            "shape": (flags.batch, flags.ctx, config.num_codebooks),
+            "losses": {"label_smoothing": flags.label_smoothing, "z_loss": flags.z_loss},
+            "accum": flags.accum,
+            "amp_dtype": self.amp_dtype,
+        }
+
+    def room(self) -> float | None:
+        """Bytes that the process may take: --memory-gb, or what is free; None: unknown."""
+        if self.flags.memory_gb:
+            return float(self.flags.memory_gb * GIB)
+        return free_memory(self.device)
+
+    def settle_batch(self, explicit: dict[str, Any], world: World) -> list[str]:
+        """Make numbers of --batch auto and --effective-batch; says which, if memory chose.
+
+        Raises:
+            PlanError: nothing fits, or the numbers do not divide.
+        """
+        flags, lines = self.flags, []
+        effective = flags.effective_batch
+        if flags.batch == "auto":
+            effective = effective or DEFAULT_EFFECTIVE_BATCH
+            flags.batch, line = self._most_that_fit(effective, world)
+            lines.append(line)
+        elif effective and "accum" in explicit and "batch" not in explicit:
+            flags.batch = max(1, effective // flags.accum)
+        if effective:
+            if "accum" not in explicit:
+                flags.accum = max(1, effective // flags.batch)
+            if flags.batch * flags.accum != effective:
+                raise PlanError(
+                    f"--effective-batch {effective} is not --batch {flags.batch} x a whole "
+                    f"--accum; --batch can be one of {divisors(effective)}"
+                )
+        return lines
+
+    def _most_that_fit(self, effective: int, world: World) -> tuple[int, str]:
+        room = self.room()
+        if room is None:
+            raise PlanError(f"--batch auto: {self.device} is not here; say its --memory-gb")
+        batches = [b for b in divisors(effective) if effective // b % world.size == 0]
+        found = world.from_first(largest_batch(batches, effective, self.predict, room))
+        if found is None:
+            least = self.predict(batch=1, accum=effective).total
+            raise PlanError(
+                f"--batch auto: one window takes {gib(least)}, and {gib(room)} less {MARGIN:.0%} "
+                "are there; --plan --batch 1 says what to change"
+            )
+        batch, memory = found
+        return batch, (
+            f"batch    {batch} x accum {effective // batch} are the most that fit: "
+            f"{gib(memory.total)} of {gib(room)}, {MARGIN:.0%} left free"
+        )
+
+    def advice(self, layers: int | None = None) -> list[str]:
+        """Flags that take less memory, each with how much; a smaller model only of `layers`.
+
+        Never raises: it is asked for in the middle of another error.
+        """
+        flags = self.flags
+        try:
+            return what_to_change(
+                self.predict,
+                batch=flags.batch,
+                accum=flags.accum,
+                grad_checkpoint=flags.grad_checkpoint,
+                layers=layers,
+                room=self.room() or math.inf,
+            )
+        except Exception:  # no memory is left for it either
+            return ["half of --batch with twice --accum, or --grad-checkpoint"]
+
+    # --- time ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def model(self) -> CodesTransformer:
+        """Without weights."""
+        with torch.device("meta"):
+            return self.build(self.flags, self.config).model
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that an optimizer step uses."""
+        return int(self.flags.batch * self.flags.accum)
+
+    @property
+    def flops(self) -> float:
+        """Of an optimizer step: products and attention, forward and backward."""
+        ctx = self.flags.ctx
+        return float(self.model.flops_per_frame(ctx) * self.windows_per_step * ctx)
+
+    @functools.cached_property
+    def step_seconds(self) -> tuple[float, str]:
+        """Of an optimizer step, and how it is known; 0 and why not."""
+        flags, device = self.flags, self.device
+        if rate := flags.device_tflops:
+            at = f"at {rate:g} TFLOP/s x {flags.mfu:g} MFU (--device-tflops, --mfu)"
+            return self.flops / (rate * flags.mfu * 1e12), at
+        free = free_memory(device)
+        if free is None:
+            return 0.0, f"{device} is not here; give --device-tflops"
+        if self.predict().total > free:
+            return 0.0, f"a step does not fit into the {gib(free)} that are free here"
+        compiled = flags.compile or (flags.compile is None and device.type == "cuda")
+        mode = flags.compile_mode if compiled else None
+        seconds = time_step(**self._step(flags, self.config), device=device, compile_mode=mode)
+        return seconds, f"measured on {device} with random codes"
+
+    def steps(self, windows: int) -> tuple[int, float]:
+        """In an epoch of so many training windows, and in all."""
+        flags = self.flags
+        per_epoch = windows // self.windows_per_step
+        total = min(flags.epochs * per_epoch, flags.max_steps or math.inf)
+        seconds, _ = self.step_seconds
+        if flags.max_seconds and seconds:
+            total = min(total, flags.max_seconds / seconds)
+        return per_epoch, total
+
+    # --- what is said ----------------------------------------------------------------------------
+
+    def step_lines(self) -> list[str]:
+        """Parameters and FLOPs."""
+        config, flags = self.config, self.flags
+        return [
+            f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads, "
+            f"{config.pattern}: {self.model.num_parameters() / 1e6:.2f} M parameters",
+            f"step     {self.windows_per_step} windows of {flags.ctx} frames (batch {flags.batch} "
+            f"x accum {flags.accum}), {self.flops / 1e12:.3g} TFLOP: products and attention, "
+            "forward and backward",
+        ]
+
+    def memory_lines(self, *, is_new: bool = True) -> list[str]:
+        """Memory by part, and what to change where it does not fit; of a new run the model too."""
+        memory, room = self.predict(), self.room()
+        where = f"memory   at a step's peak on {self.device.type}, predicted, without --compile:"
+        lines = memory.lines()
+        left = f"{MARGIN:.0%} of it left free"
+        if room is None:
+            lines.append(f"{self.device} is not here: --memory-gb says what it has to fit into")
+        elif memory.fits(room):
+            lines.append(f"fits into {gib(room)} with {left}")
+        else:
+            lines.append(f"too much for {gib(room)} with {left}; instead:")
+            lines += self.advice(layers=self.config.layers if is_new else None)
+        return [where, *(f"         {line}" for line in lines)]
+
+    def time_lines(self) -> list[str]:
+        """Of a step."""
+        seconds, how = self.step_seconds
+        return [
+            f"time     {seconds:.3g} s a step, {how}" if seconds else f"time     unknown: {how}"
+        ]
+
+    def run_lines(self, windows: int) -> list[str]:
+        """Steps and hours of training."""
+        (seconds, _), (per_epoch, total) = self.step_seconds, self.steps(windows)
+        hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
+        in_all = f", {total * seconds / 3600:.3g} hours of training steps" if seconds else ""
+        return [
+            f"epoch    {windows} windows, {per_epoch} steps{hours}",
+            f"run      {total:.0f} steps{in_all}",
+        ]
+
+    def disk_lines(self, windows: int) -> tuple[list[str], str | None]:
+        """What checkpoints take and what is free; apart from it, that it is too little."""
+        flags, size = self.flags, self.predict().checkpoint
+        epochs = int(flags.epochs)
+        if windows:
+            per_epoch, total = self.steps(windows)
+            epochs = math.ceil(total / per_epoch)
+        least, most = checkpoints_kept(
+            epochs,
+            archive_every=flags.archive_every,
+            keep_archived=flags.keep_archived,
+            validations=math.inf if flags.val_every_seconds else -(-epochs // flags.val_every),
+        )
+        folder = Path(flags.save_dir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        lines = [
+            f"disk     {megabytes(size)} a checkpoint: {megabytes(least * size)} without archives "
+            f"({least} files of different content), {megabytes(most * size)} at most ({most}); "
+            f"{megabytes(free)} free in {folder}"
+        ]
+        if free < least * size:
+            return lines, "too little disk: saves will fail; free some, or another --save_dir"
+        if free < most * size:
+            fits = (free // size - least) // 2
+            lines.append(
+                f"         old archives will go when it is full; --keep-archived {fits} fits"
+            )
+        return lines, None
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that this process may take on a device, with what it has; None: it is not here."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
+        return float(torch.cuda.mem_get_info(device)[0] + own)
+    if device.type == "cpu":
+        lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", lines, re.M))
+        return 1024.0 * (int(sizes["MemAvailable"]) + int(sizes["VmRSS"]))
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the host's, did not suffice."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)

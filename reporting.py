@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +65,11 @@ class Console:
     def line(self, text: str) -> None:
         """A line that always stands."""
         self._write(text, sys.stdout)
+
+    def lines(self, texts: Iterable[str]) -> None:
+        """Several such."""
+        for text in texts:
+            self.line(text)
 
     def problem(self, text: str) -> None:
         """Something went wrong or was refused."""

@@ -22,8 +22,6 @@ import functools
 import itertools
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
@@ -51,7 +49,6 @@ from checkpointing import (
     library_versions,
     load_checkpoint,
     load_latest,
-    megabytes,
     rng_kept,
     rng_state,
     run_name,
@@ -76,20 +73,7 @@ from npq_dataset import (
 )
 from optimizer import build_optimizer, state_tensors
 from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, leave, local
-from planning import (
-    FIXED,
-    GIB,
-    MARGIN,
-    Memory,
-    Trained,
-    checkpoints_kept,
-    divisors,
-    gib,
-    largest_batch,
-    predict_memory,
-    time_step,
-    what_to_change,
-)
+from planning import Plan, PlanError, is_out_of_memory
 from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
 from sampling import Draw, generate
 from stability import (
@@ -124,7 +108,6 @@ COMMAND_FLAGS: tuple[str, ...] = (
     "allow_data_change",
 )
 COMMAND_FLAGS += ("effective_batch", "plan", "memory_gb", "device_tflops", "mfu")
-DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
 
 
 class UsageError(ValueError):
@@ -992,7 +975,6 @@ def load_weights(
 
 # --- setting up ----------------------------------------------------------------------------------
 
-
 ALONE = World()
 
 
@@ -1001,11 +983,9 @@ def set_up(
 ) -> Run:
     """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
     checkpoint, source = find_checkpoint(flags, console, world)
-    if checkpoint is not None:
-        flags = merge_flags(flags, explicit, checkpoint, console)
+    flags = settle_flags(flags, explicit, checkpoint, console)
     if not flags.data:
         raise UsageError("--data: name the .npq files to train on")
-    flags.step = flags.step or max(1, flags.ctx // 2)
     device = pick_device(flags.device, world)
     amp_dtype = pick_amp_dtype(flags, device)
     tune_for(device)
@@ -1013,20 +993,15 @@ def set_up(
     with world.in_turn():
         corpus, train_windows, val_windows, data = open_data(flags, console)
     config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
-    settle_batch(flags, explicit, config, device, console, world)
+    console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
     check_accum(flags.accum, world)
     check_same(flags, data, world)
-    order = open_order(flags, train_windows)
+    check_windows(flags, len(train_windows))
+    order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
     shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     weights = torch.tensor(shares, device=device)
-    torch.manual_seed(flags.seed)
-    model = new_model(flags, config)
-    if not shards(flags, world):  # else it need not fit there whole
-        model.to(device)
-    if initial is not None:
-        load_weights(model, initial["ema"], flags.init_from, world)
-    state = build_state(flags, model, amp_dtype, device, world)
-    files = RunFiles(flags.save_dir, run_name(model.config.num_codebooks, flags.tag))
+    state = first_state(flags, config, initial, amp_dtype, device, world)
+    files = RunFiles(flags.save_dir, run_name(config.num_codebooks, flags.tag))
     if checkpoint is not None:
         restore(state, checkpoint, source, world)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
@@ -1042,7 +1017,7 @@ def set_up(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
         losses=functools.partial(
-            model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
+            state.model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
             weights=weights,
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
@@ -1056,23 +1031,17 @@ def set_up(
     announce(run, source, resumed=checkpoint is not None)
     if flags.compile or (flags.compile is None and device.type == "cuda"):
         compile_losses(run)
-    run.losses = world.averaging(model, run.losses)
+    run.losses = world.averaging(state.model, run.losses)
     return run
 
 
-def open_order(flags: argparse.Namespace, windows: WindowDataset) -> EpochOrder:
-    """The order of the training windows; raises UsageError where they make no step."""
-    if len(windows) < flags.batch * flags.accum:
-        raise UsageError(too_few_windows(flags, len(windows)))
-    return EpochOrder(len(windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
-
-
-def too_few_windows(flags: argparse.Namespace, windows: int) -> str:
-    """Why not one step can be taken."""
-    return (
-        f"{windows} training windows are fewer than one step's --batch {flags.batch} x --accum "
-        f"{flags.accum}; lower these, --ctx or --step, or add data"
-    )
+def check_windows(flags: argparse.Namespace, windows: int) -> None:
+    """Raise UsageError where training windows make no step."""
+    if windows < flags.batch * flags.accum:
+        raise UsageError(
+            f"{windows} training windows are fewer than one step's --batch {flags.batch} x --accum "
+            f"{flags.accum}; lower these, --ctx or --step, or add data"
+        )
 
 
 def check_accum(accum: int, world: World) -> None:
@@ -1169,6 +1138,19 @@ def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**BEFORE_THE_FLAG, **checkpoint["flags"]}
 
 
+def settle_flags(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    checkpoint: dict[str, Any] | None,
+    console: Console,
+) -> argparse.Namespace:
+    """Those of the run, new or resumed, with a number for --step."""
+    if checkpoint is not None:
+        flags = merge_flags(flags, explicit, checkpoint, console)
+    flags.step = flags.step or max(1, flags.ctx // 2)
+    return flags
+
+
 def merge_flags(
     flags: argparse.Namespace,
     explicit: dict[str, Any],
@@ -1247,7 +1229,8 @@ def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dty
         return None
     if flags.amp_dtype != "auto":
         return torch.bfloat16 if flags.amp_dtype == "bf16" else torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    here = device.type == "cuda" and torch.cuda.is_available()
+    if here and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
@@ -1365,6 +1348,24 @@ def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransforme
         code_dropout=flags.code_dropout,
         depth_share=flags.depth_share,
     )
+
+
+def first_state(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    initial: dict[str, Any] | None,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+    world: World,
+) -> TrainState:
+    """With fresh weights, or the EMA weights of --init-from's file."""
+    torch.manual_seed(flags.seed)
+    model = new_model(flags, config)
+    if not shards(flags, world):  # else it need not fit there whole
+        model.to(device)
+    if initial is not None:
+        load_weights(model, initial["ema"], flags.init_from, world)
+    return build_state(flags, model, amp_dtype, device, world)
 
 
 def build_state(
@@ -1883,9 +1884,7 @@ def train_or_save(run: Run) -> int:
 def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) -> int:
     """Say what the run would take: nothing is trained, locked, moved or restored."""
     checkpoint, source = look_for_checkpoint(flags)
-    if checkpoint is not None:
-        flags = merge_flags(flags, explicit, checkpoint, console)
-    flags.step = flags.step or max(1, flags.ctx // 2)
+    flags = settle_flags(flags, explicit, checkpoint, console)
     device = planned_device(flags)
     if flags.data:
         corpus, train_windows, *_ = open_data(flags, console)
@@ -1896,12 +1895,29 @@ def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) 
             vocab_sizes = tuple(checkpoint["architecture"]["vocab_sizes"])
         console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
     config, _ = pick_architecture(flags, checkpoint, source, vocab_sizes)
-    settle_batch(flags, explicit, config, device, console)
-    flops = plan_step(flags, config, console)
-    memory = plan_memory(flags, config, device, console, new=checkpoint is None)
-    epochs = plan_time(flags, config, device, windows, flops, memory, console)
-    plan_disk(flags, memory, epochs, console)
+    asked = plan_of(flags, config, device)
+    console.lines(asked.settle_batch(explicit, ALONE))
+    console.lines(asked.step_lines())
+    console.lines(asked.memory_lines(is_new=checkpoint is None))
+    console.lines(asked.time_lines())
+    if windows:
+        check_windows(flags, windows)
+        console.lines(asked.run_lines(windows))
+    lines, problem = asked.disk_lines(windows)
+    console.lines(lines)
+    if problem is not None:
+        console.problem(problem)
     return EXIT_DONE
+
+
+def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
+    """Of a run on a device, here or not."""
+    return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
+
+
+def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
+    """With fresh weights, whole, on torch's default device."""
+    return build_state(flags, new_model(flags, config), None, torch.device("cpu"))
 
 
 def planned_device(flags: argparse.Namespace) -> torch.device:
@@ -1913,7 +1929,7 @@ def planned_device(flags: argparse.Namespace) -> torch.device:
 
 
 def look_for_checkpoint(flags: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
-    """As `find_checkpoint`, but a damaged `latest` stays where it is."""
+    """As `read_checkpoint`, but a damaged `latest` stays where it is."""
     if flags.resume:
         return load_checkpoint(flags.resume), flags.resume
     files = None if flags.no_resume else find_run(flags.save_dir, flags.tag, flags.codebooks)
@@ -1925,254 +1941,9 @@ def look_for_checkpoint(flags: argparse.Namespace) -> tuple[dict[str, Any] | Non
         return load_checkpoint(files.previous), str(files.previous)
 
 
-def plan_step(flags: argparse.Namespace, config: ModelConfig, console: Console) -> float:
-    """Print parameters and FLOPs; returns those of a step."""
-    with torch.device("meta"):
-        model = new_model(flags, config)
-    windows = flags.batch * flags.accum
-    flops = model.flops_per_frame(flags.ctx) * windows * flags.ctx
-    console.line(
-        f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads, "
-        f"{config.pattern}: {model.num_parameters() / 1e6:.2f} M parameters"
-    )
-    console.line(
-        f"step     {windows} windows of {flags.ctx} frames (batch {flags.batch} x accum "
-        f"{flags.accum}), {flops / 1e12:.3g} TFLOP: products and attention, forward and backward"
-    )
-    return flops
-
-
-def plan_memory(
-    flags: argparse.Namespace,
-    config: ModelConfig,
-    device: torch.device,
-    console: Console,
-    *,
-    new: bool,
-) -> Memory:
-    """Print memory by part, and what to change where it does not fit."""
-    memory = predictor(flags, config, device.type)()
-    console.line(f"memory   at a step's peak on {device.type}, predicted, without --compile:")
-    for line in memory.lines():
-        console.line(f"         {line}")
-    room = memory_room(flags, device)
-    if room is None:
-        console.line(f"         {device} is not here: --memory-gb says what it has to fit into")
-    elif memory.fits(room):
-        console.line(f"         fits into {gib(room)} with {MARGIN:.0%} of it left free")
-    else:
-        console.line(
-            f"         too much for {gib(room)} with {MARGIN:.0%} of it left free; instead:"
-        )
-        for line in smaller_steps(flags, config, device, layers=config.layers if new else None):
-            console.line(f"         {line}")
-    return memory
-
-
-def plan_time(
-    flags: argparse.Namespace,
-    config: ModelConfig,
-    device: torch.device,
-    windows: int,
-    flops: float,
-    memory: Memory,
-    console: Console,
-) -> int:
-    """Print steps and hours of training; returns the epochs that the run will have."""
-    seconds, how = seconds_per_step(flags, config, device, flops, memory)
-    if seconds:
-        console.line(f"time     {seconds:.3g} s a step, {how}")
-    else:
-        console.line(f"time     unknown: {how}")
-    if not windows:
-        return int(flags.epochs)
-    per_epoch = windows // (flags.batch * flags.accum)
-    if not per_epoch:
-        raise UsageError(too_few_windows(flags, windows))
-    total = min(flags.epochs * per_epoch, flags.max_steps or math.inf)
-    if flags.max_seconds and seconds:
-        total = min(total, flags.max_seconds / seconds)
-    hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
-    in_all = f", {total * seconds / 3600:.3g} hours of training steps" if seconds else ""
-    console.line(f"epoch    {windows} windows, {per_epoch} steps{hours}")
-    console.line(f"run      {total:.0f} steps{in_all}")
-    return math.ceil(total / per_epoch)
-
-
-def seconds_per_step(
-    flags: argparse.Namespace,
-    config: ModelConfig,
-    device: torch.device,
-    flops: float,
-    memory: Memory,
-) -> tuple[float, str]:
-    """Of an optimizer step, and how it is known; 0 and why not."""
-    if flags.device_tflops:
-        rate = flags.device_tflops * flags.mfu
-        at = f"at {flags.device_tflops:g} TFLOP/s x {flags.mfu:g} MFU (--device-tflops, --mfu)"
-        return flops / (rate * 1e12), at
-    room = memory_room(argparse.Namespace(memory_gb=None), device)
-    if room is None:
-        return 0.0, f"{device} is not here; give --device-tflops"
-    if memory.total > room:
-        return 0.0, f"a step does not fit into the {gib(room)} that are free here"
-    compiled = flags.compile or (flags.compile is None and device.type == "cuda")
-    seconds = time_step(
-        functools.partial(trained_by, flags, config),
-        **step_of(flags, config, device.type),
-        device=device,
-        compile_mode=flags.compile_mode if compiled else None,
-    )
-    return seconds, f"measured on {device} with random codes"
-
-
-def plan_disk(flags: argparse.Namespace, memory: Memory, epochs: int, console: Console) -> None:
-    """Print what checkpoints take, and what is free."""
-    least, most = checkpoints_kept(
-        epochs,
-        archive_every=flags.archive_every,
-        keep_archived=flags.keep_archived,
-        validations=math.inf if flags.val_every_seconds else math.ceil(epochs / flags.val_every),
-    )
-    folder = Path(flags.save_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    size = memory.checkpoint
-    console.line(
-        f"disk     {megabytes(size)} a checkpoint: {megabytes(least * size)} without archives "
-        f"({least} files of different content), {megabytes(most * size)} at most ({most}); "
-        f"{megabytes(free)} free in {folder}"
-    )
-    if free < least * size:
-        console.problem("too little disk: saves will fail; free some, or another --save_dir")
-    elif free < most * size:
-        kept = (free // size - least) // 2
-        console.line(f"         old archives will go when it is full; --keep-archived {kept} fits")
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def trained_by(flags: argparse.Namespace, config: ModelConfig) -> Trained:
-    """A new model with EMA and optimizer, on torch's default device."""
-    model = new_model(flags, config)
-    state = build_state(flags, model, None, torch.device("cpu"))
-    return Trained(state.model, state.ema, state.optimizer)
-
-
-def step_of(flags: argparse.Namespace, config: ModelConfig, device: str) -> dict[str, Any]:
-    """What `predict_memory` and `time_step` ask of a step."""
-    here = device != "cuda" or torch.cuda.is_available()
-    dtype = torch.float16 if flags.amp_dtype == "fp16" else torch.bfloat16
-    return {
-        "shape": (flags.batch, flags.ctx, config.num_codebooks),
-        "losses": {"label_smoothing": flags.label_smoothing, "z_loss": flags.z_loss},
-        "accum": flags.accum,
-        "amp_dtype": pick_amp_dtype(flags, torch.device(device)) if here else dtype,
-    }
-
-
-def predictor(flags: argparse.Namespace, config: ModelConfig, device: str) -> Callable[..., Memory]:
-    """Of the memory that a step takes with these flags, or with a few of them changed."""
-
-    @functools.cache
-    def predict(**changes: Any) -> Memory:
-        changed = argparse.Namespace(**{**vars(flags), **changes})
-        smaller = dataclasses.replace(config, layers=changes.get("layers", config.layers))
-        build = functools.partial(trained_by, changed, smaller)
-        return predict_memory(build, **step_of(changed, smaller, device), device=device)
-
-    return predict
-
-
-def memory_room(flags: argparse.Namespace, device: torch.device) -> float | None:
-    """Bytes that this process may take: --memory-gb, or what the device has left; None: unknown."""
-    if flags.memory_gb:
-        return float(flags.memory_gb * GIB)
-    if device.type == "cuda" and torch.cuda.is_available():
-        own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
-        return float(torch.cuda.mem_get_info(device)[0] + own)
-    if device.type == "cpu":
-        lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
-        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", lines, re.M))
-        return 1024.0 * (int(sizes["MemAvailable"]) + int(sizes["VmRSS"]))
-    return None
-
-
-def settle_batch(
-    flags: argparse.Namespace,
-    explicit: dict[str, Any],
-    config: ModelConfig,
-    device: torch.device,
-    console: Console,
-    world: World = ALONE,
-) -> None:
-    """Make numbers of --batch auto and --effective-batch; a checkpoint keeps these.
-
-    Raises:
-        UsageError: nothing fits, or the numbers do not divide.
-    """
-    effective = flags.effective_batch
-    if flags.batch == "auto":
-        effective = effective or DEFAULT_EFFECTIVE_BATCH
-        room = memory_room(flags, device)
-        if room is None:
-            raise UsageError(f"--batch auto: {device} is not here; say its --memory-gb")
-        predict = predictor(flags, config, device.type)
-        batches = [b for b in divisors(effective) if effective // b % world.size == 0]
-        found = world.from_first(largest_batch(batches, effective, predict, room))
-        if found is None:
-            raise UsageError(
-                f"--batch auto: one window takes {gib(predict(batch=1, accum=effective).total)}, "
-                f"and {gib(room)} less {MARGIN:.0%} are there; --plan --batch 1 says what to change"
-            )
-        flags.batch = found[0]
-        console.line(
-            f"batch    {flags.batch} x accum {effective // flags.batch} are the most that fit: "
-            f"{gib(found[1].total)} of {gib(room)}, {MARGIN:.0%} left free"
-        )
-    elif effective and "accum" in explicit and "batch" not in explicit:
-        flags.batch = max(1, effective // flags.accum)
-    if effective:
-        if "accum" not in explicit:
-            flags.accum = max(1, effective // flags.batch)
-        if flags.batch * flags.accum != effective:
-            raise UsageError(
-                f"--effective-batch {effective} is not --batch {flags.batch} x a whole --accum; "
-                f"--batch can be one of {divisors(effective)}"
-            )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory, or the host's, did not suffice."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
-
-
-def smaller_steps(
-    flags: argparse.Namespace, config: ModelConfig, device: torch.device, layers: int | None = None
-) -> list[str]:
-    """Flags that take less memory, each with how much; another model only where `layers` is given.
-
-    Never raises: it is asked for in the middle of another error.
-    """
-    try:
-        return what_to_change(
-            predictor(flags, config, device.type),
-            batch=flags.batch,
-            accum=flags.accum,
-            grad_checkpoint=flags.grad_checkpoint,
-            layers=layers,
-            room=memory_room(flags, device) or math.inf,
-        )
-    except Exception:  # no memory is left for it either
-        return ["half of --batch with twice --accum, or --grad-checkpoint"]
-
-
 def tell_out_of_memory(run: Run) -> None:
     """What the user can change; the error itself is raised on."""
-    lines = smaller_steps(run.flags, run.state.model.config, run.device)
+    lines = plan_of(run.flags, run.state.model.config, run.device).advice()
     run.console.problem(
         "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])
     )
@@ -2217,7 +1988,7 @@ def main(argv: list[str] | None = None) -> int:
         with world.one_voice():
             flags, explicit = parse_flags(argv)
         return train_as_one(flags, explicit, world)
-    except UsageError as error:
+    except (UsageError, PlanError) as error:
         return fail(world, EXIT_USAGE, str(error))
     except (CheckpointError, BadFilesError, NpqError, ParallelError, OSError) as error:
         return fail(world, EXIT_FAILED, str(error))

@@ -1,13 +1,13 @@
 """`--plan`'s memory against what real runs take on this CPU: RSS of child processes.
 
     python benchmarks/plan_accuracy.py
-    python benchmarks/plan_accuracy.py --only bf16,adamw
+    python benchmarks/plan_accuracy.py --allocated --only bf16,adamw
 
 Each row trains in a process of its own: three optimizer steps with a save after the first, by the
-trainer's own functions. Measured is how far its resident memory rises (VmHWM, reset by
-/proc/self/clear_refs) above what it was after such a run of a tiny model, which loads
-all libraries. glibc is told to give large blocks back at once, so that resident is what is
-allocated; `--malloc-default` leaves that out.
+trainer's own functions. Measured is the most resident memory that the process ever has (VmHWM),
+as users run it. With `--allocated` glibc is told to give large blocks back at once, so that
+resident is what is allocated; measured is the rise above what the process has after such a run of
+a tiny model, which loads all libraries, and predicted leaves out Python and what glibc keeps.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rvq
 from npq_dataset import write_npq
-from planning import FIXED
+from planning import FIXED, KEPT
 from reporting import Console
 
 SMALL = "--d_model 256 --layers 6 --heads 4 --ctx 256"
@@ -71,52 +72,55 @@ def take_steps(words: list[str]) -> None:
             train_rvq.train_step(run, batches)
 
 
-def child(words: list[str], save_dir: str) -> None:
-    """Print how far memory rises over the steps."""
-    take_steps([*words, *TINY.split(), "--save_dir", save_dir + "_tiny"])
-    gc.collect()
-    before = memory_of_this_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    take_steps([*words, "--save_dir", save_dir])
+def child(words: list[str], folder: str, *, allocated: bool) -> None:
+    """Print the most memory that training takes; `allocated`: how far it rises over the steps."""
+    before = 0
+    if allocated:
+        take_steps([*words, *TINY.split(), "--save_dir", folder + "/tiny"])
+        gc.collect()
+        before = memory_of_this_process("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+    take_steps([*words, "--save_dir", folder + "/run"])
     print(memory_of_this_process("VmHWM") - before)
 
 
-def measured(words: list[str], **env: str) -> int:
+def measured(words: list[str], *, allocated: bool = False) -> int:
     """Peak bytes of a child that trains with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         codes = np.random.default_rng(0).integers(1024, size=(60_000, 9))
         write_npq(Path(folder) / "a.npq", codes, vocab_sizes=[1024] * 9, frame_rate=86.13)
-        command = [sys.executable, __file__, "--child", str(Path(folder) / "run"), *words]
-        done = subprocess.run(
-            [*command, "--data", folder],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
+        env = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
+        env |= {"OMP_NUM_THREADS": "1", **(RETURN if allocated else {})}
+        mode = "--child-allocated" if allocated else "--child"
+        command = [sys.executable, __file__, mode, folder, *words, "--data", folder]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
-def predicted(words: list[str]) -> int:
+def predicted(words: list[str], *, allocated: bool = False) -> int:
     """The same by prediction."""
     flags, _ = train_rvq.parse_flags(words)
     names = ("d_model", "layers", "heads", "dropout", "pattern")
     config = train_rvq.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
-    return train_rvq.predictor(flags, config, "cpu")().total - FIXED["cpu"][1]
+    memory = train_rvq.plan_of(flags, config, torch.device("cpu")).predict()
+    return memory.total - (FIXED["cpu"][1] + memory.parts[KEPT] if allocated else 0)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[3:], sys.argv[2])
+    if sys.argv[1:2] and sys.argv[1].startswith("--child"):
+        child(sys.argv[3:], sys.argv[2], allocated=sys.argv[1] == "--child-allocated")
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", default="", help="rows whose flags have one of these words")
-    parser.add_argument("--malloc-default", action="store_true", help="glibc as users run it")
+    parser.add_argument("--allocated", action="store_true", help="what tensors take, no more")
     args = parser.parse_args()
     print("| flags | predicted MiB | measured MiB | ratio |\n|---|---:|---:|---:|", flush=True)
     for case in CASES:
         if not any(word in case for word in args.only.split(",")):
             continue
         words = [*COMMON.split(), *case.split()]
-        guess, real = predicted(words), measured(words, **({} if args.malloc_default else RETURN))
+        guess = predicted(words, allocated=args.allocated)
+        real = measured(words, allocated=args.allocated)
         cells = [guess / 2**20, real / 2**20, guess / real]
         print("| {} | {:.0f} | {:.0f} | {:.3f} |".format(f"`{case}`", *cells), flush=True)
 
