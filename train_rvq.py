@@ -990,6 +990,7 @@ def set_up(
     amp_dtype = pick_amp_dtype(flags, device)
     tune_for(device)
 
+    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
     with world.in_turn():
         corpus, train_windows, val_windows, data = open_data(flags, console)
     config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
@@ -1239,7 +1240,6 @@ def open_data(
     flags: argparse.Namespace, console: Console
 ) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
     """Scan, split and index the files; the last item tells one set of windows from another."""
-    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
     corpus = scan_corpus(
         find_npq_files(flags.data),
         ctx=flags.ctx,
