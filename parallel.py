@@ -20,6 +20,8 @@ import io
 import os
 import socket
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,7 +294,8 @@ def join() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store = meet(shared, rank, size)
         dist.init_process_group(
             store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
         )
@@ -300,6 +303,28 @@ def join() -> World:
         raise ParallelError(f"the processes could not find each other: {error}") from error
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return World(rank, size, local_rank, PrefixStore("failure", store))
+
+
+def meet(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that is this attempt's alone.
+
+    Torchrun keeps one store over its restarts, and with it the addresses of processes that have
+    died. Rank 0 makes up a name; each other process asks for it with a word of its own, so that
+    neither takes an old answer, and rank 0 waits for those that live to say that they have it.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"asks/{rank}", word)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"{name}/has/{rank}", "")
+        return PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    for other in range(1, size):
+        end = time.monotonic() + TIMEOUT.total_seconds()
+        while not store.check([f"{name}/has/{other}"]) and time.monotonic() < end:
+            store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+            time.sleep(0.01)
+    return PrefixStore(name, store)
 
 
 def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
