@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import product_dtype
+
 # At least one codebook's. A CPU is fastest on logits that stay in its caches (8 MiB of float32), a
 # GPU on products that fill it (256 MiB).
 LOGITS_AT_ONCE = {"cpu": 2**21}
@@ -50,12 +52,10 @@ def linear_cross_entropy(
     The z-loss is the square of the log partition, and keeps it near 0 (Chowdhery et al. 2022,
     section 5).
     """
-    device = states.device.type
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if mixed else states.dtype
     if weights is None:
         weights = torch.ones(len(sizes), device=states.device)
     learns = torch.is_grad_enabled() and (states.requires_grad or head.requires_grad)
+    dtype = product_dtype(states)
     ce, objective = _LinearCrossEntropy.apply(
         states, head, codes, sizes, absent, weights, label_smoothing, z_loss, dtype, learns
     )
