@@ -99,15 +99,9 @@ LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", 
 # What a run did that was saved before a flag existed, where that is not the flag's default.
 BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
-COMMAND_FLAGS: tuple[str, ...] = (
-    "save_dir",
-    "resume",
-    "no_resume",
-    "init_from",
-    "ignore_arch",
-    "allow_data_change",
-)
-COMMAND_FLAGS += ("effective_batch", "plan", "memory_gb", "device_tflops", "mfu")
+COMMAND_FLAGS: tuple[str, ...] = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch")
+COMMAND_FLAGS += ("allow_data_change", "effective_batch", "plan", "memory_gb", "device_tflops")
+COMMAND_FLAGS += ("mfu",)
 
 
 class UsageError(ValueError):
