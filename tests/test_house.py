@@ -15,7 +15,7 @@ from train_rvq import build_parser
 
 FLOORS = {
     "kernels": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
-    "parallel": 0,
+    "parallel": 0, "command_line": 0,
     "losses": 1,
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "planning": 3,

@@ -1,0 +1,223 @@
+"""What every command here does alike: flags, their types, output, one-line errors, exit codes.
+
+    parser = FlagParser(__doc__, usage="%(prog)s CHECKPOINT [flags]")
+    flags = parser.parse_args(argv)
+    return exit_code_of(lambda: work(flags), expected=(OSError,), debug=flags.debug)
+
+A mistake ends in one line that starts with `!` and says what to do, and in a code: 1 for what
+failed, 2 for flags that make no sense, 128 + signal for an interruption. A traceback is printed
+with --debug alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import io
+import math
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+RED = "\033[31m"
+PLAIN = "\033[0m"
+
+
+class UsageError(ValueError):
+    """Flags that do not fit together or do not fit what they name; ends with exit code 2."""
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Flags by group, at 80 columns; a multi-word flag is accepted with `-` and with `_`.
+
+    From a door's docstring the first line and the commands below it stand above the flags, and
+    what follows a line `Exit code` below them.
+    """
+
+    def __init__(self, doc: str | None, usage: str) -> None:
+        what, commands, *rest = (doc or "").split("\n\n")
+        below = [part for part in rest if part.casefold().startswith("exit code")]
+        super().__init__(
+            description=f"{what}\n\n{commands}",
+            epilog="\n\n".join(below),
+            usage=usage,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, after each flag's name has been brought to its declared spelling."""
+        spelling = {s.replace("_", "-"): s for a in self._actions for s in a.option_strings}
+        given = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(given):
+            name, equals, value = word.partition("=")
+            if word.startswith("--"):
+                given[i] = spelling.get(name.replace("_", "-"), name) + equals + value
+        return super().parse_known_args(given, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; a flag that does not exist is answered with the nearest that does."""
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]}: {self._instead_of(unknown[0])}")
+        return flags
+
+    def _instead_of(self, word: str) -> str:
+        if not word.startswith("-"):
+            return "belongs to no flag; quote a glob or a path with blanks"
+        names = [s for a in self._actions for s in a.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], names, n=1)
+        return f"no such flag; did you mean {near[0]}?" if near else "no such flag"
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and code 2."""
+        problem(f"{re.sub('^argument ', '', message)} (see {self.prog} --help)")
+        raise SystemExit(EXIT_USAGE)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Defaults stand behind the help of flags that have one."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(80, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if not action.option_strings or action.default in (None, False, "", argparse.SUPPRESS):
+            return action.help
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{action.help} (on)"
+        return f"{action.help} (%(default)s)"
+
+
+def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
+    """Argument type: a whole number of at least `low`, and at most `most`."""
+    wanted = f"a whole number >= {low}" if most is None else f"{low} to {most}"
+
+    def whole_number(text: str) -> int:
+        if re.fullmatch(r"-?\d{1,18}", text) and low <= int(text) <= (most or int(text)):
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+
+    return whole_number
+
+
+def number_or_auto(text: str) -> int | str:
+    """Argument type: a whole number of at least 1, or `auto`."""
+    return text if text == "auto" else at_least(1)(text)
+
+
+def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """Argument type: a number that `accepts` takes, in words `what`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+        return value
+
+    return parse
+
+
+positive = number("a number > 0", lambda x: 0 < x < math.inf)
+not_negative = number("a number >= 0", lambda x: 0 <= x < math.inf)
+fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
+fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Argument type: one value or a comma list of them."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print and flush. A reader that has gone, as of `| head`, costs the line and not the work."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # a pipe without a reader, a terminal that was closed
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Send what is still written, and what is held back, nowhere: else the exit fails over it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def problem(text: str) -> None:
+    """Say on standard error what went wrong or was refused."""
+    mark = f"{RED}!{PLAIN}" if has_colour(sys.stderr) else "!"
+    say(f"{mark} {text}", sys.stderr)
+
+
+def has_colour(stream: TextIO | None) -> bool:
+    """Whether to colour: on a terminal, unless NO_COLOR is set (no-color.org) or it is dumb."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and stream is not None and stream.isatty()
+
+
+# --- ends ----------------------------------------------------------------------------------------
+
+
+def exit_code_of(
+    work: Callable[[], int],
+    *,
+    expected: tuple[type[Exception], ...],
+    debug: bool,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command's work; an error becomes one line and a code.
+
+    `expected` errors carry their own remedy; of others the type is named, and how to see where they
+    arose.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text in the locale
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return work()
+    except UsageError as error:
+        problem(str(error))
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        problem(interrupted)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        problem(str(error) if isinstance(error, expected) else unexpected(error))
+        if debug:
+            traceback.print_exc()
+        return EXIT_FAILED
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                _let_go(stream)
+
+
+def unexpected(error: Exception) -> str:
+    """An error that no one foresaw, in one line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return (
+        f"{type(error).__name__}: {lines[0]}; this is a fault of the program: --debug shows where, "
+        "please report it"
+    )
