@@ -36,7 +36,8 @@ from ckpt_page import as_html
 from ckpt_probe import probe
 from ckpt_report import as_csv, as_json, terminal_lines
 from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of, summarize
-from npq_dataset import BadFilesError, NpqError
+from npq_dataset import BadFilesError
+from npq_format import NpqError
 
 
 class ExitCode(enum.IntEnum):

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-import npq_dataset as npq
+import npq_format as npq
 from codec import CodecError, load_codec, read_audio, resample, write_wav
+from npq_dataset import FRAME_RATE_TOLERANCE, find_npq_files
 
 if TYPE_CHECKING:
     from codec import Codec, Waveform
@@ -256,7 +257,7 @@ class Coder:
         has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
         needs = max(mid, side), max(header.vocab_sizes), header.frame_rate
         off = abs(needs[2] / has[2] - 1)  # real files carry frames / duration, not the nominal rate
-        if needs[0] > has[0] or needs[1] != has[1] or off > npq.FRAME_RATE_TOLERANCE:
+        if needs[0] > has[0] or needs[1] != has[1] or off > FRAME_RATE_TOLERANCE:
             shape = "{} codebooks of {} at {:.2f} frames/s"
             wanted = f"at most {shape.format(*has)}, as codec {self.args.codec!r} has"
             remedy = "name the codec that made the file: --codec"
@@ -283,7 +284,7 @@ def to_loudness(waveform: Waveform, rate: int, target: float) -> Waveform:
 def print_info(patterns: Sequence[str]) -> int:
     """Print header and statistics of every file; the exit code says whether all were valid."""
     failed = 0
-    for path in npq.find_npq_files(patterns):
+    for path in find_npq_files(patterns):
         try:
             header = npq.read_header(path)
             npq.check_codes(header)

@@ -26,16 +26,8 @@ from checkpointing import CheckpointError, load_checkpoint
 from code_statistics import compare, describe, read_excerpts
 from codec import AudioError, CodecError, load_codec, read_audio, resample, write_wav
 from model import CodesTransformer, ModelConfig
-from npq_dataset import (
-    NpqError,
-    Spans,
-    WindowDataset,
-    find_npq_files,
-    map_codes,
-    read_header,
-    scan_corpus,
-    write_npq,
-)
+from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus
+from npq_format import NpqError, map_codes, read_header, write_npq
 from sampling import Draw, generate
 
 

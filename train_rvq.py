@@ -62,15 +62,12 @@ from npq_dataset import (
     BadFilesError,
     Corpus,
     EpochOrder,
-    NpqError,
     WindowDataset,
     find_npq_files,
-    map_codes,
-    read_header,
     scan_corpus,
     split_corpus,
-    write_npq,
 )
+from npq_format import NpqError, map_codes, read_header, write_npq
 from optimizer import build_optimizer, state_tensors
 from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, leave, local
 from planning import Plan, PlanError, is_out_of_memory

@@ -38,7 +38,7 @@ from checkpointing import (
     rng_state,
     save_checkpoint,
 )
-from npq_dataset import NpqError, check_codes, map_codes, read_header, write_npq
+from npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 
 SLOWEST = 5.0  # seconds that one example may take
 BOUNDARIES = [0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**20, 2**20 + 1, 2**31 - 1]

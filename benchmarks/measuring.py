@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rvq
-from npq_dataset import write_npq
+from npq_format import write_npq
 from reporting import Console
 
 PEERS = "not installed: pip install -r requirements-bench.txt"

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rvq
-from npq_dataset import write_npq
+from npq_format import write_npq
 from planning import FIXED, KEPT
 from reporting import Console
 

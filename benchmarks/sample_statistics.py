@@ -23,14 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from code_statistics import Excerpts, Figure, compare, read_excerpts  # noqa: E402
 from model import CodesTransformer, ModelConfig  # noqa: E402
-from npq_dataset import (  # noqa: E402
-    Spans,
-    WindowDataset,
-    find_npq_files,
-    map_codes,
-    read_header,
-    scan_corpus,
-)
+from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus  # noqa: E402
+from npq_format import map_codes, read_header  # noqa: E402
 from optimizer import parameter_groups  # noqa: E402
 from sampling import Draw, generate  # noqa: E402
 from train_rvq import lr_at_step  # noqa: E402

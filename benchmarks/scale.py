@@ -30,13 +30,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_path import BATCH, CODEBOOKS, CTX, RATE, VOCAB, npq1_head
 
-from npq_dataset import (
-    EpochOrder,
-    WindowDataset,
-    find_npq_files,
-    scan_corpus,
-    split_corpus,
-)
+from npq_dataset import EpochOrder, WindowDataset, find_npq_files, scan_corpus, split_corpus
 
 FRAMES = round(180 * RATE)
 PER_FOLDER = 1_000  # files

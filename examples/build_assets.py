@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from codec import Codec, load_codec  # noqa: E402
-from npq_dataset import map_codes, read_header, write_npq  # noqa: E402
+from npq_format import map_codes, read_header, write_npq  # noqa: E402
 
 SAMPLE_RATE, HOP = 44_100, 512
 FRAME_RATE = SAMPLE_RATE / HOP  # 86.13 frames per second, and the demo's unit of frequency in Hz

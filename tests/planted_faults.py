@@ -30,7 +30,7 @@ from make_codes import make_tune
 
 import train_rvq
 from checkpointing import save_checkpoint
-from npq_dataset import write_npq
+from npq_format import write_npq
 from optimizer import MUON_FACTOR
 from stability import Ema, Guard
 

@@ -25,7 +25,8 @@ from code_statistics import (
     repeats,
     tables,
 )
-from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus, write_npq
+from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus
+from npq_format import write_npq
 
 NOTES, HELD, V, K = 24, 6, 200, 3
 

@@ -32,7 +32,7 @@ from fuzz_files import (
 )
 
 from checkpointing import load_checkpoint
-from npq_dataset import NpqError, read_header
+from npq_format import NpqError, read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of odd pickles
 EXAMPLES = pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=pytest.mark.slow)])

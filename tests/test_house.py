@@ -14,9 +14,9 @@ from conftest import ROOT
 from train_rvq import build_parser
 
 FLOORS = {
-    "kernels": 0, "npq_dataset": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
+    "kernels": 0, "npq_format": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
     "parallel": 0, "command_line": 0,
-    "losses": 1,
+    "losses": 1, "npq_dataset": 1,
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "planning": 3,
     "ckpt_summary": 3, "ckpt_checks": 4, "ckpt_compare": 4, "ckpt_probe": 4, "ckpt_diagnosis": 5,

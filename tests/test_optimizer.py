@@ -19,7 +19,7 @@ import sample_rvq
 import train_rvq
 from checkpointing import load_checkpoint, save_checkpoint
 from model import PATTERNS, CodesTransformer, ModelConfig
-from npq_dataset import map_codes, read_header
+from npq_format import map_codes, read_header
 from optimizer import (
     ADAMW_FACTOR,
     HEAD_WIDTH,

@@ -24,7 +24,8 @@ import stability
 import train_rvq
 from checkpointing import QUARANTINE_SIZE, RING_SIZE, RunFiles, load_checkpoint
 from losses import Losses
-from npq_dataset import EpochOrder, write_npq
+from npq_dataset import EpochOrder
+from npq_format import write_npq
 from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
 from train_rvq import Run
 

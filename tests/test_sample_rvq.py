@@ -17,16 +17,8 @@ import sample_rvq
 import train_rvq
 from checkpointing import load_checkpoint
 from code_statistics import compare, describe, flat, read_excerpts
-from npq_dataset import (
-    Spans,
-    WindowDataset,
-    find_npq_files,
-    map_codes,
-    read_header,
-    scan_corpus,
-    split_corpus,
-    write_npq,
-)
+from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus, split_corpus
+from npq_format import map_codes, read_header, write_npq
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 

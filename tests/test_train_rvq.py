@@ -27,7 +27,8 @@ import train_rvq
 from checkpointing import FolderLock, load_checkpoint, save_checkpoint
 from losses import Losses
 from model import CodesTransformer, ModelConfig
-from npq_dataset import EpochOrder, map_codes, read_header, write_npq
+from npq_dataset import EpochOrder
+from npq_format import map_codes, read_header, write_npq
 from optimizer import parameter_groups
 from reporting import Console
 from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update

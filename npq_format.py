@@ -1,0 +1,367 @@
+"""The .npq format: one file. Read, check, map, write.
+
+    header = read_header("song.npq")                  # strict; a bad file raises NpqError
+    codes = map_codes(header)                         # [T, K], read-only memory map
+    check_codes(header)                               # every code, once
+    write_npq("new.npq", codes, vocab_sizes=header.vocab_sizes, frame_rate=header.frame_rate)
+
+K = codebooks, T = frames, V = entries of a codebook. Everything on disk is little-endian.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import mmap
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAX_CODEBOOKS = 64
+MAX_VOCAB_SIZE = 2**20
+MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
+CODE_DTYPES = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")  # by the file's dtype_code
+NO_DTYPE = np.dtype("V1")  # stands for a dtype_code that does not exist
+FIXED_BYTES = 20  # the shortest fixed part of a header, common to every layout
+LONGEST_HEADER = 23 + 4 * MAX_CODEBOOKS + 1  # NPQ2 with every codebook
+CHECK_CHUNK_BYTES = 4 << 20
+
+
+class NpqError(ValueError):
+    """A file is not a valid .npq: says where, what was expected, what was found, what to do."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        field: str = "",
+        expected: object = "",
+        found: object = "",
+        remedy: str = "encode the track again or restore the file from a copy",
+    ) -> None:
+        self.path, self.field, self.expected, self.found = str(path), field, expected, found
+        self.remedy = remedy
+        super().__init__(
+            f"{self.path}: {field}: expected {expected}, found {found}; {remedy}"
+            if field
+            else self.path
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NpqHeader:
+    """What a file's header says, plus the size and time stamp it had when the header was read."""
+
+    path: str
+    layout: str  # "NPQ1", "NPQ2", "legacy A" or "legacy B"
+    num_codebooks: int  # K, mid and side together
+    side_codebooks: int  # the last so many columns hold the side channel; 0 = mono
+    num_frames: int  # T
+    frame_rate: float  # frames per second
+    bitrate: float  # kbit/s of the source file, informational
+    vocab_sizes: tuple[int, ...]  # V of each codebook
+    dtype: np.dtype[Any]  # of a code on disk
+    codes_offset: int  # bytes before the first code
+    file_size: int
+    mtime_ns: int
+
+    @property
+    def hours(self) -> float:
+        """Length of the track."""
+        return self.num_frames / self.frame_rate / 3600
+
+    @property
+    def expected_size(self) -> int:
+        """Bytes that a whole file has."""
+        return self.codes_offset + self.dtype.itemsize * self.num_frames * self.num_codebooks
+
+
+def read_header(path: str | os.PathLike[str]) -> NpqHeader:
+    """Read and check a header; nothing larger than the header is read or allocated.
+
+    Reads NPQ1, NPQ2 and the two legacy layouts. A legacy layout counts only when the file cannot be
+    NPQ1 (version 1 and K >= 1), every field is sane and the size matches to the byte.
+
+    Raises:
+        NpqError: not a regular file, unreadable, or any field or the size is wrong.
+    """
+    path = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a FIFO returns at once, so that it can be refused by its type.
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+        try:
+            status = os.fstat(descriptor)
+            head = os.read(descriptor, LONGEST_HEADER) if stat.S_ISREG(status.st_mode) else None
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        raise NpqError(
+            path, "file", "a readable file", error, "check the path and the permissions"
+        ) from error
+    if head is None:
+        raise NpqError(
+            path, "file", "a regular file", "a folder, pipe or device", "name .npq files"
+        )
+    if len(head) < FIXED_BYTES:
+        raise NpqError(
+            path, "header", f"{FIXED_BYTES} bytes (file truncated)", f"{len(head)} bytes"
+        )
+
+    def header_of(parse: Any, layout: str) -> NpqHeader:
+        return NpqHeader(path, layout, *(*parse(head), status.st_size, status.st_mtime_ns))
+
+    magic, version, codebooks = struct.unpack_from("<4sHH", head)
+    if magic == b"NPQ2":
+        header = header_of(_parse_npq2, "NPQ2")
+    elif magic != b"NPQ1":
+        raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
+    elif version == 1 and codebooks >= 1:
+        header = header_of(_parse_npq1, "NPQ1")
+    else:
+        for parse, layout in ((_parse_legacy_a, "legacy A"), (_parse_legacy_b, "legacy B")):
+            header = header_of(parse, layout)
+            if _problem(header) is None:
+                return header
+        raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
+    if problem := _problem(header):
+        raise NpqError(path, *problem)
+    return header
+
+
+class _Fields(NamedTuple):
+    """Header fields in the order of NpqHeader; an impossible K leaves vocab_sizes empty."""
+
+    num_codebooks: int
+    side_codebooks: int
+    num_frames: int
+    frame_rate: float
+    bitrate: float
+    vocab_sizes: tuple[int, ...]
+    dtype: np.dtype[Any]
+    codes_offset: int
+
+
+def _parse_npq1(head: bytes) -> _Fields:
+    _, _, k, frame_rate, bitrate, frames = struct.unpack_from("<4sHHffI", head)
+    vocab_sizes = _read_vocab_sizes(head, 20, "I", k)
+    return _Fields(
+        k, 0, frames, frame_rate, bitrate, vocab_sizes, _read_dtype(head, 20 + 4 * k), 21 + 4 * k
+    )
+
+
+def _parse_npq2(head: bytes) -> _Fields:
+    _, version, mode, k_mid, k_side, frame_rate, bitrate, frames = struct.unpack_from(
+        "<4sHBHHffI", head.ljust(23, b"\0")
+    )
+    k = k_mid + k_side
+    # Mode 0 is mono and has no side codebooks; mode 1 is mid/side and has both. Anything else is no
+    # header.
+    sane = version == 1 and k_mid >= 1 and (mode, k_side > 0) in ((0, False), (1, True))
+    vocab_sizes = _read_vocab_sizes(head, 23, "I", k) if sane else ()
+    dtype = _read_dtype(head, 23 + 4 * k)
+    return _Fields(
+        k if sane else 0, k_side, frames, frame_rate, bitrate, vocab_sizes, dtype, 24 + 4 * k
+    )
+
+
+def _parse_legacy_a(head: bytes) -> _Fields:
+    _, k, frame_rate, bitrate, frames = struct.unpack_from("<4siffi", head)
+    vocab_sizes = _read_vocab_sizes(head, 20, "i", k)
+    return _Fields(k, 0, frames, frame_rate, bitrate, vocab_sizes, CODE_DTYPES[1], 20 + 4 * k)
+
+
+def _parse_legacy_b(head: bytes) -> _Fields:
+    _, k, frame_rate = struct.unpack_from("<4sif", head)
+    vocab_sizes = _read_vocab_sizes(head, 12, "i", k)
+    (frames,) = _read_vocab_sizes(head, 12 + 4 * k, "i", 1) if vocab_sizes else (0,)
+    return _Fields(k, 0, frames, frame_rate, 0.0, vocab_sizes, CODE_DTYPES[1], 16 + 4 * k)
+
+
+def _read_vocab_sizes(head: bytes, offset: int, letter: str, k: int) -> tuple[int, ...]:
+    if not 1 <= k <= MAX_CODEBOOKS:
+        return ()
+    return _unpack_sizes(letter, head[offset : offset + 4 * k].ljust(4 * k, b"\0"))
+
+
+@functools.lru_cache  # nearly all files of a corpus have the same: one tuple for all
+def _unpack_sizes(letter: str, content: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(content) // 4}{letter}", content)
+
+
+def _read_dtype(head: bytes, offset: int) -> np.dtype[Any]:
+    code = head[offset] if offset < len(head) else 255
+    return CODE_DTYPES[code] if code < len(CODE_DTYPES) else NO_DTYPE
+
+
+def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
+    """The first field that is not sane: (field, expected, found). K comes before all else."""
+    h = header
+    if not (1 <= h.num_codebooks <= MAX_CODEBOOKS):
+        return (
+            "codebooks, version and channel mode",
+            f"1 to {MAX_CODEBOOKS} codebooks, version 1",
+            h.num_codebooks,
+        )
+    if h.file_size < h.codes_offset:
+        return "header", f"{h.codes_offset} bytes (file truncated)", f"{h.file_size} bytes"
+    if h.num_frames < 1:
+        return "frames", "at least 1", h.num_frames
+    if not 0 < h.frame_rate < MAX_FRAME_RATE:  # False for NaN
+        return "frame rate", f"above 0 and below {MAX_FRAME_RATE:g}", h.frame_rate
+    if not 0 <= h.bitrate < math.inf:
+        return "bitrate", "finite and not negative", h.bitrate
+    if h.dtype == NO_DTYPE:
+        return "dtype code", "0, 1 or 2", "another"
+    largest = min(MAX_VOCAB_SIZE, 2 ** (8 * h.dtype.itemsize))
+    if not all(2 <= v <= largest for v in h.vocab_sizes):
+        return "vocab sizes", f"2 to {largest} each", h.vocab_sizes
+    if h.file_size != h.expected_size:
+        kind = "truncated" if h.file_size < h.expected_size else "too long"
+        return "size", f"{h.expected_size} bytes", f"{h.file_size} bytes ({kind})"
+    return None
+
+
+def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
+    """Codes [T, K] as a read-only memory map, in the file's own dtype.
+
+    Raises:
+        NpqError: the file is no longer the one whose header was read.
+    """
+    descriptor = open_unchanged(header.path, header.file_size, header.mtime_ns)
+    try:
+        mapped = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+    count = header.num_frames * header.num_codebooks
+    flat = np.frombuffer(mapped, header.dtype, count, header.codes_offset)
+    return flat.reshape(header.num_frames, header.num_codebooks)
+
+
+def open_unchanged(path: str, size: int, mtime_ns: int) -> int:
+    """A descriptor of the file, which is still the one that was scanned."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
+    except OSError as error:
+        raise file_changed(path, "the file that was there at the start", error) from error
+    now = os.fstat(descriptor)
+    if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+        os.close(descriptor)
+        raise file_changed(
+            path, f"{size} bytes, untouched", f"{now.st_size} bytes, or a newer file"
+        )
+    return descriptor
+
+
+def file_changed(path: str, expected: object, found: object) -> NpqError:
+    """The error of a file that is no longer what it was when the run began."""
+    remedy = "leave the files alone during a run; resume to go on from the last checkpoint"
+    return NpqError(path, "file changed during the run", expected, found, remedy)
+
+
+def check_codes(header: NpqHeader) -> int:
+    """Read every code once, in bounded memory; return the CRC-32 of the codes on disk.
+
+    Raises:
+        NpqError: a code is not below its codebook's vocab size, with the first such frame and
+        codebook.
+    """
+    crc, frame = 0, 0
+    row_bytes = header.dtype.itemsize * header.num_codebooks
+    smallest = min(header.vocab_sizes)
+    try:
+        with open(header.path, "rb", buffering=0) as file:
+            file.seek(header.codes_offset)
+            while chunk := file.read(max(1, CHECK_CHUNK_BYTES // row_bytes) * row_bytes):
+                crc = zlib.crc32(chunk, crc)
+                codes = np.frombuffer(chunk, header.dtype, len(chunk) // header.dtype.itemsize)
+                if (
+                    codes.max() >= smallest
+                ):  # the flat maximum is many times faster than one per codebook
+                    _raise_first_bad_code(header, codes.reshape(-1, header.num_codebooks), frame)
+                frame += len(chunk) // row_bytes
+    except OSError as error:
+        raise NpqError(header.path, "codes", "a readable file", error, "check the disk") from error
+    if frame != header.num_frames:
+        raise file_changed(header.path, f"{header.num_frames} frames", f"{frame} frames")
+    return crc
+
+
+def _raise_first_bad_code(header: NpqHeader, codes: np.ndarray[Any, Any], first_frame: int) -> None:
+    bad = np.argwhere((codes < 0) | (codes >= np.array(header.vocab_sizes)))
+    if len(bad):
+        frame, k = (int(i) for i in bad[0])
+        found = f"{codes[frame, k]} in frame {first_frame + frame}, codebook {k}"
+        raise NpqError(header.path, "codes", f"0 to {header.vocab_sizes[k] - 1}", found)
+
+
+def write_npq(
+    path: str | os.PathLike[str],
+    codes: np.ndarray[Any, Any],
+    *,
+    vocab_sizes: Sequence[int],
+    frame_rate: float,
+    bitrate: float = 0.0,
+    side_codebooks: int = 0,
+) -> NpqHeader:
+    """Write codes [T, K] (integers) as NPQ1, or as NPQ2 mid/side if there are side codebooks.
+
+    The last `side_codebooks` columns hold the side channel.
+
+    The file appears whole or not at all: it is written beside its place, synced, and renamed.
+
+    Raises:
+        NpqError: codes or fields that the format cannot hold. Nothing is written then.
+    """
+    path = os.fspath(path)
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.dtype.kind not in "iu" or codes.shape[1] != len(vocab_sizes):
+        expected = f"integers [T, {len(vocab_sizes)}], one column per vocab size"
+        raise NpqError(
+            path, "codes", expected, f"{codes.dtype} {list(codes.shape)}", "pass codes as [T, K]"
+        )
+    (frames, k), k_mid = codes.shape, codes.shape[1] - side_codebooks
+    dtype = CODE_DTYPES[1] if max(vocab_sizes, default=0) <= 2**16 else CODE_DTYPES[2]
+    try:
+        tail = struct.pack(
+            f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, CODE_DTYPES.index(dtype)
+        )
+        if side_codebooks:
+            head = struct.pack("<4sHBHH", b"NPQ2", 1, 1, k_mid, side_codebooks) + tail
+        else:
+            head = struct.pack("<4sHH", b"NPQ1", 1, k) + tail
+    except (struct.error, OverflowError) as error:
+        expected = "values that fit their fields"
+        raise NpqError(path, "header", expected, error, "nothing was written") from error
+    # The reader's own view of these bytes is what gets checked: a float32 rounds.
+    layout, parse = ("NPQ2", _parse_npq2) if side_codebooks else ("NPQ1", _parse_npq1)
+    header = NpqHeader(path, layout, *parse(head), len(head) + dtype.itemsize * codes.size, 0)
+    if problem := _problem(header):
+        raise NpqError(path, *problem, remedy="nothing was written")
+    if codes.min() < 0 or codes.max() >= min(vocab_sizes):
+        _raise_first_bad_code(header, codes, 0)
+
+    _write_whole(path, head + np.ascontiguousarray(codes, dtype=dtype).tobytes())
+    return read_header(path)
+
+
+def _write_whole(path: str, content: bytes) -> None:
+    folder, name = os.path.split(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
