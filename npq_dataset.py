@@ -10,17 +10,19 @@ K = codebooks, T = frames, V = entries of a codebook.
 
 from __future__ import annotations
 
+import codecs
 import copy
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,7 +130,7 @@ def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
             matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not matches:
             raise FileNotFoundError(
-                f"no .npq file matches {pattern!r}; check --data (folders, files or quoted globs)"
+                f"no .npq file matches {pattern!r}; name folders, .npq files or quoted globs"
             )
         for real, match in zip(_real_paths(matches), matches, strict=True):
             found.setdefault(real, match)
@@ -169,38 +171,61 @@ def scan_corpus(
     """
     summary = DataSummary()
     headers, bad = _read_headers(paths)
-    k, side = _columns_of_run(headers, codebooks)
-    rates = sorted(h.frame_rate for h in headers if _columns(h, codebooks) == (k, side))
-    frame_rate = rates[len(rates) // 2] if rates else math.nan  # one that a file really has
+    shape = _shape_of_run(headers, codebooks)
+    frame_rate = _median_rate(h for h in headers if _shape_taken(h, codebooks) == shape)
     fitting = []
     for h in headers:
-        if (columns := _columns(h, codebooks)) != (k, side):
-            found, used = (f"{n - s} + {s} side" if s else str(n) for n, s in (columns, (k, side)))
-            summary.drop(f"{found} codebooks, the run uses {used} (see --codebooks)", h.hours)
+        if (taken := _shape_taken(h, codebooks)) != shape:
+            summary.drop(f"{taken} codebooks, the run uses {shape} (see --codebooks)", h.hours)
         elif abs(h.frame_rate / frame_rate - 1) > FRAME_RATE_TOLERANCE:
             summary.drop(f"frame rate {h.frame_rate:.2f}, the run's is {frame_rate:.2f}", h.hours)
         elif h.num_frames < ctx:
             summary.drop(f"shorter than a window of {ctx} frames", h.hours)
         else:
             fitting.append(h)
-
-    checked = _CheckedFiles(checked_file)
-    good: list[tuple[int, NpqHeader]] = []
-    for h, real_path in zip(fitting, _real_paths(h.path for h in fitting), strict=True):
-        try:
-            good.append((checked.crc(h, real_path), h))
-        except NpqError as error:
-            bad.append(error)
-    checked.save()
+    good, bad_codes = _check_all_codes(fitting, _CheckedFiles(checked_file))
+    bad += bad_codes
     if bad and not skip_bad:
         raise BadFilesError(_listing(bad, len(paths)))
     for refused in bad:
         summary.drop(f"not valid: {refused.field}")
     if not good:
         raise BadFilesError("no usable .npq file:\n" + "\n".join(summary.lines()))
-    return _corpus_of(
-        sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path)), k, side, frame_rate, summary
-    )
+    return _corpus_of(good, shape, frame_rate, summary)
+
+
+class _Shape(NamedTuple):
+    """Codebooks that a run takes from a file, and how many of these (the last) are side ones."""
+
+    codebooks: int
+    side: int
+
+    def __str__(self) -> str:
+        mid = self.codebooks - self.side
+        return f"{mid} + {self.side} side" if self.side else f"{self.codebooks}"
+
+
+def _shape_taken(header: NpqHeader, codebooks: int | None) -> _Shape:
+    """All codebooks of a file, or the first `codebooks`."""
+    taken = min(header.num_codebooks, codebooks or header.num_codebooks)
+    mid = header.num_codebooks - header.side_codebooks
+    return _Shape(taken, max(0, taken - mid))
+
+
+def _shape_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> _Shape:
+    """The shape with the most frames, among those with as many codebooks as asked for."""
+    frames: Counter[_Shape] = Counter()
+    for h in headers:
+        shape = _shape_taken(h, codebooks)
+        if codebooks in (None, shape.codebooks):
+            frames[shape] += h.num_frames
+    return max(frames, key=lambda shape: (frames[shape], shape), default=_Shape(codebooks or 0, 0))
+
+
+def _median_rate(headers: Iterable[NpqHeader]) -> float:
+    """A frame rate that a file really has; NaN of none."""
+    rates = sorted(h.frame_rate for h in headers)
+    return rates[len(rates) // 2] if rates else math.nan
 
 
 def _read_headers(paths: Sequence[str]) -> tuple[list[NpqHeader], list[NpqError]]:
@@ -225,33 +250,28 @@ def _listing(bad: Sequence[NpqError], files: int) -> str:
     )
 
 
-def _columns(header: NpqHeader, codebooks: int | None) -> tuple[int, int]:
-    """Codebooks that a run would take from a file, and how many of these are side codebooks."""
-    taken = min(header.num_codebooks, codebooks or header.num_codebooks)
-    mid = header.num_codebooks - header.side_codebooks
-    return taken, max(0, taken - mid)
-
-
-def _columns_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> tuple[int, int]:
-    """The columns with the most frames, among those with as many codebooks as asked for."""
-    frames: Counter[tuple[int, int]] = Counter()
-    for h in headers:
-        columns = _columns(h, codebooks)
-        if codebooks in (None, columns[0]):
-            frames[columns] += h.num_frames
-    return max(frames, key=lambda c: (frames[c], c), default=(codebooks or 0, 0))
+def _check_all_codes(
+    headers: Sequence[NpqHeader], checked: _CheckedFiles
+) -> tuple[list[tuple[int, NpqHeader]], list[NpqError]]:
+    """CRC-32 and header of the files whose codes are all in range, and the errors of the others."""
+    good: list[tuple[int, NpqHeader]] = []
+    bad: list[NpqError] = []
+    for h, real_path in zip(headers, _real_paths(h.path for h in headers), strict=True):
+        try:
+            good.append((checked.crc(h, real_path), h))
+        except NpqError as error:
+            bad.append(error)
+    checked.save()
+    return good, bad
 
 
 def _corpus_of(
-    good: Sequence[tuple[int, NpqHeader]],
-    k: int,
-    side: int,
-    frame_rate: float,
-    summary: DataSummary,
+    good: Sequence[tuple[int, NpqHeader]], shape: _Shape, frame_rate: float, summary: DataSummary
 ) -> Corpus:
+    good = sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path))
     headers = [h for _, h in good]
     files = np.array([(*_file_columns(h), crc) for crc, h in good], dtype=FILE_COLUMNS)
-    vocabularies = {h.vocab_sizes[:k] for h in headers}
+    vocabularies = {h.vocab_sizes[: shape.codebooks] for h in headers}
     if len(vocabularies) > 1:
         summary.notes.append(
             f"{len(vocabularies)} different vocabularies; each codebook takes the largest size"
@@ -262,7 +282,8 @@ def _corpus_of(
     summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
     summary.layouts.update(h.layout for h in headers)
     vocab_sizes = tuple(max(sizes) for sizes in zip(*vocabularies, strict=True))
-    return Corpus([h.path for h in headers], files, vocab_sizes, side, frame_rate, summary)
+    paths = [h.path for h in headers]
+    return Corpus(paths, files, vocab_sizes, shape.side, frame_rate, summary)
 
 
 class _CheckedFiles:
@@ -327,7 +348,8 @@ def split_corpus(
     `val_list` names the validation files, one path or base name a line, and overrides both.
 
     Raises:
-        ValueError: `val_list` names a file that is not in the data.
+        OSError, ValueError: `val_list` cannot be read, is no list of names, names no file, or names
+        one that is not in the data.
     """
     frames = corpus.files["frames"]
     nothing = np.zeros_like(frames)
@@ -341,9 +363,8 @@ def split_corpus(
             tail = _tails(corpus.files, ctx, val_split)
             rule = "the last frames of each file (too few files to set whole ones aside)"
             return Spans(nothing, frames - tail, rule), Spans(frames - tail, frames, rule)
-    return Spans(nothing, np.where(is_val, 0, frames), rule), Spans(
-        nothing, np.where(is_val, frames, 0), rule
-    )
+    train, val = np.where(is_val, 0, frames), np.where(is_val, frames, 0)
+    return Spans(nothing, train, rule), Spans(nothing, val, rule)
 
 
 def _shares_of(files: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -370,20 +391,51 @@ def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarra
 
 
 def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
-    with open(val_list, encoding="utf-8-sig") as file:
-        names = {line.strip() for line in file if line.strip() and not line.startswith("#")}
-    keys = [{path, os.path.basename(path), os.path.realpath(path)} for path in paths]
+    """Which files a list names, bool [files]: by base name, by path as given, or by real path."""
+    keys = [
+        {path, os.path.basename(path), real}
+        for path, real in zip(paths, _real_paths(paths), strict=True)
+    ]
     known = set().union(*keys)
-    missing = {n for n in names - known if os.path.realpath(n) not in known}
+    chosen: set[str] = set()
+    missing = []
+    for name in _names_in(val_list):
+        for spelling in (name, name.replace("\\", "/")):  # as written, then as from Windows
+            if found := {spelling, os.path.realpath(spelling)} & known:
+                chosen |= found
+                break
+        else:
+            missing.append(name)
     if missing:
         raise ValueError(
             f"{val_list}: {len(missing)} listed files are not in the data: "
-            f"{', '.join(sorted(missing)[:5])}; write base names or paths that --data matches"
+            f"{', '.join(sorted(missing)[:5])}; write base names or paths that --data matches, "
+            "one a line"
         )
-    real = {os.path.realpath(name) for name in names}
-    return np.array(
-        [bool(k & names) or os.path.realpath(p) in real for p, k in zip(paths, keys, strict=True)]
-    )
+    return np.array([not chosen.isdisjoint(k) for k in keys])
+
+
+def _names_in(val_list: str | os.PathLike[str]) -> set[str]:
+    """The lines of a list, but comments (#), without the blanks around them.
+
+    UTF-8, or UTF-16 with a byte order mark, as PowerShell's `>` writes. A name need not be text.
+    """
+    content = Path(val_list).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+    if "\0" in text:
+        raise ValueError(f"{val_list}: expected names of files, one a line, found a binary file")
+    # Not splitlines: it splits at characters that a name may hold.
+    lines = (line.strip() for line in re.split(r"[\r\n]+", text))
+    names = {line for line in lines if line and not line.startswith("#")}
+    if not names:
+        raise ValueError(
+            f"{val_list}: expected names of files, one a line, found none; for a run without "
+            "validation leave the list out and pass --val_split 0"
+        )
+    return names
 
 
 # --- windows -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import stat
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,13 +29,18 @@ MAX_VOCAB_SIZE = 2**20
 MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
 CODE_DTYPES = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")  # by the file's dtype_code
 NO_DTYPE = np.dtype("V1")  # stands for a dtype_code that does not exist
+# O_NONBLOCK: opening a FIFO returns at once, so that it can be refused by its type.
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 FIXED_BYTES = 20  # the shortest fixed part of a header, common to every layout
 LONGEST_HEADER = 23 + 4 * MAX_CODEBOOKS + 1  # NPQ2 with every codebook
 CHECK_CHUNK_BYTES = 4 << 20
 
 
 class NpqError(ValueError):
-    """A file is not a valid .npq: says where, what was expected, what was found, what to do."""
+    """A file is not a valid .npq: says where, what was expected, what was found, what to do.
+
+    Made of one argument it says just that: so torch rebuilds it out of a loader process.
+    """
 
     def __init__(
         self,
@@ -92,48 +97,45 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
         NpqError: not a regular file, unreadable, or any field or the size is wrong.
     """
     path = os.fspath(path)
+    head, status = _read_head(path)
+    magic, version, codebooks = struct.unpack_from("<4sHH", head)
+    if magic not in (b"NPQ1", b"NPQ2"):
+        raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
+
+    def header_as(layout: str) -> NpqHeader:
+        fields = PARSERS[layout](head)
+        return NpqHeader(path, layout, *fields, status.st_size, status.st_mtime_ns)
+
+    if magic == b"NPQ2" or (version == 1 and codebooks >= 1):
+        header = header_as(magic.decode())
+        if problem := _problem(header):
+            raise NpqError(path, *problem)
+        return header
+    for header in map(header_as, LEGACY):
+        if _problem(header) is None:
+            return header
+    raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
+
+
+def _read_head(path: str) -> tuple[bytes, os.stat_result]:
+    """The first bytes of a file, enough for any header, and its status."""
     try:
-        # O_NONBLOCK: opening a FIFO returns at once, so that it can be refused by its type.
-        descriptor = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
+        descriptor = os.open(path, OPEN_FLAGS)
         try:
             status = os.fstat(descriptor)
             head = os.read(descriptor, LONGEST_HEADER) if stat.S_ISREG(status.st_mode) else None
         finally:
             os.close(descriptor)
-    except (OSError, ValueError) as error:
-        raise NpqError(
-            path, "file", "a readable file", error, "check the path and the permissions"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        remedy = "check the path and the permissions"
+        raise NpqError(path, "file", "a readable file", error, remedy) from error
     if head is None:
-        raise NpqError(
-            path, "file", "a regular file", "a folder, pipe or device", "name .npq files"
-        )
+        found = "a folder, pipe or device"
+        raise NpqError(path, "file", "a regular file", found, "name .npq files")
     if len(head) < FIXED_BYTES:
-        raise NpqError(
-            path, "header", f"{FIXED_BYTES} bytes (file truncated)", f"{len(head)} bytes"
-        )
-
-    def header_of(parse: Any, layout: str) -> NpqHeader:
-        return NpqHeader(path, layout, *(*parse(head), status.st_size, status.st_mtime_ns))
-
-    magic, version, codebooks = struct.unpack_from("<4sHH", head)
-    if magic == b"NPQ2":
-        header = header_of(_parse_npq2, "NPQ2")
-    elif magic != b"NPQ1":
-        raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
-    elif version == 1 and codebooks >= 1:
-        header = header_of(_parse_npq1, "NPQ1")
-    else:
-        for parse, layout in ((_parse_legacy_a, "legacy A"), (_parse_legacy_b, "legacy B")):
-            header = header_of(parse, layout)
-            if _problem(header) is None:
-                return header
-        raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
-    if problem := _problem(header):
-        raise NpqError(path, *problem)
-    return header
+        expected = f"{FIXED_BYTES} bytes (file truncated)"
+        raise NpqError(path, "header", expected, f"{len(head)} bytes")
+    return head, status
 
 
 class _Fields(NamedTuple):
@@ -181,8 +183,17 @@ def _parse_legacy_a(head: bytes) -> _Fields:
 def _parse_legacy_b(head: bytes) -> _Fields:
     _, k, frame_rate = struct.unpack_from("<4sif", head)
     vocab_sizes = _read_vocab_sizes(head, 12, "i", k)
-    (frames,) = _read_vocab_sizes(head, 12 + 4 * k, "i", 1) if vocab_sizes else (0,)
+    frames = int.from_bytes(head[12 + 4 * k :][:4], "little", signed=True) if vocab_sizes else 0
     return _Fields(k, 0, frames, frame_rate, 0.0, vocab_sizes, CODE_DTYPES[1], 16 + 4 * k)
+
+
+LEGACY = "legacy A", "legacy B"
+PARSERS: dict[str, Callable[[bytes], _Fields]] = {
+    "NPQ1": _parse_npq1,
+    "NPQ2": _parse_npq2,
+    "legacy A": _parse_legacy_a,
+    "legacy B": _parse_legacy_b,
+}
 
 
 def _read_vocab_sizes(head: bytes, offset: int, letter: str, k: int) -> tuple[int, ...]:
@@ -229,6 +240,9 @@ def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
     return None
 
 
+# --- codes ---------------------------------------------------------------------------------------
+
+
 def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
     """Codes [T, K] as a read-only memory map, in the file's own dtype.
 
@@ -248,7 +262,7 @@ def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
 def open_unchanged(path: str, size: int, mtime_ns: int) -> int:
     """A descriptor of the file, which is still the one that was scanned."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
+        descriptor = os.open(path, OPEN_FLAGS)
     except OSError as error:
         raise file_changed(path, "the file that was there at the start", error) from error
     now = os.fstat(descriptor)
@@ -282,10 +296,9 @@ def check_codes(header: NpqHeader) -> int:
             while chunk := file.read(max(1, CHECK_CHUNK_BYTES // row_bytes) * row_bytes):
                 crc = zlib.crc32(chunk, crc)
                 codes = np.frombuffer(chunk, header.dtype, len(chunk) // header.dtype.itemsize)
-                if (
-                    codes.max() >= smallest
-                ):  # the flat maximum is many times faster than one per codebook
-                    _raise_first_bad_code(header, codes.reshape(-1, header.num_codebooks), frame)
+                # The flat maximum is many times faster than one for each codebook.
+                if codes.max() >= smallest:
+                    _refuse_bad_code(header, codes.reshape(-1, header.num_codebooks), frame)
                 frame += len(chunk) // row_bytes
     except OSError as error:
         raise NpqError(header.path, "codes", "a readable file", error, "check the disk") from error
@@ -294,12 +307,16 @@ def check_codes(header: NpqHeader) -> int:
     return crc
 
 
-def _raise_first_bad_code(header: NpqHeader, codes: np.ndarray[Any, Any], first_frame: int) -> None:
+def _refuse_bad_code(header: NpqHeader, codes: np.ndarray[Any, Any], first_frame: int) -> None:
+    """Raise NpqError for the first of codes [T, K] that is not below its vocab size, if any is."""
     bad = np.argwhere((codes < 0) | (codes >= np.array(header.vocab_sizes)))
     if len(bad):
         frame, k = (int(i) for i in bad[0])
         found = f"{codes[frame, k]} in frame {first_frame + frame}, codebook {k}"
         raise NpqError(header.path, "codes", f"0 to {header.vocab_sizes[k] - 1}", found)
+
+
+# --- writing -------------------------------------------------------------------------------------
 
 
 def write_npq(
@@ -313,43 +330,51 @@ def write_npq(
 ) -> NpqHeader:
     """Write codes [T, K] (integers) as NPQ1, or as NPQ2 mid/side if there are side codebooks.
 
-    The last `side_codebooks` columns hold the side channel.
-
-    The file appears whole or not at all: it is written beside its place, synced, and renamed.
+    The last `side_codebooks` columns hold the side channel. `frame_rate` is in frames per second,
+    `bitrate` (of the source file) in kbit/s. The file appears whole or not at all: it is written
+    beside its place, synced, and renamed.
 
     Raises:
         NpqError: codes or fields that the format cannot hold. Nothing is written then.
+        OSError: the file cannot be written.
     """
-    path = os.fspath(path)
-    codes = np.asarray(codes)
+    path, codes = os.fspath(path), np.asarray(codes)
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or codes.shape[1] != len(vocab_sizes):
         expected = f"integers [T, {len(vocab_sizes)}], one column per vocab size"
-        raise NpqError(
-            path, "codes", expected, f"{codes.dtype} {list(codes.shape)}", "pass codes as [T, K]"
-        )
-    (frames, k), k_mid = codes.shape, codes.shape[1] - side_codebooks
+        found = f"{codes.dtype} {list(codes.shape)}"
+        raise NpqError(path, "codes", expected, found, "pass codes as [T, K]")
     dtype = CODE_DTYPES[1] if max(vocab_sizes, default=0) <= 2**16 else CODE_DTYPES[2]
     try:
-        tail = struct.pack(
-            f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, CODE_DTYPES.index(dtype)
-        )
-        if side_codebooks:
-            head = struct.pack("<4sHBHH", b"NPQ2", 1, 1, k_mid, side_codebooks) + tail
-        else:
-            head = struct.pack("<4sHH", b"NPQ1", 1, k) + tail
+        head = _header_bytes(len(codes), vocab_sizes, frame_rate, bitrate, side_codebooks, dtype)
     except (struct.error, OverflowError) as error:
         expected = "values that fit their fields"
         raise NpqError(path, "header", expected, error, "nothing was written") from error
     # The reader's own view of these bytes is what gets checked: a float32 rounds.
-    layout, parse = ("NPQ2", _parse_npq2) if side_codebooks else ("NPQ1", _parse_npq1)
-    header = NpqHeader(path, layout, *parse(head), len(head) + dtype.itemsize * codes.size, 0)
+    layout = head[:4].decode()
+    size = len(head) + dtype.itemsize * codes.size
+    header = NpqHeader(path, layout, *PARSERS[layout](head), size, mtime_ns=0)
     if problem := _problem(header):
         raise NpqError(path, *problem, remedy="nothing was written")
     if codes.min() < 0 or codes.max() >= min(vocab_sizes):
-        _raise_first_bad_code(header, codes, 0)
-
+        _refuse_bad_code(header, codes, 0)
     _write_whole(path, head + np.ascontiguousarray(codes, dtype=dtype).tobytes())
     return read_header(path)
+
+
+def _header_bytes(
+    frames: int,
+    vocab_sizes: Sequence[int],
+    frame_rate: float,
+    bitrate: float,
+    side_codebooks: int,
+    dtype: np.dtype[Any],
+) -> bytes:
+    """NPQ1, or NPQ2 if there are side codebooks; struct.error for what does not fit its field."""
+    k, code = len(vocab_sizes), CODE_DTYPES.index(dtype)
+    tail = struct.pack(f"<ffI{k}IB", frame_rate, bitrate, frames, *vocab_sizes, code)
+    if side_codebooks:
+        return struct.pack("<4sHBHH", b"NPQ2", 1, 1, k - side_codebooks, side_codebooks) + tail
+    return struct.pack("<4sHH", b"NPQ1", 1, k) + tail
 
 
 def _write_whole(path: str, content: bytes) -> None:

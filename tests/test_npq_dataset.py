@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import shutil
+import tempfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_files_are_found_by_folder_glob_and_name_each_once(tmp_path, monkeypatch
     assert find_npq_files([f"{tmp_path}/**/b.npq"]) == [b]
     assert find_npq_files([odd]) == [odd]
     for nothing in (tmp_path / "none*", tmp_path / "deep" / "x.npq", tmp_path / "odd" / "[x]"):
-        with pytest.raises(FileNotFoundError, match="--data"):
+        with pytest.raises(FileNotFoundError, match="name folders"):
             find_npq_files([a, nothing])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_npq_files(["~/a.n*"]) == [a]
@@ -364,25 +365,65 @@ def test_equal_files_never_lie_on_both_sides(tmp_path, many):
     assert not train & val
 
 
-def test_a_list_names_the_validation_files(tmp_path, many):
-    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
-    listed = tmp_path / "val.txt"
-    listed.write_bytes(
-        b"\xef\xbb\xbf# held out\r\n003.npq\r\n\r\n" + os.fsencode(many / "007.npq") + b"\r\n"
-        b"  011.npq  \n" + os.fsencode(many / "sub" / ".." / "013.npq")
-    )
-    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
-    chosen = [os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n]
-    assert sorted(chosen) == ["003.npq", "007.npq", "011.npq", "013.npq"]
+def listed_files(folder: Path, content: bytes) -> list[str]:
+    """Base names of the validation files that a list of this content gives."""
+    corpus = scan_corpus(find_npq_files([folder]), ctx=CTX)
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        train, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=file.name)
     assert ((train.stop == 0) == (val.stop > 0)).all()
+    return sorted(os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n)
 
 
-def test_a_listed_file_that_is_not_there_is_an_error(tmp_path, many):
-    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
-    listed = tmp_path / "val.txt"
-    listed.write_text("003.npq\n3.npq\nsong.npq\n")
-    with pytest.raises(ValueError, match=r"2 listed files are not in the data: 3\.npq, song\.npq"):
-        split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
+def test_a_list_names_the_validation_files(many):
+    content = (
+        b"\xef\xbb\xbf# held out\r\n003.npq\r\n\r\n" + os.fsencode(many / "007.npq") + b"\r\n"
+        b" \t# more\r  011.npq  \t\n   \n" + os.fsencode(many / "sub" / ".." / "013.npq")
+    )
+    assert listed_files(many, content) == ["003.npq", "007.npq", "011.npq", "013.npq"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_list_that_powershell_wrote(many, encoding):
+    text = "\r\n".join(["003.npq", "007.npq", ""])
+    mark = b"" if encoding == "utf-16" else b"\xfe\xff"  # "utf-16" writes its own
+    assert listed_files(many, mark + text.encode(encoding)) == ["003.npq", "007.npq"]
+
+
+def test_a_list_with_the_separators_of_windows(tmp_path, monkeypatch):
+    """As written where a file has that name, which may hold a backslash here."""
+    for i, name in enumerate(("a/one.npq", "a/two.npq", "b/one.npq", "a\\one.npq")):
+        put(tmp_path / "music" / name, npq1(some_codes(40, seed=i)))
+    monkeypatch.chdir(tmp_path)
+    assert listed_files(Path("music"), b"music\\a\\two.npq\r\n") == ["two.npq"]
+    assert listed_files(Path("music"), b".\\music\\b\\one.npq\n") == ["one.npq"]
+    assert listed_files(tmp_path, b"music\\a\\two.npq\n") == ["two.npq"]
+    assert listed_files(Path("music"), b"a\\one.npq") == ["a\\one.npq"]
+    assert listed_files(Path("music"), b"music/a\\one.npq") == ["a\\one.npq"]
+
+
+def test_a_listed_name_need_not_be_text(tmp_path):
+    names = [b"\xff\xfe.npq", b"caf\xc3\xa9 \xe2\x80\xa8.npq", b"plain.npq"]
+    for i, name in enumerate(names):
+        put(tmp_path / os.fsdecode(name), npq1(some_codes(40, seed=i)))
+    found = listed_files(tmp_path, b"plain.npq\n" + b"\n".join(names[:2]))
+    assert found == sorted(map(os.fsdecode, names))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"003.npq\n3.npq\nsong.npq\n", r"2 listed files are not in the data: 3\.npq, song\.npq;"),
+        (b"D:\\music\\003.npq\r\n", r"1 listed files are not in the data: D:\\music\\003\.npq;"),
+        (b"", "found none"),
+        (b"\xef\xbb\xbf# nothing\r\n\r\n", "found none"),
+        (npq1([[1, 2]]), "found a binary file"),
+        ("003.npq".encode("utf-16-le"), "found a binary file"),
+    ],
+)
+def test_a_list_that_does_not_fit_the_data_is_an_error(many, content, message):
+    with pytest.raises(ValueError, match=message):
+        listed_files(many, content)
 
 
 def test_a_long_list_is_read_in_good_time(many, tmp_path):
