@@ -22,7 +22,8 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -87,18 +88,27 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Defaults stand behind the help of flags that have one."""
+    """Defaults stand behind the help of flags that have one, `--[no-]flag` for a switch."""
 
     def __init__(self, prog: str) -> None:
         width = min(80, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=28, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if not action.option_strings or action.default in (None, False, "", argparse.SUPPRESS):
+        default = action.default
+        if not action.option_strings or default is False or default in (None, "", SUPPRESS):
             return action.help
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"{action.help} (on)"
         return f"{action.help} (%(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "TEXT")  # as the types below are named
 
 
 def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
@@ -110,6 +120,7 @@ def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
             return int(text)
         raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
 
+    whole_number.__name__ = "N"
     return whole_number
 
 
@@ -130,6 +141,7 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
             raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
         return value
 
+    parse.__name__ = "X"
     return parse
 
 
@@ -141,7 +153,12 @@ fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Argument type: one value or a comma list of them."""
-    return lambda text: [kind(part) for part in text.split(",")]
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"{kind.__name__},..."
+    return parse
 
 
 # --- output --------------------------------------------------------------------------------------
@@ -190,11 +207,9 @@ def exit_code_of(
     `expected` errors carry their own remedy; of others the type is named, and how to see where they
     arose.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text in the locale
-            stream.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        with steady_streams():
+            return work()
     except UsageError as error:
         problem(str(error))
         return EXIT_USAGE
@@ -206,18 +221,25 @@ def exit_code_of(
         if debug:
             traceback.print_exc()
         return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Around a command: what cannot be printed, or no longer be written, does not end it."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    try:
+        yield
     finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in streams:
             try:
                 stream.flush()
             except OSError:
                 _let_go(stream)
 
 
-def unexpected(error: Exception) -> str:
+def unexpected(error: Exception, where: str = "--debug shows where") -> str:
     """An error that no one foresaw, in one line."""
     lines = str(error).strip().splitlines() or ["no message"]
-    return (
-        f"{type(error).__name__}: {lines[0]}; this is a fault of the program: --debug shows where, "
-        "please report it"
-    )
+    return f"{type(error).__name__}: {lines[0]}; a fault of the program ({where}), please report it"

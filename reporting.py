@@ -11,11 +11,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
+
+from command_line import problem, say
 
 # --- words ---------------------------------------------------------------------------------------
 
@@ -64,7 +66,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """A line that always stands."""
-        self._write(text, sys.stdout)
+        self._write(text, say)
 
     def lines(self, texts: Iterable[str]) -> None:
         """Several such."""
@@ -73,16 +75,13 @@ class Console:
 
     def problem(self, text: str) -> None:
         """Something went wrong or was refused."""
-        self._write(f"! {text}", sys.stderr)
+        self._write(text, problem)
 
-    def _write(self, text: str, stream: TextIO) -> None:
+    def _write(self, text: str, write: Callable[[str], None]) -> None:
         if self.silent:
             return
-        if self.bar is not None:
-            tqdm.write(text, file=stream)
-        else:
-            print(text, file=stream)
-        stream.flush()
+        with tqdm.external_write_mode():  # the bar, if there is one, stays below
+            write(text)
 
     def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
         """Begin a bar over an epoch's optimizer steps."""
@@ -155,7 +154,7 @@ class MetricsLog:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            print(f"! metrics row lost: {error}", file=sys.stderr)
+            problem(f"metrics row lost: {error}")
         if self.board is not None:
             for key, value in row.items():
                 if isinstance(value, float) and key not in ("time", "seconds"):

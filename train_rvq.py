@@ -6,126 +6,89 @@ r"""Train a causal transformer on the codes of a neural audio codec, kept in .np
     python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64 \
         --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
 
-The file reads from top to bottom: flags, pure pieces, the state of a run, one step, evaluation,
-saving and restoring, the loop, and `main`. It can be killed at any moment; the same command goes on
-from the last checkpoint and ends in the weights of an uninterrupted run.
+Exit code: 0 done, 1 failed, 2 wrong usage, 3 stopped by the guard; after saving 129, 130 or 143 for
+a terminal that closed, Ctrl-C and SIGTERM.
+
+The file reads from top to bottom: flags, one step, evaluation, the loop, rollback, the ends of a
+run, planning, and `main`. It can be killed at any moment; the same command goes on from the last
+checkpoint and ends in the weights of an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import ctypes
-import dataclasses
-import functools
 import itertools
 import math
 import os
+import re
 import signal
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
 from checkpointing import (
-    WEIGHTS_KEYS,
-    BackgroundSaver,
     CheckpointError,
     FolderLock,
-    RunFiles,
     find_run,
-    library_versions,
     load_checkpoint,
-    load_latest,
     rng_kept,
-    rng_state,
-    run_name,
     save_checkpoint,
-    set_rng_state,
 )
 from code_statistics import compare, describe, flat, read_excerpts
-from losses import Losses
-from model import PATTERNS, Block, CodesTransformer, ModelConfig
-from npq_dataset import (
-    BadFilesError,
-    Corpus,
-    EpochOrder,
-    WindowDataset,
-    find_npq_files,
-    scan_corpus,
-    split_corpus,
+from command_line import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    FlagParser,
+    UsageError,
+    at_least,
+    fraction,
+    fraction_or_one,
+    not_negative,
+    number_or_auto,
+    positive,
+    steady_streams,
+    unexpected,
 )
+from model import PATTERNS, CodesTransformer
+from npq_dataset import BadFilesError
 from npq_format import NpqError, map_codes, read_header, write_npq
-from optimizer import build_optimizer, state_tensors
-from parallel import EveryNth, ParallelError, World, is_loss_of_peer, join, leave, local
-from planning import Plan, PlanError, is_out_of_memory
-from reporting import Console, MetricsLog, epoch_lines, number, perplexity, step_line
-from sampling import Draw, generate
-from stability import (
-    MAX_ROLLBACKS,
-    SUSPECT_STEPS,
-    Ema,
-    Guard,
-    Ladder,
-    lr_doubling,
-    not_finite,
+from parallel import ParallelError, World, is_loss_of_peer, join, leave
+from planning import PlanError, is_out_of_memory
+from reporting import Console, epoch_lines, number, perplexity, step_line
+from run_saving import check_save, checkpoint_of, finish_save, quarantine, restore, save, unsound
+from run_setup import (
+    ALONE,
+    blocks_of,
+    check_windows,
+    open_data,
+    pick_architecture,
+    pick_device,
+    plan_of,
+    set_up,
+    settle_flags,
 )
+from run_state import Run
+from sampling import Draw, generate
+from stability import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_GUARD = 0, 1, 2, 3  # and 128 + signal when interrupted
+EXIT_GUARD = 3  # stopped by the guard
 
 # --- flags ---------------------------------------------------------------------------------------
-
-# A resumed run keeps these.
-ARCHITECTURE_FLAGS: tuple[str, ...] = ("d_model", "layers", "heads", "codebooks", "qk_norm")
-ARCHITECTURE_FLAGS += ("pattern", "depth_layers")
-# Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
-LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
-LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
-# What a run did that was saved before a flag existed, where that is not the flag's default.
-BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
-# Flags that belong to one command and not to the run: never restored from a checkpoint.
-COMMAND_FLAGS: tuple[str, ...] = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch")
-COMMAND_FLAGS += ("allow_data_change", "effective_batch", "plan", "memory_gb", "device_tflops")
-COMMAND_FLAGS += ("mfu",)
-
-
-class UsageError(ValueError):
-    """Flags that do not fit together or do not fit the data; ends with exit code 2."""
-
-
-class FlagParser(argparse.ArgumentParser):
-    """Accepts every multi-word flag with `-` and with `_`; shows the user's own spelling."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse, after each flag's name has been brought to its declared spelling."""
-        spelling = {s.replace("_", "-"): s for a in self._actions for s in a.option_strings}
-        given = list(sys.argv[1:] if args is None else args)
-        for i, word in enumerate(given):
-            name, equals, value = word.partition("=")
-            if word.startswith("--"):
-                given[i] = spelling.get(name.replace("_", "-"), name) + equals + value
-        return super().parse_known_args(given, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, by group. Defaults are run #3 of the notes that this trainer was made for."""
-    parser = FlagParser(
-        description=(__doc__ or "").partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(__doc__, usage="%(prog)s --data GLOB [GLOB ...] [flags]")
     switch = argparse.BooleanOptionalAction
 
     # fmt: off
@@ -205,7 +168,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep *_panic_sNNNNNNNN.pt of the moment before a rollback")
 
     add = parser.add_argument_group("speed").add_argument
-    add("--device", help="cuda, cuda:1, mps or cpu; without it the best device present")
+    add("--device", metavar="NAME",
+        help="cuda, cuda:1, mps or cpu; without it the best device present")
     add("--amp", action=switch, default=True, help="mixed precision")
     add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto",
         help="auto: bf16 if it is fast")
@@ -226,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mfu", type=fraction_or_one, default=0.35, help="share of them that training reaches")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--save_dir", default="rvq_ckpts", help="folder of the run's files")
+    add("--save_dir", metavar="DIR", default="rvq_ckpts", help="folder of the run's files")
     add("--tag", default="", help="part of the files' names")
     add("--resume", metavar="PATH", help="go on from this checkpoint and not from *_latest.pt")
     add("--no-resume", action="store_true", help="start anew; an earlier run's files are set aside")
@@ -246,9 +210,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-temperature", type=positive, default=1.0, help="of sampling")
     add("--eval-top-k", type=at_least(0), default=0, help="draw from the k likeliest; 0 = all")
     add("--eval-top-p", type=fraction_or_one, default=1.0, help="draw from this much probability")
-    add("--eval-outdir", help="folder of samples; without it `samples` in --save_dir")
+    add("--eval-outdir", metavar="DIR",
+        help="folder of samples; without it `samples` in --save_dir")
     add("--eval-on-cpu", action=switch, default=True, help="decode audio on the CPU")
-    add("--eval-dac-repo", default="44khz", help="codec for samples: 44khz, 24khz, 16khz or a path")
+    add("--eval-dac-repo", default="44khz", metavar="CODEC",
+        help="codec of samples: 44khz, 24khz, 16khz, demo (bundled, lo-fi) or a path")
 
     add = parser.add_argument_group("logging").add_argument
     add("--log-lr-steps", type=at_least(1), default=50, help="steps between loss and lr lines")
@@ -256,41 +222,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tensorboard", action=switch, default=False, help="write event files beside the metrics")
     # fmt: on
     return parser
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `low`."""
-
-    def whole_number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, found {text!r}")
-        return int(text)
-
-    return whole_number
-
-
-def number_or_auto(text: str) -> int | str:
-    """Argument type: a whole number of at least 1, or `auto`."""
-    return text if text == "auto" else at_least(1)(text)
-
-
-def _number_type(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
-        return value
-
-    return parse
-
-
-positive = _number_type("a number > 0", lambda x: 0 < x < math.inf)
-not_negative = _number_type("a number >= 0", lambda x: 0 <= x < math.inf)
-fraction = _number_type("a number >= 0 and < 1", lambda x: 0 <= x < 1)
-fraction_or_one = _number_type("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -310,217 +241,6 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
     if set(flags.tag) & set('/\\*?[]" '):
         parser.error(f"--tag: expected letters, digits, '.', '-' and '_', found {flags.tag!r}")
     return flags, explicit
-
-
-# --- pure pieces ---------------------------------------------------------------------------------
-
-
-def lr_at_step(
-    step: float,
-    total: float,
-    *,
-    lr: float,
-    eta_min: float,
-    warmup_ratio: float,
-    schedule: str = "cosine",
-    cooldown: float = 0.2,
-) -> float:
-    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, fall, then eta_min.
-
-    `cosine` falls from the end of the warm-up on (Loshchilov and Hutter 2017). `wsd` stays, and
-    falls linearly over the last share `cooldown` of the run (warm-up, stable, decay: Hu et al.
-    2024, section 4; Haegele et al. 2024). Past `total` it is eta_min for ever. Steps may also be
-    seconds of a time budget.
-    """
-    warmup = warmup_ratio * total
-    if step < warmup:
-        return lr * step / warmup
-    if schedule == "wsd":
-        left = max(0.0, total - step) / (cooldown * total)
-        return eta_min + (lr - eta_min) * min(1.0, left)
-    progress = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
-    return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:
-    """Loss weight of each codebook, mean 1. `auto` rises linearly with k; else a comma list."""
-    k = num_codebooks
-    if choice == "auto":
-        weights = [1 + alpha * i / max(k - 1, 1) for i in range(k)]
-    else:
-        try:
-            weights = [float(w) for w in choice.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--cb-weights: expected auto or numbers, found {choice!r}") from error
-        if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise UsageError(f"--cb-weights: expected {k} numbers >= 0, found {choice!r}")
-    return [w * k / sum(weights) for w in weights]
-
-
-# --- the state of a run --------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run has come: plain numbers, all of them in the checkpoint."""
-
-    step: int = 0  # optimizer steps taken; refused ones do not count
-    epoch: int = 0  # epochs finished
-    position: int = 0  # windows of the present epoch that were used or refused
-    seconds: float = 0.0  # in training steps, since the very first start
-    elapsed: float = 0.0  # wall clock, likewise, over all processes
-    schedule_steps: int = 0  # of the lr schedule; fixed at the very first start but for wsd
-    cooling: bool = False  # wsd's cooldown has begun
-    lr_scale: float = 1.0  # cut by rollbacks
-    lr_goal: float = 1.0  # where it comes back to
-    best_val: float = math.inf
-    best_epoch: int = 0
-    validated_step: int = -1
-    validated_seconds: float = 0.0  # of --val-every-seconds
-    epoch_loss: float = 0.0  # sum over the epoch's accepted steps
-    epoch_steps: int = 0
-    epoch_refused: int = 0
-    epoch_seconds: float = 0.0
-    log_loss: float = 0.0  # the same since the last log line
-    log_steps: int = 0
-    log_seconds: float = 0.0
-
-
-@dataclass
-class TrainState:
-    """All that a resume restores, besides the random state."""
-
-    model: CodesTransformer
-    ema: Ema[CodesTransformer]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    guard: Guard
-    progress: Progress
-    ladder: Ladder = dataclasses.field(default_factory=Ladder)
-
-
-@dataclass
-class Run:
-    """One process's share of a run: its flags, its state, and all that does not change."""
-
-    flags: argparse.Namespace
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    console: Console
-    files: RunFiles
-    metrics: MetricsLog
-    state: TrainState
-    losses: Callable[[Tensor], Losses]  # codes on the device -> losses; compiled or not
-    compiled: bool
-    weights: Tensor  # [K], of the codebooks in the objective
-    train_windows: WindowDataset
-    val_windows: WindowDataset
-    order: EpochOrder
-    loader: DataLoader[Tensor]
-    data: dict[str, Any]  # what the windows are made of; a resume compares it
-    world: World
-    stop: StopRequest
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    last_save: float = dataclasses.field(default_factory=time.perf_counter)
-    saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
-    saving: Saving | None = None  # the save in flight
-    best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
-    failed_saves: int = 0
-    guard_stop: str | None = None  # why the guard ends the run
-    between_steps: bool = True  # False while weights, moments and counters disagree
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision around a forward pass."""
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.amp_dtype)
-
-    @property
-    def windows_per_step(self) -> int:
-        """Windows that an optimizer step uses."""
-        return int(self.flags.batch * self.flags.accum)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole optimizer steps in an epoch."""
-        return self.order.num_windows // self.windows_per_step
-
-    @property
-    def planned_steps(self) -> int:
-        """Steps until --epochs or --max-steps ends the run."""
-        planned = int(self.flags.epochs * self.steps_per_epoch)
-        return min(planned, self.flags.max_steps or planned)
-
-    def is_finished(self) -> bool:
-        """Whether epochs, steps or seconds have run out."""
-        p, flags = self.state.progress, self.flags
-        return (
-            p.epoch >= flags.epochs
-            or p.step >= (flags.max_steps or math.inf)
-            or p.seconds >= (flags.max_seconds or math.inf)
-        )
-
-    def seconds_left(self) -> float:
-        """Estimate from this epoch's pace."""
-        p = self.state.progress
-        pace = p.epoch_seconds / max(p.epoch_steps + p.epoch_refused, 1)
-        left = max(0, self.planned_steps - p.step) * pace
-        return min(left, self.flags.max_seconds - p.seconds) if self.flags.max_seconds else left
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A save in flight: of which moment, and what to do again if it fails."""
-
-    written: Future[Path]
-    step: int
-    epoch: int
-    is_best: bool
-    archive: bool
-    spare: bool  # a step checkpoint; these come often, and a disk may be full for minutes
-    started: float
-    stall: float  # seconds that training waited, for the save before it too
-
-
-class StopRequest:
-    """What signals have asked for. The loop looks at it between steps.
-
-    The first SIGINT or SIGTERM asks to save and stop, the second leaves at once; SIGUSR1 asks to
-    save and go on. Of many processes any may get one; it counts once `agree` has told all of them.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.signal: int | None = None
-        self.save = False
-        self.received: int | None = None  # by this process; `signal` is what all know
-        self.received_save = False
-
-    def install(self) -> None:
-        """Take over the three signals."""
-        for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number_, self._receive)
-
-    def _receive(self, number_: int, _: FrameType | None) -> None:
-        if number_ == signal.SIGUSR1:
-            self.received_save = True
-        elif self.received is not None:
-            os._exit(128 + number_)
-        else:
-            self.received = number_
-        if self.world.size == 1:
-            self.settle(*self.news())
-
-    def news(self) -> tuple[int, bool]:
-        """What this process has received: a signal to stop, or 0; whether to save, told once."""
-        number_, save = self.received or 0, self.received_save
-        self.received_save = False
-        return number_, save
-
-    def settle(self, number_: int, save: bool) -> None:
-        """Take note of what all processes know."""
-        self.signal = self.signal or number_ or None
-        self.save = self.save or save
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -618,6 +338,78 @@ def update(run: Run, lr: float, grad_norm: float) -> None:
         group["lr"] = lr * group["lr_factor"]
     state.optimizer.step()
     state.ema.update(state.progress.step + 1)
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def prepare_losses(run: Run) -> None:
+    """Compile them if asked to, or on CUDA; average their gradients over all processes."""
+    if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
+        compile_losses(run)
+    run.losses = run.world.averaging(run.state.model, run.losses)
+
+
+def compile_losses(run: Run) -> None:
+    """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
+    state, failure = run.state, None
+    eager, scaler = run.losses, state.scaler
+    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
+    options = {"mode": run.flags.compile_mode, "fullgraph": True}
+    blocks = blocks_of(state.model) if run.world.is_sharded else []
+    for block in blocks:  # between them their weights are put together, by code for no compiler
+        vars(block)["forward"] = torch.compile(block.forward, **options)
+    run.losses = eager if blocks else torch.compile(eager, **options)
+    run.compiled = True
+    started = time.perf_counter()
+    try:
+        with rng_kept():
+            trial = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)]
+            accumulate(run, itertools.repeat(trial))
+        run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
+    except torch.OutOfMemoryError:
+        tell_out_of_memory(run)
+        raise
+    except Exception as error:  # the compiler can fail in any way; training need not
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    finally:
+        state.scaler = scaler
+        state.optimizer.zero_grad(set_to_none=True)
+    if (failure := run.world.first(failure)) is not None:
+        run.losses, run.compiled = eager, False
+        for block in blocks:
+            del vars(block)["forward"]
+        run.console.problem(f"torch.compile failed, going on without it ({failure})")
+
+
+# --- learning rate -------------------------------------------------------------------------------
+
+
+def lr_at_step(
+    step: float,
+    total: float,
+    *,
+    lr: float,
+    eta_min: float,
+    warmup_ratio: float,
+    schedule: str = "cosine",
+    cooldown: float = 0.2,
+) -> float:
+    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, fall, then eta_min.
+
+    `cosine` falls from the end of the warm-up on (Loshchilov and Hutter 2017). `wsd` stays, and
+    falls linearly over the last share `cooldown` of the run (warm-up, stable, decay: Hu et al.
+    2024, section 4; Haegele et al. 2024). Past `total` it is eta_min for ever. Steps may also be
+    seconds of a time budget.
+    """
+    warmup = warmup_ratio * total
+    if step < warmup:
+        return lr * step / warmup
+    if schedule == "wsd":
+        left = max(0.0, total - step) / (cooldown * total)
+        return eta_min + (lr - eta_min) * min(1.0, left)
+    progress = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
+    return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rate(run: Run) -> float:
@@ -763,721 +555,6 @@ def draw_sample(run: Run, weights: dict[str, Tensor], on_frame: Callable[[], Non
     return path
 
 
-# --- save and restore ----------------------------------------------------------------------------
-
-MAX_FAILED_SAVES = 3
-
-
-def checkpoint_of(run: Run) -> dict[str, Any]:
-    """Everything needed to resume: plain types and tensors only; every process must ask."""
-    state, whole = run.state, run.world.whole
-    state.progress.elapsed += time.perf_counter() - run.started
-    run.started = time.perf_counter()
-    return {
-        "model": whole(state.model.state_dict()),
-        "ema": whole(state.ema.state_dict()),
-        "optimizer": whole(state.optimizer.state_dict()),
-        "scaler": state.scaler.state_dict(),
-        "guard": state.guard.state_dict(),
-        "ladder": state.ladder.state_dict(),
-        "progress": dataclasses.asdict(state.progress),
-        "rng": rng_state(),
-        "architecture": state.model.config.to_dict(),
-        "flags": vars(run.flags),
-        "data": run.data,
-        "history": run.metrics.history,
-        "libraries": library_versions(),
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def save(
-    run: Run,
-    *,
-    is_best: bool = False,
-    archive: bool = False,
-    ring: bool = False,
-    spare: bool = False,
-) -> str | None:
-    """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
-
-    The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
-    A failing disk is survived: three failures in a row, of saves that are not spare, raise OSError
-    here or in `check_save`.
-    """
-    began = time.perf_counter()
-    check_save(run, wait=True)
-    p = run.state.progress
-    started = time.perf_counter()
-    run.last_save = started
-    run.stop.save = False
-    if (reason := unsound(run)) is not None:  # asked of the state itself, before it is copied
-        quarantine(run, reason)
-        return reason
-    if ring:
-        run.state.ladder.kept_step = p.step
-    checkpoint = checkpoint_of(run)
-    if not run.world.is_first:
-        return None
-    write = functools.partial(
-        run.files.save,
-        best_epoch=p.best_epoch if is_best else None,
-        archive_epoch=p.epoch if archive else None,
-        ring_step=p.step if ring else None,
-        keep_archived=run.flags.keep_archived,
-        tell=run.console.problem,
-    )
-    written = run.saver.start(checkpoint, write, is_copy=run.world.is_sharded)
-    stall = time.perf_counter() - began
-    run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
-    return None
-
-
-def check_save(run: Run, *, wait: bool = False) -> Saving | None:
-    """Report the save in flight if it has ended, or wait for it; returns it if it failed.
-
-    Raises:
-        OSError: it failed, as did MAX_FAILED_SAVES in a row.
-    """
-    saving, p = run.saving, run.state.progress
-    if saving is None or not (wait or saving.written.done()):
-        return None
-    run.saving = None
-    try:
-        path = saving.written.result()
-    except OSError as error:
-        run.failed_saves += not saving.spare
-        run.console.problem(
-            f"save at step {saving.step} failed ({error}); {run.files.latest} is still the last "
-            "good one"
-        )
-        if run.failed_saves >= MAX_FAILED_SAVES:
-            raise
-        p.best_val, p.best_epoch = run.best_on_disk  # the next validation may find one again
-        return saving
-    run.failed_saves = 0
-    run.best_on_disk = p.best_val, p.best_epoch
-    seconds = round(time.perf_counter() - saving.started, 3)
-    run.metrics.write(
-        "save",
-        step=saving.step,
-        epoch=saving.epoch,
-        file=path.name,
-        save_seconds=seconds,
-        stall_seconds=round(saving.stall, 4),
-    )
-    return None
-
-
-def finish_save(run: Run) -> None:
-    """At the end of a run: wait until the newest save is on the disk; if it fails, save again.
-
-    Raises:
-        OSError: MAX_FAILED_SAVES in a row failed.
-    """
-    p = run.state.progress
-    best = p.best_val, p.best_epoch
-    while True:
-        failed = check_save(run, wait=True)
-        if not any(run.world.largest(failed is not None)):
-            return
-        p.best_val, p.best_epoch = best
-        save(run, is_best=bool(failed and failed.is_best), archive=bool(failed and failed.archive))
-
-
-def unsound(run: Run) -> str | None:
-    """Why the state must not become a checkpoint to go on from, or None; one host sync."""
-    state = run.state
-    tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
-    tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
-    tensors |= dict(state_tensors(state.optimizer))
-    bad = not_finite({n: local(t) for n, t in tensors.items()})
-    return run.world.first(
-        f"{len(bad)} tensors are not finite, first {bad[0]}"
-        if bad
-        else state.guard.worse_than_guessing()
-    )
-
-
-def quarantine(run: Run, reason: str) -> None:
-    """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
-    p, checkpoint = run.state.progress, checkpoint_of(run)
-    if not run.world.is_first:
-        return
-    try:
-        name = run.files.quarantine(checkpoint, p.step, reason).name
-    except OSError as error:
-        name = f"nowhere ({error})"
-    run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
-    run.console.problem(
-        f"the state at step {p.step} is unsound ({reason}); it went to {name}, and "
-        f"{run.files.latest} stays as it was"
-    )
-
-
-def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: World) -> None:
-    """Put a checkpoint's weights, moments, guard and counters into a state.
-
-    Weight decay and the like stay as the flags say; only the moments come from the file.
-
-    Raises:
-        CheckpointError: lists the tensors that do not fit.
-    """
-    load_weights(state.model, checkpoint["model"], path, world)
-    load_weights(state.ema.model, checkpoint["ema"], path, world)
-    own, saved = state.optimizer.state_dict(), checkpoint["optimizer"]
-    if [g["param_names"] for g in own["param_groups"]] != [
-        g.get("param_names") for g in saved["param_groups"]
-    ]:
-        raise CheckpointError(
-            f"{path}: its optimizer state is of another --optim or of other parameters; start from "
-            "its weights alone with --init-from"
-        )
-    for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
-        group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
-    moments = world.placed_moments(saved["state"], state.optimizer)
-    state.optimizer.load_state_dict({**own, "state": moments})
-    if checkpoint["scaler"] and state.scaler.is_enabled():
-        state.scaler.load_state_dict(checkpoint["scaler"])
-    state.guard.load_state_dict(checkpoint["guard"])
-    known = {f.name for f in dataclasses.fields(Progress)}
-    for name, value in checkpoint["progress"].items():
-        if name in known:
-            setattr(state.progress, name, value)
-    set_rng_state(checkpoint["rng"])
-
-
-def load_weights(
-    model: torch.nn.Module, weights: dict[str, Tensor], path: str, world: World
-) -> None:
-    """Strict load; raises CheckpointError with the names and shapes that differ."""
-    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    saved = {name: tuple(p.shape) for name, p in weights.items()}
-    differing = sorted(n for n in own.keys() | saved.keys() if own.get(n) != saved.get(n))
-    if differing:
-        listed = ", ".join(f"{n} {saved.get(n)} -> {own.get(n)}" for n in differing[:6])
-        raise CheckpointError(
-            f"{path}: weights of another architecture ({len(differing)} differ: {listed}); "
-            "leave out --ignore-arch to take the saved one, or --no-resume to start anew"
-        )
-    for name, p in model.state_dict().items():
-        world.place(p, weights[name])
-
-
-# --- setting up ----------------------------------------------------------------------------------
-
-ALONE = World()
-
-
-def set_up(
-    flags: argparse.Namespace, explicit: dict[str, Any], console: Console, world: World = ALONE
-) -> Run:
-    """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
-    checkpoint, source = find_checkpoint(flags, console, world)
-    flags = settle_flags(flags, explicit, checkpoint, console)
-    if not flags.data:
-        raise UsageError("--data: name the .npq files to train on")
-    device = pick_device(flags.device, world)
-    amp_dtype = pick_amp_dtype(flags, device)
-    tune_for(device)
-
-    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
-    with world.in_turn():
-        corpus, train_windows, val_windows, data = open_data(flags, console)
-    config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
-    console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
-    check_accum(flags.accum, world)
-    check_same(flags, data, world)
-    check_windows(flags, len(train_windows))
-    order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
-    shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
-    weights = torch.tensor(shares, device=device)
-    state = first_state(flags, config, initial, amp_dtype, device, world)
-    files = RunFiles(flags.save_dir, run_name(config.num_codebooks, flags.tag))
-    if checkpoint is not None:
-        restore(state, checkpoint, source, world)
-        state.ladder.load_state_dict(checkpoint.get("ladder", {}))
-        settle_data_change(flags, state, checkpoint["data"], data, console)
-        forget_another_level(flags, state.guard, saved_flags(checkpoint))
-    if world.is_first:
-        tidy(files, state, console, resumed=checkpoint is not None)
-    state.ladder.kept_step = world.from_first(state.ladder.kept_step)
-    order.detours = state.ladder.detours
-
-    written = files.metrics if world.is_first else None
-    run = Run(
-        flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
-        metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
-        losses=functools.partial(
-            state.model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
-            weights=weights,
-        ),
-        compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
-        weights=weights,
-        loader=build_loader(flags, train_windows, EveryNth(order, world), device), data=data,
-        stop=StopRequest(world),
-        best_on_disk=(state.progress.best_val, state.progress.best_epoch),
-    )  # fmt: skip
-    run.metrics.history = checkpoint["history"] if checkpoint is not None else []
-    settle_schedule(run, checkpoint)
-    announce(run, source, resumed=checkpoint is not None)
-    if flags.compile or (flags.compile is None and device.type == "cuda"):
-        compile_losses(run)
-    run.losses = world.averaging(state.model, run.losses)
-    return run
-
-
-def check_windows(flags: argparse.Namespace, windows: int) -> None:
-    """Raise UsageError where training windows make no step."""
-    if windows < flags.batch * flags.accum:
-        raise UsageError(
-            f"{windows} training windows are fewer than one step's --batch {flags.batch} x --accum "
-            f"{flags.accum}; lower these, --ctx or --step, or add data"
-        )
-
-
-def check_accum(accum: int, world: World) -> None:
-    """Raise UsageError where micro-batches cannot be dealt out evenly; name counts that can."""
-    if accum % world.size:
-        below = accum // world.size * world.size
-        near = [str(n) for n in (below, below + world.size) if n]
-        raise UsageError(
-            f"--accum {accum}: {world.size} processes cannot share so many micro-batches of a step "
-            f"evenly; use --accum {' or '.join(near)}"
-        )
-
-
-# Flags that may differ from machine to machine: paths and the like.
-MACHINE_FLAGS: tuple[str, ...] = ("data", "val_list", "save_dir", "resume", "init_from")
-MACHINE_FLAGS += ("eval_outdir", "eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
-
-
-def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) -> None:
-    """See that every process has the same flags and data; raises ParallelError."""
-    facts = {f"--{n}": v for n, v in vars(flags).items() if n not in MACHINE_FLAGS}
-    remedy = "start every machine with the same command, over the same files"
-    world.check_same({**facts, **{f"data {n}": v for n, v in data.items()}}, remedy)
-
-
-def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool) -> None:
-    """Remove or set aside what an earlier run, or an earlier part of this one, has left."""
-    if resumed:
-        files.prune_ring(newest=state.progress.step)
-        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
-            state.ladder.kept_step = None
-    elif aside := files.set_aside():
-        console.line(f"An earlier run's files were moved to {aside}")
-    files.remove_leftovers()
-
-
-def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Fix the steps that lr falls over: for a cosine at the first start, for wsd at each.
-
-    Raises:
-        UsageError: a longer run would raise a cooling lr again.
-    """
-    p, flags = run.state.progress, run.flags
-    if checkpoint is not None and flags.schedule == "cosine":
-        return
-    longer = run.planned_steps > p.schedule_steps
-    if checkpoint is not None and flags.max_seconds and checkpoint["flags"].get("max_seconds"):
-        longer = flags.max_seconds > checkpoint["flags"]["max_seconds"]
-    if longer and p.cooling:
-        raise UsageError(
-            f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
-            "--resume the archive that was kept when it began, or --init-from for a new schedule"
-        )
-    p.schedule_steps = run.planned_steps
-
-
-def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
-    """Let the guard learn anew where flags move loss or gradient norm to another level."""
-    now = vars(flags)
-    if any(now[name] != saved.get(name, now[name]) for name in LEVEL_FLAGS):
-        guard.forget()
-
-
-def find_checkpoint(
-    flags: argparse.Namespace, console: Console, world: World
-) -> tuple[dict[str, Any] | None, str]:
-    """The checkpoint to resume from and where it came from, or None for a new run.
-
-    Rank 0 reads it for all.
-    """
-    found = read_checkpoint(flags, console) if world.is_first else (None, "")
-    return world.share(found[0]), world.from_first(found[1])
-
-
-def read_checkpoint(
-    flags: argparse.Namespace, console: Console
-) -> tuple[dict[str, Any] | None, str]:
-    """The same, from this machine's disk."""
-    if flags.resume:
-        return load_checkpoint(flags.resume), flags.resume
-    if flags.no_resume:
-        return None, ""
-    files = find_run(flags.save_dir, flags.tag, flags.codebooks)
-    if files is None:
-        return None, ""
-    checkpoint, path, complaints = load_latest(files)
-    for complaint in complaints:
-        console.problem(f"{complaint}\n  falling back to {path}")
-    return checkpoint, str(path)
-
-
-def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's flags, and what its run did by flags that its version did not have."""
-    return {**BEFORE_THE_FLAG, **checkpoint["flags"]}
-
-
-def settle_flags(
-    flags: argparse.Namespace,
-    explicit: dict[str, Any],
-    checkpoint: dict[str, Any] | None,
-    console: Console,
-) -> argparse.Namespace:
-    """Those of the run, new or resumed, with a number for --step."""
-    if checkpoint is not None:
-        flags = merge_flags(flags, explicit, checkpoint, console)
-    flags.step = flags.step or max(1, flags.ctx // 2)
-    return flags
-
-
-def merge_flags(
-    flags: argparse.Namespace,
-    explicit: dict[str, Any],
-    checkpoint: dict[str, Any],
-    console: Console,
-) -> argparse.Namespace:
-    """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
-    saved, progress = saved_flags(checkpoint), checkpoint["progress"]
-    if explicit.get("batch") == "auto":  # picked once: another number would be another run
-        explicit = {name: value for name, value in explicit.items() if name != "batch"}
-    merged = dict(vars(flags))
-    merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
-    merged.update(explicit)
-    merged["quiet"] = flags.quiet
-    console.line(
-        f"Resuming at step {progress['step']}, epoch {progress['epoch'] + 1}, "
-        f"best val {number(progress['best_val'])} (saved {checkpoint.get('saved_at', '?')})"
-    )
-    for name, value in explicit.items():
-        if name in COMMAND_FLAGS or name not in saved or saved[name] == value or name == "quiet":
-            continue
-        keeps = name in ARCHITECTURE_FLAGS and not flags.ignore_arch
-        if keeps:
-            merged[name] = saved[name]
-        winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
-        console.line(f"  --{name.replace('_', '-')}: saved {saved[name]}, asked {value}; {winner}")
-        if name in ("epochs", "max_steps") and merged["schedule"] == "cosine":
-            console.line(
-                f"  the lr schedule still spans {progress['schedule_steps']} steps and stays at "
-                "--eta-min after them; --init-from starts a new schedule from these weights"
-            )
-    return argparse.Namespace(**merged)
-
-
-def pick_device(wanted: str | None, world: World = ALONE) -> torch.device:
-    """The device asked for, or the best present; an absent one is an error and no fall back.
-
-    Of CUDA devices each process of a machine takes its own.
-    """
-    if world.size > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
-        wanted = f"cuda:{world.local_rank}"
-    if wanted is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--device {wanted}: not usable here ({reason}); leave the flag out to take the best "
-            "device present, or pass --device cpu"
-        ) from error
-    return device
-
-
-def tune_for(device: torch.device) -> None:
-    """Settings of the whole process that make a device faster."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
-        # glibc keeps what is freed: fetching a step's pages anew took a tenth of its time.
-        trim_threshold, mmap_threshold = -1, -3  # as in <malloc.h>
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(trim_threshold, -1)
-            mallopt(mmap_threshold, 32 << 20)  # the most it accepts
-
-
-def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
-    """Of mixed precision: bfloat16 where the device computes in it, else float16; None without."""
-    if not flags.amp:
-        return None
-    if flags.amp_dtype != "auto":
-        return torch.bfloat16 if flags.amp_dtype == "bf16" else torch.float16
-    here = device.type == "cuda" and torch.cuda.is_available()
-    if here and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def open_data(
-    flags: argparse.Namespace, console: Console
-) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
-    """Scan, split and index the files; the last item tells one set of windows from another."""
-    corpus = scan_corpus(
-        find_npq_files(flags.data),
-        ctx=flags.ctx,
-        codebooks=flags.codebooks,
-        skip_bad=flags.skip_bad_files,
-        checked_file=os.path.join(flags.save_dir, ".checked_files.json")
-        if os.path.isdir(flags.save_dir)  # --plan makes none
-        else None,
-    )
-    split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
-    try:
-        train, val = split_corpus(corpus, **split)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--val-list: {error}; name a text file of validation files") from error
-    jitter_seed = flags.seed if flags.jitter else None
-    train_windows = WindowDataset(
-        corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
-    )
-    # Validation windows do not overlap: each frame counts once, and the same ones in each epoch.
-    val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
-    for line in corpus.summary.lines():
-        console.line(line)
-    console.line(
-        f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
-        f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
-    )
-    if not len(val_windows):
-        console.problem("no validation windows: val will be n/a and no best checkpoint is kept")
-    # Without `jitter`: with it and without, a window has the same number and about the same place.
-    identity = {
-        "files": corpus.fingerprint(),
-        "split": train.fingerprint() + val.fingerprint(),
-        "ctx": flags.ctx,
-        "step": flags.step,
-        "seed": flags.seed,
-        "frame_rate": corpus.frame_rate,
-        "side_codebooks": corpus.side_codebooks,
-    }
-    return corpus, train_windows, val_windows, identity
-
-
-def settle_data_change(
-    flags: argparse.Namespace,
-    state: TrainState,
-    saved: dict[str, Any],
-    found: dict[str, Any],
-    console: Console,
-) -> None:
-    """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
-    changed = [name for name in found if saved.get(name) != found[name]]
-    if not changed:
-        return
-    said = ", ".join(f"{n} {saved.get(n)} -> {found[n]}" for n in changed)
-    if not flags.allow_data_change:
-        raise CheckpointError(
-            f"the data is not the data of the saved run ({said}); restore it, or pass "
-            "--allow-data-change to go on with what is there now, from the start of this epoch"
-        )
-    progress = state.progress
-    console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
-    state.guard.forget()
-    state.ladder.forget_windows()
-    progress.position = progress.epoch_steps = progress.epoch_refused = 0
-    progress.epoch_loss = progress.epoch_seconds = 0.0
-
-
-def pick_architecture(
-    flags: argparse.Namespace,
-    checkpoint: dict[str, Any] | None,
-    source: str,
-    vocab_sizes: tuple[int, ...],
-    world: World = ALONE,
-) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """Of the checkpoint, of --init-from, or of the flags, in that order; and --init-from's file."""
-    initial = None
-    if checkpoint is None and flags.init_from:
-        if world.is_first:
-            initial = load_checkpoint(flags.init_from, needed=WEIGHTS_KEYS)
-        initial = world.share(initial)
-    saved = checkpoint or initial
-    if saved is not None and not flags.ignore_arch:
-        config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
-    else:
-        names = ("d_model", "layers", "heads", "dropout", "qk_norm", "pattern", "depth_layers")
-        try:
-            config = ModelConfig(vocab_sizes, **{name: getattr(flags, name) for name in names})
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    fits = len(config.vocab_sizes) == len(vocab_sizes) and all(
-        have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
-    )
-    if not fits:
-        raise CheckpointError(
-            f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
-            f"data has {list(vocab_sizes)}; see --codebooks, or start anew with --no-resume"
-        )
-    return config, initial
-
-
-def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
-    """With fresh weights, and what the flags say of training it."""
-    return CodesTransformer(
-        config,
-        grad_checkpoint=flags.grad_checkpoint,
-        embed_grad=flags.embed_grad,
-        code_dropout=flags.code_dropout,
-        depth_share=flags.depth_share,
-    )
-
-
-def first_state(
-    flags: argparse.Namespace,
-    config: ModelConfig,
-    initial: dict[str, Any] | None,
-    amp_dtype: torch.dtype | None,
-    device: torch.device,
-    world: World,
-) -> TrainState:
-    """With fresh weights, or the EMA weights of --init-from's file."""
-    torch.manual_seed(flags.seed)
-    model = new_model(flags, config)
-    if not shards(flags, world):  # else it need not fit there whole
-        model.to(device)
-    if initial is not None:
-        load_weights(model, initial["ema"], flags.init_from, world)
-    return build_state(flags, model, amp_dtype, device, world)
-
-
-def build_state(
-    flags: argparse.Namespace,
-    model: CodesTransformer,
-    amp_dtype: torch.dtype | None,
-    device: torch.device,
-    world: World = ALONE,
-) -> TrainState:
-    """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
-    average = copy.deepcopy(model)
-    if shards(flags, world):
-        check_shardable(flags, model, amp_dtype)
-        for each in (model, average):
-            world.shard(each, blocks_of(each), device)
-    optimizer = build_optimizer(
-        model,
-        optim=flags.optim,
-        lr=flags.lr,
-        weight_decay=flags.weight_decay,
-        decay_all=flags.decay_all,
-        fused=flags.fused_optim,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
-    guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
-    ema = Ema(model, flags.ema, average)
-    return TrainState(model, ema, optimizer, scaler, guard, Progress())
-
-
-def blocks_of(model: CodesTransformer) -> list[Block]:
-    """The backbone's and those of depth."""
-    return [m for m in model.modules() if isinstance(m, Block)]
-
-
-def check_shardable(
-    flags: argparse.Namespace, model: CodesTransformer, amp_dtype: torch.dtype | None
-) -> None:
-    """Raise UsageError for what --parallel fsdp cannot do."""
-    if amp_dtype is torch.float16:
-        raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
-    if flags.compile_mode == "reduce-overhead":
-        raise UsageError(
-            "--parallel fsdp moves the weights that CUDA graphs would hold in place; use another "
-            "--compile-mode"
-        )
-    if not all(p.numel() for p in model.parameters()):
-        raise UsageError(
-            "--parallel fsdp cannot share the empty table that --pattern depth has for one "
-            "codebook; use --parallel ddp or --pattern parallel"
-        )
-
-
-def shards(flags: argparse.Namespace, world: World) -> bool:
-    """Whether each process shall hold a part of the state."""
-    return world.size > 1 and flags.parallel == "fsdp"
-
-
-def build_loader(
-    flags: argparse.Namespace, windows: WindowDataset, order: Sampler[Any], device: torch.device
-) -> DataLoader[Tensor]:
-    """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
-    workers = flags.num_workers
-    return DataLoader(
-        windows,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        persistent_workers=flags.persistent_workers and workers > 0,
-        prefetch_factor=flags.prefetch if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_trainer,
-        generator=torch.Generator(),  # of its own: the global one is dropout's, and exact on resume
-    )
-
-
-def leave_signals_to_the_trainer(_: int) -> None:
-    """In a loader process: a group of its own, so that Ctrl-C and the like reach the trainer alone.
-
-    SIGTERM gets its default action back: with it the trainer ends its loaders. If the trainer is
-    killed the kernel kills them, else they could outlive it and hold the folder's lock.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def compile_losses(run: Run) -> None:
-    """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
-    state, failure = run.state, None
-    eager, scaler = run.losses, state.scaler
-    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
-    options = {"mode": run.flags.compile_mode, "fullgraph": True}
-    blocks = blocks_of(state.model) if run.world.is_sharded else []
-    for block in blocks:  # between them their weights are put together, by code for no compiler
-        vars(block)["forward"] = torch.compile(block.forward, **options)
-    run.losses = eager if blocks else torch.compile(eager, **options)
-    run.compiled = True
-    started = time.perf_counter()
-    try:
-        with rng_kept():
-            trial = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)]
-            accumulate(run, itertools.repeat(trial))
-        run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
-    except torch.OutOfMemoryError:
-        tell_out_of_memory(run)
-        raise
-    except Exception as error:  # the compiler can fail in any way; training need not
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    finally:
-        state.scaler = scaler
-        state.optimizer.zero_grad(set_to_none=True)
-    if (failure := run.world.first(failure)) is not None:
-        run.losses, run.compiled = eager, False
-        for block in blocks:
-            del vars(block)["forward"]
-        run.console.problem(f"torch.compile failed, going on without it ({failure})")
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -1567,12 +644,23 @@ def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
     return name_dead_loaders(batches), end
 
 
+class LoaderError(RuntimeError):
+    """A loader process died, or met data that is not what it was."""
+
+
 def name_dead_loaders(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same micro-batches; a pipe that broke is a loader that died, and no fault of a disk."""
+    """The same micro-batches.
+
+    Raises:
+        LoaderError: a pipe that broke is a loader that died, and no fault of a disk; what a loader
+            raised comes as text, its traceback first.
+    """
     try:
         yield from batches
-    except (ConnectionError, EOFError) as error:
-        raise RuntimeError(f"a loader process died: {error}") from error
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        reason = re.sub(r"^[\w.]+Error: ", "", told)
+        raise LoaderError(f"loading data failed: {reason}; the same command goes on") from error
 
 
 def report_step(run: Run, stats: StepStats) -> None:
@@ -1811,8 +899,10 @@ def interrupted(run: Run) -> int:
     if save(run) is not None:
         where = f"{run.files.latest} is the last sound state"
     finish_save(run)
+    flag = "--resume" if run.flags.resume else "--no-resume" if run.flags.no_resume else ""
     run.console.line(
-        f"Stopped by {signal.Signals(number_).name}; {where}. The same command goes on from there."
+        f"Stopped by {signal.Signals(number_).name}; {where}. The same command "
+        f"{flag and f'without {flag} '}goes on from there."
     )
     return 128 + number_
 
@@ -1901,16 +991,6 @@ def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) 
     return EXIT_DONE
 
 
-def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
-    """Of a run on a device, here or not."""
-    return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
-
-
-def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
-    """With fresh weights, whole, on torch's default device."""
-    return build_state(flags, new_model(flags, config), None, torch.device("cpu"))
-
-
 def planned_device(flags: argparse.Namespace) -> torch.device:
     """The device asked for, here or not, or the best one here."""
     try:
@@ -1943,54 +1023,54 @@ def tell_out_of_memory(run: Run) -> None:
 # --- main ----------------------------------------------------------------------------------------
 
 
-def announce(run: Run, source: str, *, resumed: bool) -> None:
-    """Start-up details, and the first metrics row of this process."""
-    p, model, flags = run.state.progress, run.state.model, run.flags
-    config = model.config
-    precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
-    flops = model.flops_per_frame(flags.ctx)
-    run.console.detail(f"vocab    {list(config.vocab_sizes)}")
-    run.console.detail(
-        f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads: "
-        f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained frame"
-    )
-    run.console.detail(f"device   {run.device}, {precision}" + parallel_words(run))
-    run.console.detail(
-        f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "
-        f"{flags.accum}), {run.planned_steps} in all"
-        + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
-    )
-    if flags.init_from and not resumed:
-        run.console.line(f"weights  EMA weights of {flags.init_from}")
-    event = "resume" if resumed else "start"
-    run.metrics.write(event, step=p.step, epoch=p.epoch + 1, source=source, flags=vars(flags))
-
-
-def parallel_words(run: Run) -> str:
-    """`, 4 processes (ddp)`, or nothing for one."""
-    return f", {run.world.size} processes ({run.flags.parallel})" if run.world.size > 1 else ""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Join, parse, lock the folder, train; errors become one message and an exit code."""
-    world = World()
+    world, flags = World(), None
     try:
         world = join()
-        with world.one_voice():
+        with steady_streams(), world.one_voice():
             flags, explicit = parse_flags(argv)
-        return train_as_one(flags, explicit, world)
-    except (UsageError, PlanError) as error:
-        return fail(world, EXIT_USAGE, str(error))
-    except (CheckpointError, BadFilesError, NpqError, ParallelError, OSError) as error:
-        return fail(world, EXIT_FAILED, str(error))
-    except KeyboardInterrupt:
-        told = "interrupted before the first step; no file of the run was changed"
-        return fail(world, 128 + signal.SIGINT, told)
-    except Exception as error:
-        if world.store is None:
-            raise
-        lost = f"another process of the run died ({error}); torchrun names it below"
-        return fail(world, EXIT_FAILED, lost if is_loss_of_peer(error) else traceback.format_exc())
+        with steady_streams():
+            return train_as_one(flags, explicit, world)
+    except (Exception, KeyboardInterrupt) as error:
+        if flags and flags.debug:
+            traceback.print_exc()
+        return fail(world, *ending_of(error, flags))
+
+
+EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, LoaderError, OSError)
+
+
+def ending_of(
+    error: Exception | KeyboardInterrupt, flags: argparse.Namespace | None
+) -> tuple[int, str]:
+    """Exit code and message for what ended a run before its time."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted; no checkpoint was changed"
+    if isinstance(error, (UsageError, PlanError)):
+        return EXIT_USAGE, str(error)
+    if isinstance(error, EXPECTED):
+        return EXIT_FAILED, str(error)
+    if is_out_of_memory(error):
+        short = str(error).strip().splitlines()[0]
+        return EXIT_FAILED, f"out of memory ({short}); lower --batch, --plan tells what fits"
+    if torch.distributed.is_initialized() and is_loss_of_peer(error):
+        return EXIT_FAILED, f"another process of the run died ({error}); torchrun names it below"
+    return EXIT_FAILED, unexpected(error, where_it_arose(error, flags))
+
+
+def where_it_arose(error: Exception, flags: argparse.Namespace | None) -> str:
+    """Keep the traceback beside the run: after days, nobody wants to see it happen once more."""
+    path = Path(
+        flags.save_dir if flags else "", time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt")
+    )
+    try:
+        if not path.parent.is_dir() or flags is None or flags.plan:
+            return "--debug shows where"
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return "--debug shows where"
+    return f"traceback in {path}"
 
 
 def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
@@ -2002,6 +1082,7 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
         return plan(flags, explicit, console) if world.is_first else EXIT_DONE
     with FolderLock(flags.save_dir) if world.is_first else contextlib.nullcontext():
         run = set_up(flags, explicit, console, world)
+        prepare_losses(run)
         run.stop.install()
         code = train_or_save(run)
         world.wait()

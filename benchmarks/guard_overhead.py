@@ -26,6 +26,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import run_saving  # noqa: E402
+import run_setup  # noqa: E402
+import run_state  # noqa: E402
 import train_rvq  # noqa: E402
 from reporting import Console  # noqa: E402
 from stability import keep_interval  # noqa: E402
@@ -33,7 +36,7 @@ from stability import keep_interval  # noqa: E402
 BLOCK = 10  # steps
 
 
-def make_run(flags: argparse.Namespace, folder: Path) -> train_rvq.Run:
+def make_run(flags: argparse.Namespace, folder: Path) -> run_state.Run:
     """A run over invented codes that never ends by itself."""
     make = [sys.executable, str(ROOT / "examples" / "make_codes.py"), str(folder / "codes")]
     shape = ["--codebooks", "9", "--vocab", str(flags.vocab), "--frames", str(20 * flags.ctx)]
@@ -44,13 +47,13 @@ def make_run(flags: argparse.Namespace, folder: Path) -> train_rvq.Run:
     argv = [*width, *batch, *place, "--device", "cpu", "--epochs", 10**6, "--lr", 1e-4]
     parsed, explicit = train_rvq.parse_flags([str(a) for a in argv])
     (folder / "run").mkdir()
-    return train_rvq.set_up(parsed, explicit, Console(quiet=True))
+    return run_setup.set_up(parsed, explicit, Console(quiet=True))
 
 
 class Bookkeeping:
     """Clocks what a step does for safety and history, or takes it out."""
 
-    def __init__(self, run: train_rvq.Run) -> None:
+    def __init__(self, run: run_state.Run) -> None:
         self.run, self.seconds, self.is_on = run, 0.0, True
         guard, ladder = run.state.guard, run.state.ladder
         nothing = lambda *_, **__: None  # noqa: E731
@@ -72,7 +75,7 @@ class Bookkeeping:
         return call
 
 
-def one_step(run: train_rvq.Run, batches: Iterator[torch.Tensor], book: Bookkeeping) -> None:
+def one_step(run: run_state.Run, batches: Iterator[torch.Tensor], book: Bookkeeping) -> None:
     """What `take_steps` does for a step; a metrics row every --log-lr-steps."""
     p, ladder = run.state.progress, run.state.ladder
     ladder.keep_due(p.step, p.schedule_steps)
@@ -82,7 +85,7 @@ def one_step(run: train_rvq.Run, batches: Iterator[torch.Tensor], book: Bookkeep
         run.console.line(f"step {row['step']} loss {stats.loss:.4f}")
 
 
-def batches_of(run: train_rvq.Run) -> Iterator[torch.Tensor]:
+def batches_of(run: run_state.Run) -> Iterator[torch.Tensor]:
     """Micro-batches for ever."""
     while True:
         yield from run.loader
@@ -107,14 +110,14 @@ def main() -> None:
         saves = []
         for _ in range(5):
             began = time.perf_counter()
-            train_rvq.save(run, ring=True)
+            run_saving.save(run, ring=True)
             saves.append(time.perf_counter() - began)  # what the steps wait for
-            train_rvq.finish_save(run)
+            run_saving.finish_save(run)
     report(shares, blocks, saves, run)
 
 
 def clock(
-    run: train_rvq.Run, batches: Iterator[torch.Tensor], book: Bookkeeping, steps: int
+    run: run_state.Run, batches: Iterator[torch.Tensor], book: Bookkeeping, steps: int
 ) -> tuple[list[float], dict[bool, list[float]]]:
     """Shares of the steps with bookkeeping; seconds a step of each block with and without."""
     shares: list[float] = []
@@ -132,7 +135,7 @@ def clock(
 
 
 def report(
-    shares: list[float], blocks: dict[bool, list[float]], saves: list[float], run: train_rvq.Run
+    shares: list[float], blocks: dict[bool, list[float]], saves: list[float], run: run_state.Run
 ) -> None:
     """Print the three answers."""
     shares.sort()

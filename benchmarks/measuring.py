@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import run_setup
+import run_state
 import train_rvq
 from npq_format import write_npq
 from reporting import Console
@@ -132,7 +134,7 @@ def flops_per_frame(model: torch.nn.Module, flags: argparse.Namespace) -> int:
     return 6 * (product_weights(model) + flags.layers * flags.ctx * flags.d_model)
 
 
-def trainer_run(folder: Path, flags: argparse.Namespace, argv: Sequence[object]) -> train_rvq.Run:
+def trainer_run(folder: Path, flags: argparse.Namespace, argv: Sequence[object]) -> run_state.Run:
     """A real run of the trainer over random codes, that never ends by itself."""
     rng = np.random.default_rng(0)
     codes = rng.integers(flags.vocab, size=(40 * flags.ctx, flags.codebooks))
@@ -145,10 +147,12 @@ def trainer_run(folder: Path, flags: argparse.Namespace, argv: Sequence[object])
     words = [str(a) for a in (*shape, *place, *endless, *argv)]
     parsed, explicit = train_rvq.parse_flags(words)
     (folder / "run").mkdir()
-    return train_rvq.set_up(parsed, explicit, Console(quiet=True))
+    run = run_setup.set_up(parsed, explicit, Console(quiet=True))
+    train_rvq.prepare_losses(run)
+    return run
 
 
-def micro_batches(run: train_rvq.Run) -> Iterator[Tensor]:
+def micro_batches(run: run_state.Run) -> Iterator[Tensor]:
     """For ever."""
     while True:
         yield from run.loader

@@ -24,6 +24,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpointing
+import model
+import run_saving
+import run_setup
 import train_rvq
 from npq_format import write_npq
 from planning import FIXED, KEPT
@@ -62,12 +66,12 @@ def memory_of_this_process(field: str) -> int:
 def take_steps(words: list[str]) -> None:
     """Three optimizer steps, and a save after the first."""
     flags, explicit = train_rvq.parse_flags(words)
-    with train_rvq.FolderLock(flags.save_dir):
-        run = train_rvq.set_up(flags, explicit, Console(quiet=True))
+    with checkpointing.FolderLock(flags.save_dir):
+        run = run_setup.set_up(flags, explicit, Console(quiet=True))
         batches, _ = train_rvq.read_on(run)
         train_rvq.train_step(run, batches)
-        train_rvq.save(run)
-        train_rvq.check_save(run, wait=True)
+        run_saving.save(run)
+        run_saving.check_save(run, wait=True)
         for _ in range(2):
             train_rvq.train_step(run, batches)
 
@@ -101,8 +105,8 @@ def predicted(words: list[str], *, allocated: bool = False) -> int:
     """The same by prediction."""
     flags, _ = train_rvq.parse_flags(words)
     names = ("d_model", "layers", "heads", "dropout", "pattern")
-    config = train_rvq.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
-    memory = train_rvq.plan_of(flags, config, torch.device("cpu")).predict()
+    config = model.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
+    memory = run_setup.plan_of(flags, config, torch.device("cpu")).predict()
     return memory.total - (FIXED["cpu"][1] + memory.parts[KEPT] if allocated else 0)
 
 

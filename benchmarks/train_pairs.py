@@ -3,7 +3,7 @@
     python benchmarks/train_pairs.py --data "npq_out/*.npq" --val one.npq --pairs 3
 
 `train_speed.py` runs all ways in one process, where the plain GPT gains from what the trainer sets
-for it (`train_rvq.tune_for`). Here both start as commands, in turn, and train for some seconds;
+for it (`run_setup.tune_for`). Here both start as commands, in turn, and train for some seconds;
 their own clocks count training steps alone.
 """
 
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20, help="of training, each time")
     parser.add_argument("--pairs", type=int, default=3)
     flags = parser.parse_args()
-    files = [str(path) for path in measuring.train_rvq.find_npq_files(flags.data)]
+    files = [str(path) for path in measuring.npq_dataset.find_npq_files(flags.data)]
     rates: measuring.Rates = {"plain GPT": [], **{name: [] for name in WAYS}}
     for _ in range(flags.pairs):
         rates["plain GPT"].append(plain_rate(files, flags.val, flags.seconds))

@@ -27,6 +27,7 @@ from measuring import PEERS, in_turn, print_table, ratios, seconds_of, spread
 from plain_gpt import PlainGPT
 from torch import Tensor
 
+import run_state
 import train_rvq
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,7 +48,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_ours(variant: str, flags: argparse.Namespace, folder: Path) -> train_rvq.Run:
+def make_ours(variant: str, flags: argparse.Namespace, folder: Path) -> run_state.Run:
     """A run of the trainer with that pattern and optimizer, else its defaults."""
     pattern, optim = variant.split("-")
     recipe = ["--pattern", pattern, "--optim", optim, "--lr", 1e-4]

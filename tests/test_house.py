@@ -19,6 +19,7 @@ FLOORS = {
     "losses": 1, "npq_dataset": 1,
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "planning": 3,
+    "run_state": 4, "run_saving": 5, "run_setup": 6,
     "ckpt_summary": 3, "ckpt_checks": 4, "ckpt_compare": 4, "ckpt_probe": 4, "ckpt_diagnosis": 5,
     "ckpt_report": 6, "ckpt_pictures": 7, "ckpt_page": 8,
     "train_rvq": 9, "sample_rvq": 9, "encode_npq": 9, "ckpt_doctor": 9,

@@ -30,7 +30,8 @@ from optimizer import (
     parameter_groups,
     state_tensors,
 )
-from train_rvq import lr_at_step, unsound
+from run_saving import unsound
+from train_rvq import lr_at_step
 
 SMALL = ModelConfig((16,) * 3, d_model=32, layers=2, heads=2, dropout=0.0)
 

@@ -18,11 +18,13 @@ from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 
 import train_rvq
 from checkpointing import load_checkpoint
+from command_line import UsageError
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
 from optimizer import newton_schulz
 from parallel import EveryNth, World
-from train_rvq import UsageError, check_shardable, noise_seed, parse_flags, pick_amp_dtype
+from run_setup import check_shardable, pick_amp_dtype
+from train_rvq import noise_seed, parse_flags
 
 # The defaults: Muon, dropout 0.1, pattern depth, bf16. Sums of gradients round in another order,
 # and Muon's iteration in bf16 makes of that a few 1e-5 in the loss; without either it is 1e-6.
@@ -343,8 +345,10 @@ def test_a_failing_process_ends_all_with_its_own_message(tunes, tmp_path):
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
-    assert re.search(r"! rank 1 on \S+: Traceback[^!]*ValueError: planted", done.stderr)
-    assert done.stderr.count("Traceback") <= 2, "its own and torchrun's"
+    told = re.search(r"! rank 1 on \S+: ValueError: planted; .*traceback in (\S+)\)", done.stderr)
+    assert told, done.stderr
+    assert 'raise ValueError("planted")' in Path(told[1]).read_text().replace("'", '"')
+    assert done.stderr.count("Traceback") <= 1, "torchrun's own"
     assert load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]["step"] == 3
     assert time.monotonic() - began < 60
 

@@ -15,7 +15,8 @@ from checkpointing import load_checkpoint
 from model import CodesTransformer, ModelConfig
 from parallel import World
 from planning import GIB, RING_SIZE, Memory, checkpoints_kept, largest_batch, what_to_change
-from train_rvq import parse_flags, plan_of
+from run_setup import plan_of
+from train_rvq import parse_flags
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plan_accuracy

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import pytest
 from test_train_rvq import make_run
 
+import run_saving
 import train_rvq
 from checkpointing import CheckpointError, RunFiles, load_checkpoint, load_latest
 
@@ -124,7 +125,7 @@ def record(tmp_path_factory: pytest.TempPathFactory, tunes: Path) -> tuple[Recor
             if event == "save":
                 recorder.calls.append(Call("reported", inode=fields["step"]))
             if event == "epoch" and fields["epoch"] in (2, 4):  # one more, between two epochs' ends
-                train_rvq.save(run)
+                run_saving.save(run)
             return write(event, **fields)
 
         monkeypatch.setattr(run.metrics, "write", reporting)

@@ -20,14 +20,15 @@ from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 from make_codes import make_tune
 from test_train_rvq import comparable, make_run
 
+import run_saving
 import stability
 import train_rvq
 from checkpointing import QUARANTINE_SIZE, RING_SIZE, RunFiles, load_checkpoint
 from losses import Losses
 from npq_dataset import EpochOrder
 from npq_format import write_npq
+from run_state import Run
 from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
-from train_rvq import Run
 
 FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
 FAST += ("--archive-every", "0", "--log-lr-steps", "100", "--save-every-minutes", "0")
@@ -204,7 +205,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
         before["scale"], before["seconds"] = run.state.progress.lr_scale, run.state.progress.seconds
         before["drawn"] = run.order.permutation(run.state.progress.epoch)
         done = original(run, reason)
-        before["now"] = comparable(train_rvq.checkpoint_of(run))
+        before["now"] = comparable(run_saving.checkpoint_of(run))
         assert all(p.grad is None for p in run.state.model.parameters()), "pitfall 3"
         assert run.state.progress.seconds >= before["seconds"], "clocks do not go back"
         assert load_checkpoint(run.files.latest)["progress"]["step"] == 100, "latest is sound"
@@ -298,7 +299,7 @@ def test_without_any_step_checkpoint_the_run_goes_on_with_a_lower_lr(tunes, tmp_
 
     def removing(codes: torch.Tensor) -> Losses:
         if run.state.ladder.attempts == 25:
-            train_rvq.check_save(run, wait=True)
+            run_saving.check_save(run, wait=True)
             run.files.remove_ring()
         return eager(codes)
 
@@ -353,18 +354,18 @@ def test_a_disk_that_is_full_for_step_checkpoints_alone_ends_no_run(tunes, tmp_p
     full = tmp_path / ".rvq_4cb_latest.pt.saving"
     for failures in range(1, 5):
         full.symlink_to("/dev/full")
-        train_rvq.save(run, ring=True, spare=True)
-        assert train_rvq.check_save(run, wait=True) is not None
+        run_saving.save(run, ring=True, spare=True)
+        assert run_saving.check_save(run, wait=True) is not None
         assert capsys.readouterr().err.count("No space left on device") == 1, failures
     assert (run.failed_saves, run.files.ring_steps()) == (0, [])
     for _ in range(2):
         full.symlink_to("/dev/full")
-        train_rvq.save(run, ring=True)
-        train_rvq.check_save(run, wait=True)
+        run_saving.save(run, ring=True)
+        run_saving.check_save(run, wait=True)
     full.symlink_to("/dev/full")
-    train_rvq.save(run)
+    run_saving.save(run)
     with pytest.raises(OSError, match="No space left"):
-        train_rvq.check_save(run, wait=True)
+        run_saving.check_save(run, wait=True)
 
 
 def test_an_unsound_state_is_written_once_and_not_at_every_step(tunes, tmp_path):
@@ -434,7 +435,7 @@ def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, 
         state = run.state
         if state.progress.step == 100 and not done:
             done.append(1)
-            train_rvq.check_save(run, wait=True)
+            run_saving.check_save(run, wait=True)
             before = run.files.latest.read_bytes()
             weight = state.model.get_parameter(name)
             spoiled = {
@@ -445,7 +446,7 @@ def test_a_state_that_is_not_finite_never_becomes_latest(part, tunes, tmp_path, 
             }[part]
             with torch.no_grad():
                 spoiled[3, 1] = math.nan
-            train_rvq.save(run)
+            run_saving.save(run)
             assert run.files.latest.read_bytes() == before
         return eager(codes)
 
@@ -497,7 +498,7 @@ import math, os, signal, sys
 sys.path[:0] = [{root!r}]
 import train_rvq
 from losses import Losses
-real = train_rvq.set_up
+real = run_setup.set_up
 
 def set_up(*args):
     run = real(*args)
@@ -511,7 +512,7 @@ def set_up(*args):
     run.losses = poisoned
     return run
 
-train_rvq.set_up = set_up
+run_setup.set_up = set_up
 sys.exit(train_rvq.main())
 """
 

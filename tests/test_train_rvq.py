@@ -23,6 +23,9 @@ import pytest
 import torch
 from conftest import TINY, assert_same_tensors, rows, run_trainer
 
+import command_line
+import run_saving
+import run_setup
 import train_rvq
 from checkpointing import FolderLock, load_checkpoint, save_checkpoint
 from losses import Losses
@@ -31,9 +34,11 @@ from npq_dataset import EpochOrder
 from npq_format import map_codes, read_header, write_npq
 from optimizer import parameter_groups
 from reporting import Console
-from train_rvq import Run, backward, codebook_weights, lr_at_step, parse_flags, set_up, update
+from run_setup import codebook_weights, set_up
+from run_state import Run
+from train_rvq import backward, lr_at_step, parse_flags, update
 
-FRACTIONS = (train_rvq.fraction, train_rvq.fraction_or_one)
+FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
 CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds", "validated_seconds"}
 
 
@@ -148,7 +153,7 @@ def test_every_flag_takes_both_spellings():
         ("--resume x --no-resume", "contradict"),
         ("--lr 1e-6", "--eta-min"),
         ("--tag a/b", "--tag"),
-        ("--d_modl 3", "unrecognized arguments"),
+        ("--d_modl 3", "no such flag; did you mean --d_model?"),
     ],
 )
 def test_wrong_flags_end_with_code_2_and_a_remedy(flags, message, capsys):
@@ -252,7 +257,7 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--no-fused-optim", "--no-amp")
     meta = torch.device("meta")
     model = CodesTransformer(run.state.model.config).to(meta)
-    run.state = train_rvq.build_state(run.flags, model, None, meta, run.world)
+    run.state = run_setup.build_state(run.flags, model, None, meta, run.world)
     run.device, run.weights = meta, run.weights.to(meta)
     run.losses = lambda codes: model.losses(codes, 0.05)
     facts = backward(run, iter(run.loader))
@@ -756,18 +761,18 @@ def weights_and_rng(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
     """Fault 3: the save fails, training goes on, latest stays the last good one."""
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3", "--archive-every", "0")
-    train_rvq.save(run)
-    train_rvq.finish_save(run)
+    run_saving.save(run)
+    run_saving.finish_save(run)
     before = run.files.latest.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        train_rvq.save(run)
-        train_rvq.save(run)
-        train_rvq.save(run)
+        run_saving.save(run)
+        run_saving.save(run)
+        run_saving.save(run)
         with pytest.raises(OSError, match="File too large"):
-            train_rvq.check_save(run, wait=True)
+            run_saving.check_save(run, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -789,15 +794,15 @@ def test_training_goes_on_while_a_save_is_written(tunes, tmp_path, monkeypatch):
     batches = iter(run.loader)
     train_rvq.train_step(run, batches)
     go_on = held_disk(monkeypatch)
-    truth = copy.deepcopy(comparable(train_rvq.checkpoint_of(run)))
-    train_rvq.save(run)
+    truth = copy.deepcopy(comparable(run_saving.checkpoint_of(run)))
+    run_saving.save(run)
     for _ in range(3):
         train_rvq.train_step(run, batches)
-        assert train_rvq.check_save(run) is None
+        assert run_saving.check_save(run) is None
     assert not run.files.latest.exists()
     assert not rows(tmp_path, "save")
     go_on.set()
-    train_rvq.finish_save(run)
+    run_saving.finish_save(run)
     (row,) = rows(tmp_path, "save")
     assert row["step"] == 1
     assert row["stall_seconds"] < row["save_seconds"]
@@ -828,12 +833,12 @@ def test_a_save_is_reported_at_the_next_step(tunes, tmp_path):
 def test_a_save_waits_for_the_one_before_it(tunes, tmp_path, monkeypatch):
     run = make_run("--data", tunes, "--save_dir", tmp_path)
     go_on = held_disk(monkeypatch)
-    train_rvq.save(run)
+    run_saving.save(run)
     threading.Timer(0.3, go_on.set).start()
     started = time.monotonic()
-    train_rvq.save(run)
+    run_saving.save(run)
     assert time.monotonic() - started > 0.2
-    train_rvq.finish_save(run)
+    run_saving.finish_save(run)
     first, second = rows(tmp_path, "save")
     assert first["stall_seconds"] < 0.2 < second["stall_seconds"]
 
@@ -870,8 +875,8 @@ def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
     model, vals = run.state.ema.model, iter([1.0, 3.0, 2.0, 2.5])
     eager = model.losses
     model.losses = lambda *args: Losses(*(x * 0 + v for v in [next(vals)] for x in eager(*args)))
-    train_rvq.save(run, ring=True)
-    train_rvq.finish_save(run)
+    run_saving.save(run, ring=True)
+    run_saving.finish_save(run)
     (tmp_path / ".rvq_4cb_latest.pt.saving").symlink_to("/dev/full")
     assert train_rvq.train_or_save(run) == 0
     assert "No space left on device" in capsys.readouterr().err
@@ -885,8 +890,8 @@ def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
 def test_a_run_whose_last_save_fails_does_not_say_that_it_was_saved(end, tunes, tmp_path, capsys):
     """Fault 3: tried three times, then exit code 1; `latest` is the last good one."""
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
-    train_rvq.save(run)
-    train_rvq.finish_save(run)
+    run_saving.save(run)
+    run_saving.finish_save(run)
     before, eager = run.files.latest.read_bytes(), run.losses
 
     def ending(codes: torch.Tensor) -> Losses:
@@ -920,7 +925,7 @@ def test_a_wsd_run_is_extended_from_where_its_cooldown_began(tunes, tmp_path, ca
     train(*flags, "--save_dir", tmp_path / "short", "--max-steps", "16")
     (archive,) = (tmp_path / "short").glob("*_epoch_e*.pt")
     assert load_checkpoint(archive)["progress"]["step"] == 12
-    with pytest.raises(train_rvq.UsageError, match="cooldown has begun before step 16"):
+    with pytest.raises(command_line.UsageError, match="cooldown has begun before step 16"):
         make_run("--save_dir", tmp_path / "short", "--max-steps", "40")
     extended = train(
         *("--save_dir", tmp_path / "long", "--resume", archive, "--max-steps", "40"), "--quiet"
@@ -961,22 +966,22 @@ def test_a_disk_filled_by_others_is_named_with_figures_and_saved_to_again_later(
     """Fault 3: two saves fail, the disk is emptied, the third succeeds, the count starts anew."""
     disk = small_disk("3m")
     run = make_run("--data", tunes, "--save_dir", disk, "--optim", "muon", "--pattern", "parallel")
-    train_rvq.save(run)
-    train_rvq.finish_save(run)
+    run_saving.save(run)
+    run_saving.finish_save(run)
     filler = disk / "film.mkv"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
         while file.write(bytes(65536)):
             pass
     before = run.files.latest.read_bytes()
     for _ in range(2):
-        train_rvq.save(run)
-        assert train_rvq.check_save(run, wait=True) is not None
+        run_saving.save(run)
+        assert run_saving.check_save(run, wait=True) is not None
     said = capsys.readouterr().err
     assert "0.5 MB needed, 0.0 MB free and 0.0 MB in archives" in said
     assert run.files.latest.read_bytes() == before
     filler.unlink()
-    train_rvq.save(run)
-    train_rvq.finish_save(run)
+    run_saving.save(run)
+    run_saving.finish_save(run)
     assert run.failed_saves == 0
 
 
