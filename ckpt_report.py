@@ -11,16 +11,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import enum
-import html
 import io
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ckpt_checks import Finding, Level
 from ckpt_diagnosis import GRAVITY, Diagnosis, Verdict
+from ckpt_findings import Finding, Level
 from ckpt_summary import Parameter, Summary
+from command_line import figure, printable
 
 FORMAT = 1  # of the JSON report
 WIDTH = 80  # columns of a terminal
@@ -28,23 +28,6 @@ TABLE_ROWS = 30  # of healthy files; bad ones are always shown
 GROUPS = 12  # of findings on a terminal
 
 # --- words ---------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """Text on one line without control, direction and surrogate characters: these as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
-
-
-def escaped(text: object) -> str:
-    """Text for HTML: neither markup nor control characters."""
-    return html.escape(printable(str(text)))
-
-
-def figure(value: float | None, form: str = ".4g") -> str:
-    """A number; `-` for None and NaN, `inf` beyond floats."""
-    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def size_of(count: int) -> str:

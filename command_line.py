@@ -180,6 +180,18 @@ def _let_go(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def printable(text: str) -> str:
+    """Text on one line without control, direction and surrogate characters: these as escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def figure(value: float | None, form: str = ".4g") -> str:
+    """A number; `-` for None and NaN, `inf` beyond floats."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
 def problem(text: str) -> None:
     """Say on standard error what went wrong or was refused."""
     mark = f"{RED}!{PLAIN}" if has_colour(sys.stderr) else "!"

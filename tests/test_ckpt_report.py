@@ -13,12 +13,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ckpt_checks import Cause, Finding, History, Level, Run
+from charts import Axis, Chart, Line, fit_axis, thinned
 from ckpt_diagnosis import Diagnosis, Verdict, diagnose
+from ckpt_findings import Cause, Finding, Level
 from ckpt_page import as_html
-from ckpt_pictures import Axis, Chart, Line, fit_axis, thinned
-from ckpt_report import as_csv, as_json, printable, terminal_lines
+from ckpt_report import as_csv, as_json, terminal_lines
+from ckpt_run import History, Run
 from ckpt_summary import Parameter, Problem, Summary
+from command_line import printable
 
 HOSTILE = "<script>alert(1)<!--\x1b[31m\n\u202e\udce9\"'.pt"
 COMMAND = "python train_rvq.py --resume 'a b.pt' --save_dir " + "long/" * 30
