@@ -16,18 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from checkpointing import FORMAT, CheckpointError
-from ckpt_summary import (
-    CHUNK,
-    Problem,
-    Unreadable,
-    finite_chunk,
-    forget_pages,
-    in_child,
-    method_of,
-    methods_of,
-    open_safely,
-    plain,
-)
+from ckpt_child import in_child
+from ckpt_container import forget_pages, open_safely
+from ckpt_measures import CHUNK, finite_chunk
+from ckpt_optimizer import method_of, methods_of
+from ckpt_summary import Problem, Unreadable, plain
 
 PARTS = ("model", "ema")
 SETTINGS = ("lr", "lr_factor", "weight_decay", "betas", "eps", "momentum", "adjust_lr_fn")
@@ -65,15 +58,13 @@ def _compare_in_child(a: str, tell: Callable[[int], None], b: str) -> dict[str, 
 
 
 def _open(path: str) -> dict[str, Any]:
+    """What a file holds; the reason why it cannot be read names it, for there are two."""
     try:
-        content = open_safely(path)
+        return open_safely(path)
     except Unreadable as error:
         raise Unreadable(error.problem.kind, f"{path}: {error.problem.text}") from error
     except CheckpointError as error:
         raise Unreadable("corrupt", str(error)) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise Unreadable("foreign", f"{path}: not a checkpoint: no dictionary with `model`")
-    return content
 
 
 def _facts(content: dict[str, Any]) -> dict[str, Any]:

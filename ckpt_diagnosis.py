@@ -1,11 +1,15 @@
 """From findings to a verdict, the last healthy checkpoint, and the command that goes on from it.
 
-diagnosis = diagnose(Run(name, summaries, History(rows)))
-diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
+    diagnosis = diagnose(Run(name, summaries, History(rows)))
+    diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
+
+The gravest finding makes the verdict, the first in time the cause and the onset; a file that no
+grave finding touches, from before any trouble in the metrics, is where to go on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 import os
@@ -13,7 +17,9 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from ckpt_checks import CHECKS, Cause, Finding, Level, Run
+from ckpt_checks import CHECKS
+from ckpt_findings import Cause, Finding, Level
+from ckpt_run import Run
 from ckpt_summary import Summary
 
 
@@ -113,7 +119,6 @@ def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
         and all(r["val"] < (q.get("val") or math.inf) for q in run.history.epochs[:i])
     ]  # fmt: skip
     healed = max(best_at, default=-1)
-
     aside = {s.path for s in run.readable if s.kind in ("panic", "quarantine")}
 
     def softened(f: Finding) -> Finding:
@@ -125,7 +130,7 @@ def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
             why = "val healed since"
         else:
             return f
-        return Finding(**{**f.__dict__, "level": Level.WARN, "text": f"{f.text}; {why}"})
+        return dataclasses.replace(f, level=Level.WARN, text=f"{f.text}; {why}")
 
     return [softened(f) for f in findings]
 

@@ -29,13 +29,14 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from ckpt_checks import History, Run
 from ckpt_compare import compare, comparison_lines
 from ckpt_diagnosis import Diagnosis, Verdict, diagnose
 from ckpt_page import as_html
 from ckpt_probe import probe
+from ckpt_reader import summarize
 from ckpt_report import as_csv, as_json, terminal_lines
-from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of, summarize
+from ckpt_run import History, Run
+from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of
 from npq_dataset import BadFilesError
 from npq_format import NpqError
 

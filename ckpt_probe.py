@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_summary import Summary, in_child, open_safely
+from ckpt_child import in_child
+from ckpt_container import open_safely
+from ckpt_summary import Summary
 from model import CodesTransformer, ModelConfig
 from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 

@@ -24,8 +24,9 @@ from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
 from checkpointing import load_checkpoint, save_checkpoint
-from ckpt_checks import History, Run, check_learning_rate, scheduled_lr
+from ckpt_checks_metrics import check_learning_rate
 from ckpt_doctor import ExitCode, build_parser
+from ckpt_run import History, Run, scheduled_lr
 from ckpt_summary import Summary
 
 EPOCHS = 8

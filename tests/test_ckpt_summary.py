@@ -1,4 +1,4 @@
-"""ckpt_summary.py: hostile and broken files cost one row; its figures against slow references."""
+"""Reading one file: hostile and broken ones cost a row; figures against slow references."""
 
 from __future__ import annotations
 
@@ -26,17 +26,13 @@ from conftest import TINY, run_trainer
 from planted_faults import cut_off, flip_a_bit, train
 from torch import nn
 
-import ckpt_summary
-from ckpt_summary import (
-    Parameter,
-    Summary,
-    kind_of,
-    moment_bound,
-    newton_schulz_gain,
-    pickle_globals,
-    place_of,
-    summarize,
-)
+import ckpt_child
+import ckpt_measures
+from ckpt_child import in_child
+from ckpt_container import pickle_globals
+from ckpt_optimizer import moment_bound, newton_schulz_gain
+from ckpt_reader import read_summary, summarize
+from ckpt_summary import Parameter, Summary, kind_of, place_of
 
 # --- real files ----------------------------------------------------------------------------------
 
@@ -995,7 +991,7 @@ def test_moments_over_the_bound_are_counted_and_no_others(good):
 
 def test_chunks_change_nothing(good, monkeypatch):
     whole = summarize(good).parameters
-    monkeypatch.setattr(ckpt_summary, "CHUNK", 1000)
+    monkeypatch.setattr(ckpt_measures, "CHUNK", 1000)
     for a, b in zip(whole, summarize(good).parameters, strict=True):
         assert a.sample == b.sample
         assert b.rms == pytest.approx(a.rms)
@@ -1179,11 +1175,11 @@ def fall_over(path: str, tell: Any) -> None:
 
 
 def test_a_child_is_held_to_its_limits(good, monkeypatch):
-    assert "memory" in ckpt_summary.in_child(grow_memory, str(good)).text
-    assert ckpt_summary.in_child(write_a_file, str(good)) == 1
-    assert "SIGKILL" in ckpt_summary.in_child(fall_over, str(good)).text
-    monkeypatch.setattr(ckpt_summary, "SILENCE", 0.5)
-    assert "silence" in ckpt_summary.in_child(spin, str(good)).text
+    assert "memory" in in_child(grow_memory, str(good)).text
+    assert in_child(write_a_file, str(good)) == 1
+    assert "SIGKILL" in in_child(fall_over, str(good)).text
+    monkeypatch.setattr(ckpt_child, "SILENCE", 0.5)
+    assert "silence" in in_child(spin, str(good)).text
 
 
 def peak_memory(path: str, tell: Any) -> list[int]:
@@ -1196,14 +1192,14 @@ def peak_memory(path: str, tell: Any) -> list[int]:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
     before = now("VmRSS")
-    ckpt_summary.read_summary(path, tell)
+    read_summary(path, tell)
     return [before, now("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
 
 
 @pytest.mark.slow
 def test_memory_stays_bounded_on_a_large_file(good, monkeypatch):
     """400 MB of weights, EMA and moments in tensors of 25 MB."""
-    monkeypatch.setattr(ckpt_summary, "_limit_this_process", lambda _: None)
+    monkeypatch.setattr(ckpt_child, "_limit_this_process", lambda _: None)
     weights = {f"blocks.{i}.mlp.up.weight": torch.randn(4096, 1536) for i in range(4)}
     names = list(weights)
     optimizer = {
@@ -1219,6 +1215,6 @@ def test_memory_stays_bounded_on_a_large_file(good, monkeypatch):
     torch.save({"model": weights, "ema": ema, "optimizer": optimizer, "global_step": 9}, good)
     assert good.stat().st_size > 400_000_000
     del weights, ema, optimizer
-    before, peak, _ = ckpt_summary.in_child(peak_memory, str(good))
+    before, peak, _ = in_child(peak_memory, str(good))
     print(f"{(peak - before) / 1024:.0f} MB above {before / 1024:.0f}")
     assert (peak - before) < 250 * 1024

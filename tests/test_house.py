@@ -20,9 +20,14 @@ FLOORS = {
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "planning": 3,
     "run_state": 4, "run_saving": 5, "run_setup": 6,
-    "ckpt_summary": 3, "ckpt_checks": 4, "ckpt_compare": 4, "ckpt_probe": 4, "ckpt_diagnosis": 5,
-    "ckpt_report": 6, "ckpt_pictures": 7, "ckpt_page": 8,
-    "train_rvq": 9, "sample_rvq": 9, "encode_npq": 9, "ckpt_doctor": 9,
+    "ckpt_summary": 3,
+    "ckpt_child": 4, "ckpt_container": 4, "ckpt_optimizer": 4, "ckpt_findings": 4, "ckpt_run": 4,
+    "ckpt_misfits": 5, "ckpt_measures": 5, "ckpt_probe": 5,
+    "ckpt_checks_files": 5, "ckpt_checks_optimizer": 5, "ckpt_checks_motion": 5,
+    "ckpt_checks_layers": 5, "ckpt_checks_metrics": 5,
+    "ckpt_reader": 6, "ckpt_compare": 6, "ckpt_checks": 6, "ckpt_diagnosis": 7,
+    "page": 1, "charts": 2, "ckpt_report": 8, "ckpt_pictures": 9, "ckpt_page": 10,
+    "train_rvq": 11, "sample_rvq": 11, "encode_npq": 11, "ckpt_doctor": 11,
 }  # fmt: skip
 SOURCES = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
