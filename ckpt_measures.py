@@ -1,6 +1,6 @@
 """One tensor as numbers: its size, its EMA, its optimizer's moments, and what its role adds.
 
-    parameter = measure("head.weight", raw, ema, (group, state), summary)
+    parameter = measure("head.weight", raw, ema, members["head.weight"], summary)
     parameter.rms, parameter.ema_distance, parameter.update_rms
 
 Tensors are mapped from disk and read a chunk at a time, in double precision, so that one of 2 GB
@@ -25,11 +25,11 @@ CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the pr
 
 def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) -> Parameter:
     """All figures of one floating-point tensor; EMA and state count where they have its shape."""
-    group, state = member
     parameter = Parameter(name, list(raw.shape), str(raw.dtype).removeprefix("torch."), {})
-    describe_steps(parameter, group)
-    parameter.adam_step = as_number(state.get("step"))
-    _measure_elements(parameter, _parts(parameter, raw, {**state, "ema": ema}), group)
+    describe_steps(parameter, member.group)
+    parameter.adam_step = as_number(member.state.get("step"))
+    parts = _parts(parameter, raw, {**member.state, "ema": ema})
+    _measure_elements(parameter, parts, group_settings(member.group))
     stride = max(1, raw.numel() // SAMPLE)
     parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].float().tolist()
     if raw.dim() == 2 and raw.numel() and not parameter.bad.get("raw"):
@@ -69,11 +69,10 @@ class _Sums:
 
 
 def _measure_elements(
-    parameter: Parameter, parts: dict[str, Tensor], group: dict[str, Any]
+    parameter: Parameter, parts: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
     """Fill in what sums over elements tell: w are weights, e their EMA, d = w - e, u the update."""
-    settings, sums = group_settings(group), _Sums()
-    bad: Counter[str] = Counter()
+    sums, bad = _Sums(), Counter[str]()
     parameter.largest = 0.0
     for first in range(0, parameter.numel, CHUNK):
         span = slice(first, first + CHUNK)

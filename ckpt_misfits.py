@@ -106,8 +106,8 @@ def _odd_optimizer(
     if not members and (summary.step or 0) > 0:
         odd.append("no optimizer state")
     odd += _odd_groups(content.get("optimizer", content.get("opt")))
-    for name, (_, state) in members.items():
-        odd += _odd_moments(name, state, shapes.get(name))
+    for name, member in members.items():
+        odd += _odd_moments(name, member.state, shapes.get(name))
     if summary.style == "own" and members:
         odd += _odd_methods(summary, members)
         if lost := sorted(shapes.keys() - members.keys()):

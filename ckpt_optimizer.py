@@ -1,7 +1,7 @@
 """What the state dict of an optimizer says: settings, whose moments are whose, how far a step goes.
 
     settings_of(content["optimizer"])["method"]                         # such as "Muon + AdamW"
-    group, state = members_of(content["optimizer"], content["model"])["head.weight"]
+    members_of(content["optimizer"], content["model"])["head.weight"].state["exp_avg"]
     moment_bound(0.9, 0.95)                                             # 1.165: abs(m) / sqrt(v)
 
 A param_group tells its optimizer by the settings that it has. The limits on steps hold whatever the
@@ -11,14 +11,19 @@ gradients were; the sources stand with them.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ckpt_summary import Parameter, as_dict, as_list, as_number, as_whole
 
-Member = tuple[dict[str, Any], dict[str, Any]]  # a parameter's param_group and its state
+
+class Member(NamedTuple):
+    """What an optimizer holds for one parameter: its param_group, and its moments by key."""
+
+    group: dict[str, Any]
+    state: dict[str, Any]
 
 
 def settings_of(state: Any) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def members_of(state: Any, model: dict[str, Any]) -> dict[str, Member]:
         if len(group_of) == len(named):
             names = dict(zip(sorted(group_of), named, strict=True))
     return {
-        names[i]: (group_of.get(i, {}), s)
+        names[i]: Member(group_of.get(i, {}), s)
         for i, s in moments.items()
         if i in names and isinstance(s, dict)
     }

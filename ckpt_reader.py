@@ -145,9 +145,9 @@ def _measure_all(
     for name, raw in content["model"].items():
         if not (isinstance(name, str) and isinstance(raw, Tensor) and raw.is_floating_point()):
             continue
-        ema, member = averages.get(name), members.get(name, ({}, {}))
+        ema, member = averages.get(name), members.get(name, Member({}, {}))
         summary.parameters.append(measure(name, raw, ema, member, summary))
-        for tensor in (raw, ema, *member[1].values()):
+        for tensor in (raw, ema, *member.state.values()):
             if isinstance(tensor, Tensor):
                 forget_pages(tensor)
                 done += tensor.numel() * tensor.element_size()
