@@ -59,7 +59,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     temporary = _write_beside(checkpoint, path)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write_beside(checkpoint: dict[str, Any], path: Path) -> Path:
@@ -81,7 +81,7 @@ def _write_beside(checkpoint: dict[str, Any], path: Path) -> Path:
     return temporary
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -162,7 +162,7 @@ def verify_file(path: Path) -> None:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(
-                f"{path}: expected a regular file, found a folder, pipe or device"
+                f"{path}: expected a regular file, found a folder, pipe or device; name a .pt file"
             )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -195,7 +195,10 @@ def verify_file(path: Path) -> None:
         raise
     # A damaged container can fail in many ways: RuntimeError for a flipped "encrypted" flag ...
     except Exception as error:
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({error}); name a .pt file of train_rvq.py, or "
+            "an older one of the run"
+        ) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong")
 
@@ -243,7 +246,10 @@ def load_checkpoint(
     verify_file(path)
     checkpoint = _unpickle(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer (no format {FORMAT!r})")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this trainer (no format {FORMAT!r}); name a .pt file of "
+            "train_rvq.py"
+        )
     version = checkpoint.get("version")
     if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{path}: damaged, format version {version!r} is none")
@@ -383,7 +389,7 @@ class RunFiles:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         for kind in ("epoch", "best"):
             for old in self.archives(kind)[:-keep_archived]:
                 old.unlink(missing_ok=True)
@@ -486,8 +492,8 @@ class RunFiles:
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
-        _sync_folder(aside)
-        _sync_folder(self.folder)
+        sync_folder(aside)
+        sync_folder(self.folder)
         return aside
 
 
@@ -623,7 +629,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

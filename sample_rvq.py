@@ -1,63 +1,106 @@
-r"""Draw music from a checkpoint: codes, and their sound.
+r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
 
-    python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --out song.wav
-    python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --out more.wav --prompt song.flac
-    python sample_rvq.py rvq_ckpts/rvq_9cb_best.pt --frames 1290 --npq-out song.npq --seed 3 \
-        --compare "held_out/*.npq"
+    python sample_rvq.py rvq_9cb_best.pt --out song.wav
+    python sample_rvq.py rvq_9cb_best.pt --out more.wav --prompt song.flac
+    python sample_rvq.py rvq_9cb_best.pt --npq-out song.npq --frames 5000 \
+        --seed 3 --compare "held_out/*.npq"
+    python sample_rvq.py rvq_9cb_best.pt --export-safetensors tunes.safetensors
+    python sample_rvq.py tunes.safetensors --out song.wav --codec 44khz
 
-A prompt is an .npq file or audio; the sample carries it on. Exit code: 0 done, 1 failed, 2 wrong
-usage, 130 interrupted.
+A prompt is an .npq file or audio; the sample carries it on.
+
+Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from tqdm import tqdm
 
-from checkpointing import CheckpointError, load_checkpoint
+from checkpointing import CheckpointError
 from code_statistics import compare, describe, read_excerpts
-from codec import AudioError, CodecError, load_codec, read_audio, resample, write_wav
+from codec import AudioError, Codec, CodecError, load_codec, read_audio, resample, write_wav
+from command_line import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    FlagParser,
+    UsageError,
+    at_least,
+    exit_code_of,
+    fraction_or_one,
+    list_of,
+    positive,
+    problem,
+    say,
+)
 from model import CodesTransformer, ModelConfig
-from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus
-from npq_format import NpqError, map_codes, read_header, write_npq
+from npq_dataset import BadFilesError, Spans, WindowDataset, find_npq_files, scan_corpus
+from npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
+from planning import is_out_of_memory
 from sampling import Draw, generate
+from sharing import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
+
+USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
+NEEDED = {"ema", "architecture", "data", "flags"}
+
+# --- flags ---------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    """All flags, by group."""
+    parser = FlagParser(__doc__, usage="%(prog)s CHECKPOINT [flags]")
     # fmt: off
-    add = parser.add_argument
-    add("checkpoint", help="any checkpoint of train_rvq.py")
-    add("--frames", type=int, default=1290, help="new frames to draw; 1290 are 15 s at 44.1 kHz")
-    add("--out", metavar="FILE.wav", help="where the sound goes")
-    add("--npq-out", "--npq_out", metavar="FILE.npq", help="where the codes go")
-    add("--prompt", metavar="FILE", help=".npq or audio to carry on")
-    add("--prompt-frames", "--prompt_frames", type=int, help="use only its first so many frames")
-    add("--with-prompt", "--with_prompt", action="store_true", help="write the prompt too")
-    add("--samples", type=int, default=1, help="how many at once; names get _1, _2 ...")
-    add("--temperature", type=numbers(float), default=[1.0], help="a value, or a comma list of K")
-    add("--top-k", "--top_k", type=numbers(int), default=[0], help="likewise; 0 = all entries")
-    add("--top-p", "--top_p", type=numbers(float), default=[1.0], help="likewise; 1 = all")
-    add("--seed", type=int, default=0, help="the same seed draws the same codes")
-    add("--ctx", type=int, help="frames the model looks back; without it as in training")
+    add = parser.add_argument_group("weights").add_argument
+    add("checkpoint", metavar="CHECKPOINT",
+        help="any checkpoint of train_rvq.py, or shared weights (.safetensors)")
     add("--raw", action="store_true", help="raw weights, not their average (EMA)")
-    add("--codec", help="44khz, 24khz, 16khz, demo or a path; without it as in training")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="FILE.wav", help="where the sound goes")
+    add("--npq-out", metavar="FILE.npq", help="where the codes go")
+    add("--with-prompt", action="store_true", help="write the prompt too")
     add("--compare", nargs="+", metavar="GLOB",
         help=".npq files of music; print how far the samples' statistics are from theirs")
-    add("--device", default="best", help="of the model; decoding is on the CPU")
+    add("--export-safetensors", metavar="FILE.safetensors",
+        help="write the EMA weights to share, and a model card beside them; without --out and "
+        "--npq-out nothing is drawn")
+
+    add = parser.add_argument_group("what is drawn").add_argument
+    add("--frames", type=at_least(1, 10**7), default=1290, metavar="N",
+        help="new frames; 1290 are 15 s at 44.1 kHz")
+    add("--samples", type=at_least(1, 10**4), default=1, metavar="N",
+        help="how many at once; names get _1, _2 ...")
+    add("--prompt", metavar="FILE", help=".npq or audio to carry on")
+    add("--prompt-frames", type=at_least(1), metavar="N", help="use only its first so many frames")
+    add("--seed", type=at_least(0), default=0, metavar="N",
+        help="the same seed draws the same codes")
+
+    add = parser.add_argument_group("how it is drawn").add_argument
+    add("--temperature", type=list_of(positive), default="1", metavar="X,...",
+        help="a value, or a comma list of one for each codebook")
+    add("--top-k", type=list_of(at_least(0)), default="0", metavar="N,...",
+        help="likewise; draw from the k likeliest codes; 0 = all")
+    add("--top-p", type=list_of(fraction_or_one), default="1", metavar="X,...",
+        help="likewise; draw from the likeliest codes that hold this much probability")
+    add("--ctx", type=at_least(2, 1 << 20), metavar="N",
+        help="frames that the model looks back; without it as in training")
+
+    add = parser.add_argument_group("codec and machine").add_argument
+    add("--codec", metavar="NAME",
+        help="44khz, 24khz, 16khz, demo or a path; without it as in training, or 44khz where the "
+        "weights do not say")
+    add("--device", default="best", metavar="NAME",
+        help="of the model: best, cpu, cuda, cuda:1 or mps; decoding is on the CPU")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="products in bfloat16; without it as in training")
     add("--compile", action="store_true", help="pays from some thousand frames on")
@@ -65,71 +108,190 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Argument type: a number or a comma list of them."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected numbers, found {text!r}") from error
-
-    return parse
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags that make sense together; else exits with code 2."""
     parser = build_parser()
     flags = parser.parse_args(argv)
-    if not flags.out and not flags.npq_out:
-        parser.error("name --out FILE.wav, --npq-out FILE.npq or both")
-    for name in ("frames", "samples"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name}: expected at least 1, found {getattr(flags, name)}")
-    for path in filter(None, (flags.out, flags.npq_out)):
-        if not Path(path).parent.is_dir():
-            parser.error(f"{path}: its folder does not exist; create it first")
+    try:
+        check_flags(flags)
+    except UsageError as error:
+        parser.error(str(error))
     return flags
 
 
-def load_model(checkpoint: dict[str, Any], *, raw: bool, device: str) -> CodesTransformer:
-    """The checkpoint's model in evaluation mode, with averaged or raw weights."""
-    if device == "best":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = CodesTransformer(ModelConfig.from_dict(checkpoint["architecture"]))
-    model.load_state_dict(checkpoint["model" if raw else "ema"])
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError where flags do not fit together, or a name cannot be written or read."""
+    draws = flags.out or flags.npq_out
+    if not draws and not flags.export_safetensors:
+        raise UsageError(
+            f"name --out FILE.wav, --npq-out FILE.npq or --export-safetensors FILE{SUFFIX}"
+        )
+    for flag in ("prompt", "compare"):
+        if getattr(flags, flag) and not draws:
+            raise UsageError(
+                f"--{flag}: nothing is drawn; name --out or --npq-out, or leave it out"
+            )
+    for flag in ("prompt_frames", "with_prompt"):
+        if getattr(flags, flag) and not flags.prompt:
+            raise UsageError(
+                f"--{flag.replace('_', '-')}: there is no prompt; name it with --prompt"
+            )
+    if flags.prompt and not Path(flags.prompt).is_file():
+        raise UsageError(f"--prompt {flags.prompt}: no such file; name an .npq or audio file")
+    if is_shared(flags.checkpoint) and flags.raw:
+        raise UsageError("--raw: shared weights are averages (EMA) alone; leave it out")
+    if is_shared(flags.checkpoint) and flags.export_safetensors:
+        raise UsageError(f"--export-safetensors: {flags.checkpoint} is such a file; copy it")
+    check_output("--out", flags.out, ".wav")
+    check_output("--npq-out", flags.npq_out, ".npq")
+    check_output("--export-safetensors", flags.export_safetensors, SUFFIX)
+
+
+def check_output(flag: str, path: str | None, ending: str) -> None:
+    """Raise UsageError where no file of that name can be written; one that exists is replaced."""
+    if path is None:
+        return
+    folder, wrong = Path(path).parent, ""
+    if Path(path).is_dir():
+        wrong = f"is a folder; name a file in it, such as {Path(path, 'song' + ending)}"
+    elif Path(path).suffix.lower() != ending:
+        wrong = f"expected a name that ends in {ending}; try {Path(path).with_suffix(ending)}"
+    elif not folder.is_dir():
+        wrong = f"its folder does not exist; create it first: mkdir -p {folder}"
+    elif not os.access(folder, os.W_OK):
+        wrong = f"its folder {folder} may not be written to; name another"
+    if wrong:
+        raise UsageError(f"{flag} {path}: {wrong}")
+
+
+# --- what the flags name -------------------------------------------------------------------------
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device asked for, or the best present; raises UsageError where it is absent."""
+    if wanted == "best":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", wanted):
+        raise UsageError(f"--device: expected best, cpu, cuda, cuda:1 or mps, found {wanted!r}")
+    try:
+        return torch.empty(1, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # torch raises both for an absent device
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise UsageError(
+            f"--device {wanted}: not usable here ({reason}); leave it out or pass --device cpu"
+        ) from error
+
+
+def load_model(
+    checkpoint: dict[str, Any], path: str, *, raw: bool, device: torch.device
+) -> CodesTransformer:
+    """A checkpoint's model in evaluation mode, with averaged or raw weights.
+
+    Raises:
+        CheckpointError: no model of this version, or weights of another one.
+    """
+    try:
+        config = ModelConfig.from_dict(checkpoint["architecture"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: no model of this version ({error})") from error
+    model = CodesTransformer(config)
+    try:
+        model.load_state_dict(checkpoint["model" if raw else "ema"])
+    except RuntimeError as error:  # a line for each tensor that differs
+        differing = str(error).splitlines()[1:2]
+        raise CheckpointError(
+            f"{path}: weights that do not fit its own architecture ({''.join(differing).strip()}); "
+            "get it anew from where it came from"
+        ) from error
     return model.to(device).eval()
 
 
+def shape_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Codebooks K of the model, and how many of them, the last, are of the side channel."""
+    return len(checkpoint["architecture"]["vocab_sizes"]), checkpoint["data"]["side_codebooks"]
+
+
+def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec | None:
+    """The codec of the sound asked for, or of the prompt; before minutes of drawing, not after.
+
+    Raises:
+        CodecError: there is no such codec.
+        UsageError: it is not the codec of these codes.
+    """
+    if not flags.out and (flags.prompt is None or is_npq(flags.prompt)):
+        return None
+    name = codec_name(flags, checkpoint["flags"])
+    codec = load_codec(name)
+    k, side = shape_of(checkpoint)
+    has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
+    sizes, rate = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]["frame_rate"]
+    needs = max(k - side, side), max(sizes), rate
+    off = abs(rate / codec.frame_rate - 1)  # real files carry frames / duration, not the nominal
+    if needs[0] > has[0] or needs[1] != has[1] or off > FRAME_RATE_TOLERANCE:
+        shape = "{} codebooks of {} at {:.2f} frames/s"
+        raise UsageError(
+            f"--codec {name}: has {shape.format(*has)}, the model makes {shape.format(*needs)}; "
+            "name the codec that the training data was encoded with"
+        )
+    return codec
+
+
+def codec_name(flags: argparse.Namespace, trained: dict[str, Any]) -> str:
+    """As asked for, else as in training, else the usual one."""
+    return flags.codec or trained.get("eval_dac_repo") or USUAL_CODEC
+
+
+def is_npq(path: str) -> bool:
+    """Whether a prompt is codes, and not audio."""
+    return path.lower().endswith(".npq")
+
+
 def read_prompt(
-    flags: argparse.Namespace, checkpoint: dict[str, Any], codec_name: str
+    flags: argparse.Namespace, checkpoint: dict[str, Any], codec: Codec | None
 ) -> torch.Tensor | None:
-    """Codes [T, K] of the prompt, from .npq or audio, with as many codebooks as the model has."""
+    """Codes [T, K] of the prompt, from .npq or audio, with as many codebooks as the model has.
+
+    Raises:
+        UsageError: too few codebooks, another side channel, or a code that the model does not have.
+    """
     if flags.prompt is None:
         return None
-    k, side = len(checkpoint["architecture"]["vocab_sizes"]), checkpoint["data"]["side_codebooks"]
-    if flags.prompt.endswith(".npq"):
-        codes = torch.from_numpy(map_codes(read_header(flags.prompt)).astype(np.int64))
-    else:
-        codec = load_codec(codec_name)
+    k, side = shape_of(checkpoint)
+    if codec is not None and not is_npq(flags.prompt):
         waveform, rate = read_audio(flags.prompt, stereo=side > 0)
         waveform = resample(waveform, rate, codec.sample_rate)
         codes = codec.encode_channels(torch.from_numpy(waveform), k - side, side)
-    if codes.shape[1] < k:
-        raise ValueError(
-            f"{flags.prompt}: expected {k} codebooks, found {codes.shape[1]}; encode it with more"
+        return codes[: flags.prompt_frames]
+    header = read_header(flags.prompt)
+    mid = header.num_codebooks - header.side_codebooks
+    if header.num_codebooks < k or max(0, k - mid) != side:
+        raise UsageError(
+            f"--prompt {flags.prompt}: expected {k} codebooks, {side} of them side ones, found "
+            f"{header.num_codebooks}, {header.side_codebooks} of them side ones; encode it as the "
+            "training data was"
         )
-    return codes[: flags.prompt_frames, :k]
+    codes = torch.from_numpy(map_codes(header)[: flags.prompt_frames, :k].astype(np.int64))
+    sizes = torch.tensor(checkpoint["architecture"]["vocab_sizes"])
+    if (codes >= sizes).any():
+        frame, book = (codes >= sizes).nonzero()[0].tolist()
+        raise UsageError(
+            f"--prompt {flags.prompt}: expected codes below {sizes[book]} in codebook {book}, "
+            f"found {codes[frame, book]} in frame {frame}; name one of the training data's codec"
+        )
+    return codes
 
 
 def read_music(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> WindowDataset | None:
     """The music of --compare, whole files, with the model's codebooks."""
     if flags.compare is None:
         return None
-    k, side = len(checkpoint["architecture"]["vocab_sizes"]), checkpoint["data"]["side_codebooks"]
-    corpus = scan_corpus(find_npq_files(flags.compare), ctx=2, codebooks=k)
+    k, side = shape_of(checkpoint)
+    try:
+        corpus = scan_corpus(find_npq_files(flags.compare), ctx=2, codebooks=k)
+    except BadFilesError as error:
+        raise UsageError(f"--compare: {' '.join(str(error).split())}") from error
     if corpus.side_codebooks != side:
-        raise ValueError(
+        raise UsageError(
             f"--compare: expected {side} side codebooks of {k}, found {corpus.side_codebooks}; "
             "name files encoded as the training data"
         )
@@ -138,27 +300,31 @@ def read_music(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> WindowD
     return WindowDataset(corpus, spans, ctx=flags.frames, stride=flags.frames)
 
 
-def compare_samples(codes: torch.Tensor, music: WindowDataset) -> None:
-    """Print how far each sample [frames, K] is from the music; codes [samples, frames, K]."""
-    excerpts = read_excerpts(music, codes.shape[1])
-    for i, sample in enumerate(codes):
-        name = f"sample {i + 1}: " if len(codes) > 1 else ""
-        print(name + describe(compare(sample.numpy(), excerpts)))
+def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
+    """How codes are drawn; raises UsageError on a list that is not as long as the codebooks."""
+    k, _ = shape_of(checkpoint)
+    for flag in ("temperature", "top_k", "top_p"):
+        values = getattr(flags, flag)
+        if len(values) not in (1, k):
+            raise UsageError(
+                f"--{flag.replace('_', '-')}: expected 1 or {k} values, as the model has {k} "
+                f"codebooks, found {len(values)}"
+            )
+    return Draw.of(k, flags.temperature, flags.top_k, flags.top_p)
 
 
-def numbered(path: str, index: int, count: int) -> Path:
-    """`song.wav`, or `song_2.wav` when several samples are drawn."""
-    whole = Path(path)
-    return whole if count == 1 else whole.with_name(f"{whole.stem}_{index + 1}{whole.suffix}")
+# --- drawing and writing -------------------------------------------------------------------------
 
 
 def draw_samples(
-    flags: argparse.Namespace, checkpoint: dict[str, Any], prompt: torch.Tensor | None
+    flags: argparse.Namespace,
+    checkpoint: dict[str, Any],
+    model: CodesTransformer,
+    draw: Draw,
+    prompt: torch.Tensor | None,
 ) -> torch.Tensor:
     """Codes [samples, frames, K], with a progress bar that tells how much faster than real time."""
-    model = load_model(checkpoint, raw=flags.raw, device=flags.device)
-    k, frame_rate = model.config.num_codebooks, checkpoint["data"]["frame_rate"]
-    draw = Draw.of(k, flags.temperature, flags.top_k, flags.top_p)
+    frame_rate = checkpoint["data"]["frame_rate"]
     mixed = checkpoint["flags"].get("amp", False) if flags.amp is None else flags.amp
     started = time.perf_counter()
     with tqdm(total=flags.frames, unit="frame", disable=None) as bar:
@@ -182,8 +348,14 @@ def draw_samples(
         ).cpu()
     seconds = time.perf_counter() - started
     times = flags.frames / frame_rate / seconds
-    print(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
+    say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
     return codes
+
+
+def numbered(path: str, index: int, count: int) -> Path:
+    """`song.wav`, or `song_2.wav` when several samples are drawn."""
+    whole = Path(path)
+    return whole if count == 1 else whole.with_name(f"{whole.stem}_{index + 1}{whole.suffix}")
 
 
 def write_samples(
@@ -191,52 +363,95 @@ def write_samples(
     checkpoint: dict[str, Any],
     prompt: torch.Tensor | None,
     codes: torch.Tensor,
-    codec_name: str,
+    codec: Codec | None,
+    written: list[Path],
 ) -> None:
     """The .npq and .wav files asked for; the prompt is decoded before a sample either way."""
     side = checkpoint["data"]["side_codebooks"]
     before = codes.new_empty((0, codes.shape[2])) if prompt is None else prompt
     kept = 0 if flags.with_prompt else len(before)
-    codec = load_codec(codec_name) if flags.out else None
     for i, sample in enumerate(codes):
         whole = torch.cat((before, sample))
         if flags.npq_out:
-            header = write_npq(
-                numbered(flags.npq_out, i, len(codes)),
+            path = numbered(flags.npq_out, i, len(codes))
+            write_npq(
+                path,
                 whole[kept:].numpy(),
                 vocab_sizes=checkpoint["architecture"]["vocab_sizes"],
                 frame_rate=checkpoint["data"]["frame_rate"],
                 side_codebooks=side,
             )
-            print(f"wrote {header.path}")
-        if codec is not None:
-            waveform = codec.decode_channels(whole, side)[:, kept * codec.hop_length :]
+            written.append(path)
+            say(f"wrote {path}")
+        if flags.out and codec is not None:
             path = numbered(flags.out, i, len(codes))
-            write_wav(path, waveform.numpy(), codec.sample_rate)
-            print(f"wrote {path}")
+            waveform = codec.decode_channels(whole, side)[:, kept * codec.hop_length :]
+            try:
+                write_wav(path, waveform.numpy(), codec.sample_rate)
+            except soundfile.SoundFileError as error:  # libsndfile's word for a full disk
+                raise OSError(f"{path}: cannot be written ({error}); see to the disk") from error
+            written.append(path)
+            say(f"wrote {path}")
+
+
+def compare_samples(codes: torch.Tensor, music: WindowDataset) -> None:
+    """Print how far each sample [frames, K] is from the music; codes [samples, frames, K]."""
+    excerpts = read_excerpts(music, codes.shape[1])
+    for i, sample in enumerate(codes):
+        name = f"sample {i + 1}: " if len(codes) > 1 else ""
+        say(name + describe(compare(sample.numpy(), excerpts)))
+
+
+# --- main ----------------------------------------------------------------------------------------
+
+
+def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> None:
+    """Draw, write, compare; all that the flags name is opened first."""
+    device, draw = pick_device(flags.device), read_draw(flags, checkpoint)
+    codec = open_codec(flags, checkpoint)
+    prompt = read_prompt(flags, checkpoint, codec)
+    music = read_music(flags, checkpoint)
+    model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    try:
+        codes = draw_samples(flags, checkpoint, model, draw, prompt)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{flags.samples} x {flags.frames} frames do not fit into memory; lower --samples, "
+            "--frames or --ctx, or name another --device"
+        ) from error
+    write_samples(flags, checkpoint, prompt, codes, codec, written)
+    if music is not None:
+        compare_samples(codes, music)
+
+
+def work(flags: argparse.Namespace) -> int:
+    """Load, export, draw, write; tells what was written when it is interrupted."""
+    written: list[Path] = []
+    needed = NEEDED | ({"model"} if flags.raw else set())
+    try:
+        exports = flags.export_safetensors
+        needed |= SHARED_KEYS if exports else set()
+        checkpoint = load_parts(flags.checkpoint, needed=needed)
+        if exports:
+            written.append(export_weights(checkpoint, exports, tell=say))
+        if flags.out or flags.npq_out:
+            sample(flags, checkpoint, written)
+    except KeyboardInterrupt:
+        told = (
+            f"already written: {', '.join(map(str, written))}" if written else "nothing was written"
+        )
+        problem(f"interrupted; {told}")
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load, draw, write; mistakes become one line and an exit code."""
+    """Mistakes become one line and an exit code."""
     flags = parse_flags(argv)
-    try:
-        checkpoint = load_checkpoint(flags.checkpoint)
-        codec_name = flags.codec or checkpoint["flags"]["eval_dac_repo"]
-        if flags.out:
-            load_codec(codec_name)  # before minutes of drawing, not after
-        prompt = read_prompt(flags, checkpoint, codec_name)
-        music = read_music(flags, checkpoint)
-        codes = draw_samples(flags, checkpoint, prompt)
-        write_samples(flags, checkpoint, prompt, codes, codec_name)
-        if music is not None:
-            compare_samples(codes, music)
-    except (CheckpointError, CodecError, AudioError, NpqError, ValueError, OSError) as error:
-        print(f"! {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("! interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    expected = (CheckpointError, CodecError, AudioError, NpqError, OSError)
+    return exit_code_of(lambda: work(flags), expected=expected, debug=flags.debug)
 
 
 if __name__ == "__main__":

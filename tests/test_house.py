@@ -16,7 +16,7 @@ from train_rvq import build_parser
 FLOORS = {
     "kernels": 0, "npq_format": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
     "parallel": 0, "command_line": 0,
-    "losses": 1, "npq_dataset": 1,
+    "losses": 1, "npq_dataset": 1, "sharing": 1,
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "planning": 3,
     "run_state": 4, "run_saving": 5, "run_setup": 6,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, assert_same_tensors, rows, wait_for
+from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 from test_train_rvq import comparable, train
 
 import sample_rvq
@@ -19,6 +23,7 @@ from checkpointing import load_checkpoint
 from code_statistics import compare, describe, flat, read_excerpts
 from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus, split_corpus
 from npq_format import map_codes, read_header, write_npq
+from sharing import export_weights
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 
@@ -154,9 +159,6 @@ def test_samples_are_compared_with_music(checkpoint, music, tmp_path, capsys):
 
 def test_a_signal_ends_a_sample_at_once(music, tmp_path):
     run_flags = ("--epochs", "9", *SOUND[:2], "--eval-frames", "100000000")
-    import os
-    import signal
-
     argv = [*TINY, "--data", str(music), "--save_dir", str(tmp_path), *run_flags]
     outdir = tmp_path / "samples"
 
@@ -206,27 +208,162 @@ def test_prompts_from_npq_and_audio_are_carried_on(checkpoint, music, tmp_path):
     assert soundfile.info(out).frames == (10 + 6) * 512
 
 
+@pytest.fixture(scope="module")
+def shared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's weights, made by the door."""
+    path = tmp_path_factory.mktemp("shared") / "tunes.safetensors"
+    assert sample(checkpoint, "--export-safetensors", path) == 0
+    return path
+
+
+def test_an_export_alone_draws_nothing(shared, checkpoint, capsys):
+    assert sorted(p.name for p in shared.parent.iterdir()) == ["tunes.md", "tunes.safetensors"]
+    assert sample(checkpoint, "--export_safetensors", shared) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].split(";")[0] for line in said] == [
+        f"wrote {shared}",
+        f"wrote {shared.with_suffix('.md')}",
+    ]
+
+
+def test_shared_weights_draw_what_the_checkpoint_draws(shared, checkpoint, tmp_path):
+    flags = ("--frames", "20", "--seed", "3", "--npq-out")
+    assert sample(checkpoint, *flags, tmp_path / "a.npq") == 0
+    assert sample(shared, *flags, tmp_path / "b.npq") == 0
+    assert (codes_in(tmp_path / "a.npq") == codes_in(tmp_path / "b.npq")).all()
+
+
+def test_shared_weights_that_name_no_codec_take_the_usual_one(checkpoint, tmp_path):
+    parts = load_checkpoint(checkpoint)
+    parts["flags"]["eval_dac_repo"] = str(tmp_path / "weights.pth")
+    path = export_weights(parts, tmp_path / "x.safetensors", tell=print)
+    parser = sample_rvq.build_parser()
+    asked = sample_rvq.load_parts(path, needed=sample_rvq.NEEDED)["flags"]
+    flags = parser.parse_args([str(path), "--out", "x.wav"])
+    assert sample_rvq.codec_name(flags, asked) == "44khz"
+    assert sample_rvq.codec_name(flags, {"eval_dac_repo": "demo"}) == "demo"
+    named = parser.parse_args([str(path), "--out", "x.wav", "--codec", "16khz"])
+    assert sample_rvq.codec_name(named, {"eval_dac_repo": "demo"}) == "16khz"
+
+
+def test_weights_that_do_not_fit_their_architecture_are_one_line(checkpoint, tmp_path, capsys):
+    parts = load_checkpoint(checkpoint)
+    for field, message in {"layers": "do not fit its own", "d_model": "no model of this"}.items():
+        architecture = {**parts["architecture"], field: parts["architecture"][field] - 1}
+        path = tmp_path / f"{field}.safetensors"
+        export_weights({**parts, "architecture": architecture}, path, tell=print)
+        assert sample(path, "--npq-out", tmp_path / "x.npq") == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "x.npq").exists()
+
+
+def test_a_name_that_exists_is_written_over(checkpoint, tmp_path):
+    out = tmp_path / "a.npq"
+    out.write_text("old")
+    assert sample(checkpoint, "--npq-out", out, "--frames", "5") == 0
+    assert codes_in(out).shape == (5, 9)
+
+
+def test_ctrl_c_tells_what_was_written(checkpoint, tmp_path):
+    weights, out = tmp_path / "w.safetensors", tmp_path / "x.npq"
+    flags = ("--export-safetensors", weights, "--npq-out", out, "--frames", "10000000")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample_rvq.py", checkpoint, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith(f"wrote {weights} (")
+    assert process.stdout.readline().startswith(f"wrote {weights.with_suffix('.md')}; fill in")
+    time.sleep(0.5)  # into the drawing
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == f"! interrupted; already written: {weights}\n"
+    assert not out.exists()
+
+
+def test_help_is_readable_at_80_columns_and_every_flag_has_help(capsys):
+    parser = sample_rvq.build_parser()
+    assert all(action.help for action in parser._actions)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+NPQ = ("--npq-out", "{tmp}/x.npq")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("nowhere.pt", "--npq-out", "{tmp}/x.npq"), 1, "no such checkpoint"),
-        (("{checkpoint}",), 2, "--out FILE.wav"),
-        (("{checkpoint}", "--out", "{tmp}/no/x.wav"), 2, "its folder does not exist"),
-        (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--frames", "0"), 2, "at least 1"),
-        (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--top-k", "1,2"), 1, "expected 1 or 9"),
-        (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--prompt", "{tmp}/a.npq"), 1, "a.npq"),
-        (("{checkpoint}", "--npq-out", "{tmp}/x.npq", "--compare", "{tmp}/no"), 1, "no .npq file"),
+        (("nowhere.pt", *NPQ), 1, "no such checkpoint; check the path"),
+        (("{music}", *NPQ), 1, "found a folder, pipe or device; name a .pt file"),
+        (("{music}/0.npq", *NPQ), 1, "not a checkpoint (File is not a zip file); name a .pt file"),
+        (("nowhere.safetensors", *NPQ), 1, "no such file"),
+        (("{checkpoint}",), 2, "name --out FILE.wav"),
+        (("{checkpoint}", "--out", "{tmp}/no/x.wav"), 2, "its folder does not exist; create it"),
+        (("{checkpoint}", "--out", "{tmp}/x.mp3"), 2, "a name that ends in .wav; try {tmp}/x.wav"),
+        (("{checkpoint}", "--out", "{tmp}"), 2, "is a folder; name a file in it"),
+        (("{checkpoint}", "--export-safetensors", "{tmp}/x.pt"), 2, "ends in .safetensors"),
+        (("{checkpoint}", *NPQ, "--frames", "0"), 2, "--frames: expected 1 to"),
+        (("{checkpoint}", *NPQ, "--ctx", "1"), 2, "--ctx: expected 2 to"),
+        (("{checkpoint}", *NPQ, "--seed", "-1"), 2, "--seed: expected a whole number >= 0"),
+        (("{checkpoint}", *NPQ, "--temperature", "0"), 2, "--temperature: expected a number > 0"),
+        (("{checkpoint}", *NPQ, "--temperature", "1,nan"), 2, "> 0, found 'nan'"),
+        (("{checkpoint}", *NPQ, "--top-p", "1.5"), 2, "--top-p: expected a number > 0 and <= 1"),
+        (("{checkpoint}", *NPQ, "--top-k", "1,2"), 2, "--top-k: expected 1 or 9 values"),
+        (("{checkpoint}", *NPQ, "--prompt", "{tmp}/a.npq"), 2, "a.npq: no such file"),
+        (("{checkpoint}", *NPQ, "--prompt", "{odd}/few.npq"), 2, "expected 9 codebooks"),
+        (("{checkpoint}", *NPQ, "--prompt", "{odd}/side.npq"), 2, "4 of them side ones; encode"),
+        (("{checkpoint}", *NPQ, "--prompt", "{odd}/high.npq"), 2, "found 1500 in frame 2"),
+        (("{checkpoint}", *NPQ, "--prompt", "{checkpoint}", "--codec", "demo"), 1, "libsndfile"),
+        (("{checkpoint}", *NPQ, "--prompt-frames", "3"), 2, "there is no prompt"),
+        (("{checkpoint}", *NPQ, "--with_prompt"), 2, "--with-prompt: there is no prompt"),
+        (("{checkpoint}", *NPQ, "--compare", "{tmp}/no"), 1, "no .npq file"),
+        (("{checkpoint}", *NPQ, "--compare", "{odd}/few.npq"), 2, "no usable .npq file"),
+        (("{checkpoint}", *NPQ, "--compare"), 2, "--compare: expected at least one argument"),
+        (("{checkpoint}", *NPQ, "--device", "meta"), 2, "--device: expected best, cpu"),
+        (("{checkpoint}", *NPQ, "--device", "mps"), 2, "--device mps: not usable here"),
+        (("{checkpoint}", *NPQ, "--samples", "10000", "--frames", "10000000"), 2, "into memory"),
+        (("{checkpoint}", *NPQ, "--fames", "3"), 2, "did you mean --frames?"),
         (("{checkpoint}", "--out", "{tmp}/x.wav", "--codec", "{tmp}/no.pth"), 1, "no.pth"),
+        (("{odd}/other.safetensors", "--out", "{tmp}/x.wav", "--codec", "demo"), 2, "75.00 frames"),
+        (("{shared}", *NPQ, "--raw"), 2, "--raw: shared weights are averages"),
+        (("{shared}", "--export-safetensors", "{tmp}/x.safetensors"), 2, "is such a file; copy it"),
+        (("{checkpoint}", "--compare", "x", "--export-safetensors", "{tmp}/x.safetensors"), 2,
+         "--compare: nothing is drawn"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_get_one_line_and_write_nothing(
-    flags, code, message, checkpoint, tmp_path, capsys
+    flags, code, message, checkpoint, shared, music, odd, tmp_path, capsys
 ):
-    filled = [f.format(checkpoint=checkpoint, tmp=tmp_path) for f in flags]
+    places = {"checkpoint": checkpoint, "shared": shared, "music": music, "odd": odd}
+    filled = [f.format(tmp=tmp_path, **places) for f in flags]
     try:
         found = sample(*filled)
     except SystemExit as error:
         found = error.code
+    said = capsys.readouterr().err
     assert found == code
-    assert message in capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in said
+    assert [line[:2] for line in said.splitlines()] == ["! "]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def odd(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and weights that do not fit what they are used with."""
+    folder = tmp_path_factory.mktemp("odd")
+    rng = np.random.default_rng(1)
+    shape = {"vocab_sizes": [1024] * 9, "frame_rate": 86.1328125}
+    few = {**shape, "vocab_sizes": [1024] * 4}
+    write_npq(folder / "few.npq", rng.integers(1024, size=(40, 4)), **few)
+    write_npq(folder / "side.npq", rng.integers(1024, size=(40, 9)), side_codebooks=4, **shape)
+    high = rng.integers(1024, size=(40, 9))
+    high[2, 5] = 1500
+    write_npq(folder / "high.npq", high, vocab_sizes=[2048] * 9, frame_rate=86.1328125)
+    parts = load_checkpoint(checkpoint)
+    parts["data"] = {**parts["data"], "frame_rate": 75.0}
+    export_weights(parts, folder / "other.safetensors", tell=print)
+    return folder
