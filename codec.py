@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 import shutil
 import sys
 import types
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # --- audio files ---------------------------------------------------------------------------------
 
 READ_BLOCK = 1 << 18  # audio samples a channel: a downmix never holds all of a stereo file
+STREAM_BYTES = 0x7FFF_F000  # a length from here on says that the writer did not know it
 
 
 class AudioError(ValueError):
@@ -58,15 +60,16 @@ def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[W
         AudioError: not audio, cut off, empty, not finite, or `stereo` of more than two channels.
     """
     try:
-        with soundfile.SoundFile(path) as file:
-            rate, promised, channels = file.samplerate, file.frames, file.channels
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
+            rate, promised, channels = file.samplerate, _frames_promised(file), file.channels
             if stereo and channels > 2:
                 raise AudioError(path, "one or two channels", f"{channels} channels")
             blocks = []
             while len(block := file.read(READ_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block if stereo else block.mean(axis=1, keepdims=True))
     except (OSError, soundfile.SoundFileError) as error:
-        raise AudioError(path, "audio that libsndfile reads", error) from error
+        found = str(getattr(error, "error_string", error)).rstrip(".")
+        raise AudioError(path, "audio that libsndfile reads", found) from error
     if not blocks:
         raise AudioError(path, "at least one audio sample", "none")
     waveform = np.ascontiguousarray(np.concatenate(blocks).T)
@@ -78,6 +81,20 @@ def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[W
     return np.repeat(waveform, 2, axis=0) if stereo and channels == 1 else waveform, rate
 
 
+def _frames_promised(file: soundfile.SoundFile) -> int:
+    """Audio samples a channel that a file's header promises.
+
+    Of a cut .wav, .aiff or .au libsndfile counts what is there, and only its log tells what the
+    header said. A stream's header says as much as its field holds.
+    """
+    cut = re.search(
+        r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.M
+    )
+    if cut is None or int(cut[1]) >= STREAM_BYTES:
+        return int(file.frames)
+    return int(file.frames) * int(cut[1]) // max(1, int(cut[2]))
+
+
 def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
     """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear."""
     if rate == new_rate:
@@ -87,9 +104,10 @@ def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
 
 def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
     """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    # Not named after the file, whose name may be as long as a name can be.
+    temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
     try:
-        soundfile.write(temporary, waveform.T, rate, subtype="PCM_16", format="WAV")
+        soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

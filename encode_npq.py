@@ -1,25 +1,29 @@
 """Audio to .npq token files, and back.
 
-    python encode_npq.py music/ --out-dir npq_out --codec 44khz         # with all folders in it
-    python encode_npq.py "music/*.flac" --out-dir npq_out --stereo      # mid/side: 9 + 4 codebooks
-    python encode_npq.py npq_out/song.npq --decode --out-dir wav_out    # back to .wav
-    python encode_npq.py npq_out --info                                 # headers and statistics
+    python encode_npq.py music/ --out-dir npq_out             # and its folders
+    python encode_npq.py "*.flac" --out-dir npq_out --stereo  # mid + side
+    python encode_npq.py npq_out --decode --out-dir wav_out   # back to .wav
+    python encode_npq.py npq_out --info                       # headers, usage
 
-Codecs: 44khz, 24khz, 16khz (official DAC), demo (bundled, lo-fi), or the path of a DAC's weights.
-What is done already is skipped. One waveform at a time is held in memory: 0.6 GB for an hour of
-mono at 44.1 kHz. Exit code: 0 done, 1 failed (a file, or all), 2 wrong usage, 130 interrupted.
+What is done already is skipped, so that the same command goes on after an interruption. One
+waveform at a time is held in memory: 0.6 GB for an hour of mono at 44.1 kHz.
+
+Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import hashlib
 import itertools
 import math
 import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,59 +35,89 @@ from tqdm import tqdm
 
 import npq_format as npq
 from codec import CodecError, load_codec, read_audio, resample, write_wav
-from npq_dataset import FRAME_RATE_TOLERANCE, find_npq_files
+from command_line import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    FlagParser,
+    UsageError,
+    at_least,
+    exit_code_of,
+    number,
+    problem,
+    say,
+    unexpected,
+)
 
 if TYPE_CHECKING:
     from codec import Codec, Waveform
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 SILENCE = 1e-4  # peak of -80 dBFS: below it there is only dither
+LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # --- flags ---------------------------------------------------------------------------------------
 
+ENCODING = ("codebooks", "stereo", "mid_codebooks", "side_codebooks", "loudness")
+WRITING = ("out_dir", "overwrite", "decode")
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser; every flag of two words is accepted with `-` and with `_`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="AUDIO", help="folders, quoted globs or files; .npq to decode")
-    add("--out-dir", "--out_dir", type=Path, help="where the files go; folders are mirrored")
-    add("--codec", default="44khz", help="44khz (default), 24khz, 16khz, demo or a path")
-    add("--codebooks", type=_count, help="keep the first so many; default: all the codec has")
-    add("--stereo", action="store_true", help="code mid and side (NPQ2), not a mono downmix")
-    add("--mid-codebooks", "--mid_codebooks", type=_count, help="with --stereo; default 9")
-    add("--side-codebooks", "--side_codebooks", type=_count, help="with --stereo; default 4")
-    add("--loudness", type=float, metavar="LUFS", help="bring each file to this loudness, e.g. -16")
-    add("--device", help="cpu, cuda, ...; default: cpu to decode, the best one to encode")
-    add("--overwrite", action="store_true", help="do again what is done already")
+
+def build_parser() -> FlagParser:
+    """All flags, by group."""
+    parser = FlagParser(__doc__, usage="%(prog)s AUDIO [AUDIO ...] --out-dir DIR [flags]")
+    loudness = number("a number > -70 and <= 0", lambda x: -70 < x <= 0)
+    codebooks = at_least(1, npq.MAX_CODEBOOKS)
+
+    # fmt: off
+    add = parser.add_argument_group("files").add_argument
+    add("inputs", nargs="*", metavar="AUDIO",
+        help="folders (with all in them), quoted globs or files; .npq with --decode and --info")
+    add("--out-dir", type=Path, metavar="DIR", help="where the files go; folders are mirrored")
+    add("--overwrite", action="store_true", help="do again what is done, replace what is there")
+
+    add = parser.add_argument_group("instead of encoding").add_argument
     add("--decode", action="store_true", help="turn .npq files into .wav")
     add("--info", action="store_true", help="print headers and code statistics, write nothing")
+
+    add = parser.add_argument_group("codec").add_argument
+    add("--codec", default="44khz", metavar="CODEC",
+        help="a path of DAC weights, demo (bundled, lo-fi), or official: 16khz, 24khz, 44khz")
+    add("--device", metavar="DEVICE",
+        help="cpu, cuda, cuda:1 or mps; without it cpu to decode, the best present to encode")
+    add("--codebooks", type=codebooks, help="keep the first so many; without it all")
+
+    add = parser.add_argument_group("sound").add_argument
+    add("--stereo", action="store_true", help="code mid and side (NPQ2), not a mono downmix")
+    add("--mid-codebooks", type=codebooks, help="with --stereo; without it 9")
+    add("--side-codebooks", type=codebooks, help="with --stereo; without it 4")
+    add("--loudness", type=loudness, metavar="LUFS",
+        help="bring each file to this loudness, e.g. -16; peaks never clip")
+    # fmt: on
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= npq.MAX_CODEBOOKS:
-        raise argparse.ArgumentTypeError(f"expected 1 to {npq.MAX_CODEBOOKS}, found {text}")
-    return int(text)
+def settle(flags: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other; fill in the defaults that depend on others.
 
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other; fill in the defaults that depend on others."""
-    if args.info and args.decode:
-        parser.error("--info and --decode exclude each other")
-    if not args.info and args.out_dir is None:
-        parser.error("--out-dir is missing: say where the files go")
-    if args.stereo and args.codebooks:
-        parser.error("--codebooks is for mono; use --mid-codebooks and --side-codebooks")
-    if not args.stereo and (args.mid_codebooks or args.side_codebooks):
-        parser.error("--mid-codebooks and --side-codebooks need --stereo")
-    if args.loudness is not None and not -70 < args.loudness <= 0:
-        parser.error(f"--loudness: expected above -70 and at most 0 LUFS, found {args.loudness:g}")
-    if args.stereo:
-        args.codebooks = args.mid_codebooks or 9
-    args.side_codebooks = (args.side_codebooks or 4) if args.stereo else 0
-    args.device = args.device or ("cpu" if args.decode else "best")
+    Raises:
+        UsageError: flags that do not fit together.
+    """
+    if not flags.inputs or "" in flags.inputs:  # an empty one would be the present folder
+        raise UsageError("nothing to work on: name folders, quoted globs or files")
+    given = {name for name in (*ENCODING, *WRITING) if getattr(flags, name) not in (None, False)}
+    for action, unfit in (("info", (*WRITING, *ENCODING)), ("decode", ENCODING)):
+        if getattr(flags, action) and (odd := [name for name in unfit if name in given]):
+            raise UsageError(f"--{odd[0].replace('_', '-')} does not go with --{action}; drop one")
+    if not flags.info and flags.out_dir is None:
+        raise UsageError("--out-dir is missing: say where the files go")
+    if flags.stereo and flags.codebooks:
+        raise UsageError("--codebooks is for mono; use --mid-codebooks and --side-codebooks")
+    if not flags.stereo and given & {"mid_codebooks", "side_codebooks"}:
+        raise UsageError("--mid-codebooks and --side-codebooks need --stereo")
+    if flags.stereo:
+        flags.codebooks = flags.mid_codebooks or 9
+    flags.side_codebooks = (flags.side_codebooks or 4) if flags.stereo else 0
+    flags.device = flags.device or ("cpu" if flags.decode else "best")
 
 
 # --- what there is to do -------------------------------------------------------------------------
@@ -97,51 +131,86 @@ class Job:
     target: Path
 
 
+def find_files(pattern: str, suffixes: Sequence[str]) -> tuple[Path, list[Path]]:
+    """Expand a folder (recursively), a glob or a file: the folder to mirror, and the files in it.
+
+    Raises:
+        UsageError: nothing matches.
+    """
+    path = Path(os.path.expanduser(pattern))
+    if path.is_dir():
+        root, matches = path, sorted(path.rglob("*"))
+    elif os.path.lexists(path):
+        return path.parent, [path]  # a file that is named may have any suffix
+    else:
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    # Names with a leading dot: macOS leaves such files beside the music.
+    found = [
+        p for p in matches
+        if p.suffix.lower() in suffixes and p.name[0] != "." and not p.is_dir()
+    ]  # fmt: skip
+    if not found:
+        is_there = path.is_dir() or matches
+        reason = f"no {' '.join(suffixes)} in it" if is_there else "there is no such file or folder"
+        raise UsageError(f"{pattern!r}: {reason}; name folders, quoted globs or files")
+    return root, found
+
+
 def find_jobs(
     patterns: Sequence[str], out_dir: Path, suffixes: Sequence[str], new_suffix: str
 ) -> list[Job]:
-    """Expand folders (recursively), globs and files; the targets mirror the folders below each.
+    """A job for each file that matches; the targets mirror the folders below each pattern.
 
     Raises:
-        ValueError: a pattern matches nothing, or two files would give the same target.
+        UsageError: a pattern matches nothing, two files would give the same target, or a file would
+        be written over itself.
     """
     sources: dict[Path, Path] = {}  # target -> source
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            root, matches = path, sorted(path.rglob("*"))
-        elif path.exists():
-            root, matches = path.parent, [path]  # a file that is named may have any suffix
-        else:
-            root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        if matches != [path]:  # names with a leading dot: macOS leaves such files beside the music
-            matches = [p for p in matches if p.suffix.lower() in suffixes and p.name[0] != "."]
-        if not matches:
-            raise ValueError(f"{pattern!r}: no such file, or none of {' '.join(suffixes)} in it")
-        for source in matches:
+        root, files = find_files(pattern, suffixes)
+        for source in files:
             target = out_dir / source.relative_to(root).with_suffix(new_suffix)
             other = sources.setdefault(target, source)
-            if other != source and not os.path.samefile(other, source):
-                raise ValueError(
+            if os.path.realpath(other) != os.path.realpath(source):
+                raise UsageError(
                     f"{other} and {source} would both become {target}; "
                     "rename one, name the folder above both, or use two --out-dir"
                 )
+            if os.path.realpath(target) == os.path.realpath(source):
+                raise UsageError(f"{source} would be written over itself; use another --out-dir")
     return [Job(source, target) for target, source in sources.items()]
 
 
-def is_done(job: Job, args: argparse.Namespace) -> bool:
+def is_done(job: Job, flags: argparse.Namespace) -> bool:
     """Whether the target is there, no older than its source, valid, and of the shape asked for."""
     try:
         if job.target.stat().st_mtime_ns < job.source.stat().st_mtime_ns:
             return False
-        if args.decode:
+        if flags.decode:
             return True
         header = npq.read_header(job.target)
     except (OSError, npq.NpqError):
         return False
     mid, side = header.num_codebooks - header.side_codebooks, header.side_codebooks
-    return side == args.side_codebooks and mid == (args.codebooks or mid)
+    return side == flags.side_codebooks and mid == (flags.codebooks or mid)
+
+
+def make_out_dir(folder: Path) -> None:
+    """Make the folder of the targets.
+
+    Raises:
+        UsageError: it is no folder, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "a file" if folder.is_file() else error.strerror
+        raise UsageError(
+            f"--out-dir {folder}: {reason}; name a folder that can be written to"
+        ) from error
 
 
 # --- how it goes ---------------------------------------------------------------------------------
@@ -151,9 +220,13 @@ class SilentError(Exception):
     """A file holds nothing but silence."""
 
 
+class NoRoomError(Exception):
+    """Nothing more can be written."""
+
+
 @dataclass
 class Report:
-    """What became of each file; a progress bar on a terminal, plain lines elsewhere."""
+    """What became of each file."""
 
     done_before: int
     done: int = 0
@@ -169,25 +242,6 @@ class Report:
         speed = self.seconds / max(time.monotonic() - self.start, 1e-9)
         return f"{self.seconds / 3600:.2f} hours, {speed:.1f}x real time"
 
-    def run(self, jobs: Sequence[Job], work: Callable[[Job], float]) -> None:
-        """Do every job; a file that cannot be coded is noted and does not end the run."""
-        bar = tqdm(jobs, unit="file", disable=not sys.stderr.isatty())
-        for number, job in enumerate(bar, 1):
-            outcome = "ok"
-            try:
-                job.target.parent.mkdir(parents=True, exist_ok=True)
-                self.seconds += work(job)
-                self.done += 1
-            except SilentError:
-                outcome = "silent"
-                self.silent.append(str(job.source))
-            except (OSError, ValueError, RuntimeError) as error:
-                outcome, where = "failed", f"{job.source}: "
-                self.failed.append(where + str(error).removeprefix(where))
-            bar.set_postfix_str(self.pace)
-            if bar.disable:
-                print(f"[{number}/{len(jobs)}] {job.source}: {outcome} ({self.pace})", flush=True)
-
     def lines(self) -> list[str]:
         """Summary for the console: totals, then every silent, repeated or failed file."""
         lines = [f"{self.done} files written, {self.done_before} done before ({self.pace})"]
@@ -201,42 +255,88 @@ class Report:
         return lines
 
 
+def do_all(
+    jobs: Sequence[Job], work: Callable[[Job], float], report: Report, *, debug: bool
+) -> None:
+    """Do every job; a file that cannot be coded is noted and does not end the run.
+
+    A progress bar on a terminal, plain lines elsewhere.
+
+    Raises:
+        CodecError, NoRoomError: what no other file would fare better with.
+    """
+    with tqdm(jobs, unit="file", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for count, job in enumerate(bar, 1):
+            outcome = "ok"
+            try:
+                job.target.parent.mkdir(parents=True, exist_ok=True)
+                report.seconds += work(job)
+                report.done += 1
+            except CodecError:
+                raise
+            except SilentError:
+                outcome = "silent"
+                report.silent.append(str(job.source))
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise NoRoomError(
+                        f"{job.target}: {error.strerror}; make room, the same command goes on"
+                    ) from error
+                outcome, where = "failed", f"{job.source}: "
+                report.failed.append(where + reason_of(error).removeprefix(where))
+                if debug:
+                    traceback.print_exc()
+            bar.set_postfix_str(report.pace)
+            if bar.disable:
+                say(f"[{count}/{len(jobs)}] {job.source}: {outcome} ({report.pace})")
+
+
+def reason_of(error: Exception) -> str:
+    """An error of one file, in one line."""
+    if isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)) and str(error):
+        return str(error).splitlines()[0]
+    return unexpected(error)
+
+
 # --- one file ------------------------------------------------------------------------------------
 
 
 class Coder:
     """Encodes or decodes a file at a time; the codec is loaded when the first file needs it."""
 
-    def __init__(self, args: argparse.Namespace, report: Report) -> None:
-        self.args, self.report = args, report
+    def __init__(self, flags: argparse.Namespace, report: Report) -> None:
+        self.flags, self.report = flags, report
         self.seen: dict[bytes, Path] = {}  # digest of the audio -> the first file that held it
 
     @cached_property
     def codec(self) -> Codec:
         """The codec, when it has as many codebooks as the flags ask for."""
-        codec = load_codec(self.args.codec, self.args.device)
-        asked = max(self.args.codebooks or 1, self.args.side_codebooks)
-        if asked > codec.num_codebooks:
-            has = f"codec {self.args.codec!r} has {codec.num_codebooks} codebooks"
-            raise CodecError(f"{has}, found {asked} asked for; ask for fewer")
+        codec = load_codec(self.flags.codec, self.flags.device)
+        asked = max(self.flags.codebooks or 1, self.flags.side_codebooks)
+        if asked > (most := codec.num_codebooks):
+            which = "--mid-codebooks and --side-codebooks" if self.flags.stereo else "--codebooks"
+            raise CodecError(
+                f"codec {self.flags.codec!r} has {most} codebooks, found {asked} asked for; "
+                f"set {which} to at most {most}"
+            )
         return codec
 
     def encode(self, job: Job) -> float:
         """Turn audio into .npq; returns the seconds of audio."""
         import torch
 
-        waveform, rate = read_audio(job.source, stereo=self.args.stereo)
+        waveform, rate = read_audio(job.source, stereo=self.flags.stereo)
         seconds: float = waveform.shape[1] / rate
         if max(waveform.max(), -waveform.min()) < SILENCE:
             raise SilentError
         first = self.seen.setdefault(hashlib.blake2b(waveform.data).digest(), job.source)
         if first != job.source:
             self.report.duplicates.append(f"{job.source} = {first}")
-        if self.args.loudness is not None:
-            waveform = to_loudness(waveform, rate, self.args.loudness)
+        if self.flags.loudness is not None:
+            waveform = to_loudness(waveform, rate, self.flags.loudness)
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
-        k_side = self.args.side_codebooks
-        codes = self.codec.encode_channels(resampled, self.args.codebooks, k_side)
+        k_side = self.flags.side_codebooks
+        codes = self.codec.encode_channels(resampled, self.flags.codebooks, k_side)
         npq.write_npq(
             job.target,
             codes.numpy(),
@@ -251,15 +351,17 @@ class Coder:
         """Turn .npq into .wav; returns the seconds of audio."""
         import torch
 
+        if job.target.exists() and not self.flags.overwrite:  # an original, perhaps
+            raise ValueError(f"{job.target} is there and is older; --overwrite replaces it")
         header, codec = npq.read_header(job.source), self.codec
         side = header.side_codebooks
         mid = header.num_codebooks - side
         has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
         needs = max(mid, side), max(header.vocab_sizes), header.frame_rate
         off = abs(needs[2] / has[2] - 1)  # real files carry frames / duration, not the nominal rate
-        if needs[0] > has[0] or needs[1] != has[1] or off > FRAME_RATE_TOLERANCE:
+        if needs[0] > has[0] or needs[1] != has[1] or off > npq.FRAME_RATE_TOLERANCE:
             shape = "{} codebooks of {} at {:.2f} frames/s"
-            wanted = f"at most {shape.format(*has)}, as codec {self.args.codec!r} has"
+            wanted = f"at most {shape.format(*has)}, as codec {self.flags.codec!r} has"
             remedy = "name the codec that made the file: --codec"
             raise npq.NpqError(job.source, "codes", wanted, shape.format(*needs), remedy)
         codes = torch.from_numpy(npq.map_codes(header).astype(np.int64))
@@ -268,9 +370,20 @@ class Coder:
 
 
 def to_loudness(waveform: Waveform, rate: int, target: float) -> Waveform:
-    """Scale [C, N] to `target` LUFS (ITU-R BS.1770-4), or as far as the peak stays within 1."""
+    """Scale [C, N] to `target` LUFS (ITU-R BS.1770-4), or as far as the peak stays within 1.
+
+    Raises:
+        SilentError: nothing is louder than -70 LUFS.
+        ValueError: too short to be measured.
+    """
     import pyloudnorm  # type: ignore[import-untyped, unused-ignore]
 
+    if waveform.shape[1] <= LOUDNESS_BLOCK * rate:
+        seconds = waveform.shape[1] / rate
+        raise ValueError(
+            f"expected more than {LOUDNESS_BLOCK} s of audio to measure its loudness, "
+            f"found {seconds:.2f} s; leave it or --loudness out"
+        )
     found = pyloudnorm.Meter(rate).integrated_loudness(waveform.T)
     if not math.isfinite(found):  # nothing above the standard's gate of -70 LUFS
         raise SilentError
@@ -284,15 +397,15 @@ def to_loudness(waveform: Waveform, rate: int, target: float) -> Waveform:
 def print_info(patterns: Sequence[str]) -> int:
     """Print header and statistics of every file; the exit code says whether all were valid."""
     failed = 0
-    for path in find_npq_files(patterns):
+    for path in dict.fromkeys(p for pattern in patterns for p in find_files(pattern, [".npq"])[1]):
         try:
             header = npq.read_header(path)
             npq.check_codes(header)
-            print("\n".join(info_lines(header)))
+            say("\n".join(info_lines(header)))
         except npq.NpqError as error:
             failed += 1
-            print(f"FAILED {error}")
-    return int(failed > 0)
+            problem(str(error))
+    return EXIT_FAILED if failed else EXIT_DONE
 
 
 def info_lines(h: npq.NpqHeader) -> list[str]:
@@ -318,31 +431,39 @@ def info_lines(h: npq.NpqHeader) -> list[str]:
 # --- main ----------------------------------------------------------------------------------------
 
 
+def run(flags: argparse.Namespace) -> int:
+    """Do what the flags ask for; returns the exit code."""
+    settle(flags)
+    if flags.info:
+        return print_info(flags.inputs)
+    suffixes, new_suffix = ((".npq",), ".wav") if flags.decode else (AUDIO_SUFFIXES, ".npq")
+    jobs = find_jobs(flags.inputs, flags.out_dir, suffixes, new_suffix)
+    todo = [job for job in jobs if flags.overwrite or not is_done(job, flags)]
+    if todo:
+        make_out_dir(flags.out_dir)
+    report = Report(done_before=len(jobs) - len(todo))
+    coder = Coder(flags, report)
+    try:
+        do_all(todo, coder.decode if flags.decode else coder.encode, report, debug=flags.debug)
+    except (KeyboardInterrupt, NoRoomError):
+        say("\n".join(report.lines()))
+        raise
+    say("\n".join(report.lines()))
+    if report.failed:
+        count = f"{len(report.failed)} of {len(jobs)} files failed"
+        problem(f"{count}, each row says why; the same command tries them again")
+    return EXIT_FAILED if report.failed else EXIT_DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the door; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    suffixes, new_suffix = ((".npq",), ".wav") if args.decode else (AUDIO_SUFFIXES, ".npq")
-    try:
-        if args.info:
-            return print_info(args.inputs)
-        jobs = find_jobs(args.inputs, args.out_dir, suffixes, new_suffix)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    todo = [job for job in jobs if args.overwrite or not is_done(job, args)]
-    report = Report(done_before=len(jobs) - len(todo))
-    coder = Coder(args, report)
-    try:
-        report.run(todo, coder.decode if args.decode else coder.encode)
-    except CodecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\n".join([*report.lines(), "interrupted; the same command goes on from here"]))
-        return 130
-    print("\n".join(report.lines()))
-    return int(bool(report.failed))
+    flags = build_parser().parse_args(argv)
+    return exit_code_of(
+        lambda: run(flags),
+        expected=(CodecError, NoRoomError),
+        debug=flags.debug,
+        interrupted="interrupted; the same command goes on from here",
+    )
 
 
 if __name__ == "__main__":

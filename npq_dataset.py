@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, Sampler
 
 from npq_format import (
     CODE_DTYPES,
+    FRAME_RATE_TOLERANCE,
     NpqError,
     NpqHeader,
     check_codes,
@@ -40,7 +41,6 @@ from npq_format import (
 
 # --- the corpus: every file of a run -------------------------------------------------------------
 
-FRAME_RATE_TOLERANCE = 0.02  # relative; encoders store T / duration, which strays by 0.1 %
 COLUMN_NAMES = "offset", "frames", "codebooks", "dtype_code", "size", "mtime_ns", "crc"
 FILE_COLUMNS = np.dtype([(name, "i8") for name in COLUMN_NAMES])
 

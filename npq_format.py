@@ -27,6 +27,7 @@ import numpy as np
 MAX_CODEBOOKS = 64
 MAX_VOCAB_SIZE = 2**20
 MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
+FRAME_RATE_TOLERANCE = 0.02  # relative; encoders store T / duration, which strays by 0.1 %
 CODE_DTYPES = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")  # by the file's dtype_code
 NO_DTYPE = np.dtype("V1")  # stands for a dtype_code that does not exist
 # O_NONBLOCK: opening a FIFO returns at once, so that it can be refused by its type.
@@ -378,8 +379,8 @@ def _header_bytes(
 
 
 def _write_whole(path: str, content: bytes) -> None:
-    folder, name = os.path.split(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
+    # Not named after the file, whose name may be as long as a name can be.
+    descriptor, temporary = tempfile.mkstemp(prefix=".npq.", dir=os.path.dirname(path) or ".")
     try:
         with open(descriptor, "wb") as file:
             file.write(content)

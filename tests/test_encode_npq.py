@@ -1,6 +1,8 @@
 """encode_npq.py: real audio, a real (tiny, random) DAC, and the door as a process of its own."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,14 +40,24 @@ def song(tmp_path):
 
 def door(*arguments):
     command = [sys.executable, str(DOOR), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ascii_only)
 
 
 def usage_error(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    return the_error(capsys)
+
+
+def the_error(capsys):
+    """What stands on standard error: one line, which starts with `!`."""
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"! [^\n]+\n", message), message
+    return message
 
 
 # --- a folder, as a process ----------------------------------------------------------------------
@@ -65,18 +77,21 @@ def test_a_folder_with_bad_files_interrupted_and_finished(tmp_path, codec_path, 
     arguments = source, "--out_dir", out, "--codec", codec_path
 
     command = [sys.executable, str(DOOR), *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **both, text=True) as process:
         while "ok" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
-        assert "goes on from here" in process.stdout.read()
+        assert re.search(r"^\d+ files written, 0 done before", process.stdout.read(), re.M)
+        assert process.stderr.read() == "! interrupted; the same command goes on from here\n"
     assert process.returncode == 130
     early = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert 1 <= len(early) < 48
     assert all(path.suffix == ".npq" for path in early)  # nothing half-written
 
     assert main(list(map(str, arguments))) == 1
-    finished = capsys.readouterr().out
+    finished, error = capsys.readouterr()
+    assert error.startswith("! 1 of 50 files failed, each row says why; ")
     assert f"{48 - len(early)} files written, {len(early)} done before" in finished
     assert f"1 silent, not encoded:\n  {source / 'silent.flac'}\n" in finished
     assert f"{source / 'broken.mp3'}: expected audio that libsndfile reads" in finished
@@ -196,13 +211,20 @@ def test_what_is_stale_damaged_or_of_another_shape_is_done_again(
 
 def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
     out = ("--out-dir", tmp_path / "out")
+    assert "nothing to work on" in usage_error(capsys, *out)
+    assert "nothing to work on" in usage_error(capsys, "", *out)
     assert "--out-dir is missing" in usage_error(capsys, song)
     assert "no such file" in usage_error(capsys, tmp_path / "*.flac", *out)
+    assert "no .npq in it" in usage_error(capsys, song.parent, *out, "--decode")
     assert "need --stereo" in usage_error(capsys, song, *out, "--side-codebooks", 4)
     assert "use --mid-codebooks" in usage_error(capsys, song, *out, "--stereo", "--codebooks", 4)
     assert "expected 1 to 64" in usage_error(capsys, song, *out, "--codebooks", 0)
-    assert "LUFS" in usage_error(capsys, song, *out, "--loudness", 16)
-    assert "exclude" in usage_error(capsys, song, "--info", "--decode")
+    assert "expected 1 to 64" in usage_error(capsys, song, *out, "--codebooks", "all")
+    assert "> -70 and <= 0" in usage_error(capsys, song, *out, "--loudness", 16)
+    assert "--decode does not go with --info" in usage_error(capsys, song, "--info", "--decode")
+    assert "--out-dir does not go with" in usage_error(capsys, song, "--info", *out)
+    assert "--codebooks does" in usage_error(capsys, song, *out, "--decode", "--codebooks", 4)
+    assert "written over itself" in usage_error(capsys, song, "--decode", "--out-dir", song.parent)
     twin = song.with_suffix(".flac")
     twin.write_bytes(song.read_bytes())
     message = usage_error(capsys, song.parent, *out)
@@ -210,12 +232,154 @@ def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_stops_the_run_at_once(tmp_path, song, capsys):
+    (tmp_path / "file").touch()
+    for folder, reason in (
+        (tmp_path / "file", "a file; name a folder"),
+        (tmp_path / "file" / "deeper", "Not a directory; name a folder"),
+        (Path("/proc/nothing"), "No such file or directory; name a folder"),
+    ):
+        assert f"--out-dir {folder}: {reason}" in usage_error(capsys, song, "--out-dir", folder)
+
+
+def test_help_names_every_flag_within_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = encode_npq.build_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("Exit codes: 0 done")
+    assert all(action.help for action in encode_npq.build_parser()._actions)
+
+
+# --- files that fail, and what stays of a run ----------------------------------------------------
+
+
+def test_a_file_that_fails_costs_a_row(tmp_path, codec_path, capsys):
+    """Text, nothing, half a file; a file that is whole among them is encoded."""
+    source, out = tmp_path / "music", tmp_path / "out"
+    source.mkdir()
+    for name, format in (
+        ("w.wav", "WAV"),
+        ("f.flac", "FLAC"),
+        ("m.mp3", "MP3"),
+        ("a.aiff", "AIFF"),
+    ):
+        rate = 44_100 if format == "MP3" else RATE
+        soundfile.write(source / name, music(5 * rate, rate).T, rate, format=format)
+        whole = (source / name).read_bytes()
+        (source / name).write_bytes(whole[: len(whole) // 2])
+    (source / "text.wav").write_text("no audio\n" * 100)
+    (source / "empty.ogg").touch()
+    (source / "gone.wav").symlink_to("nowhere")
+    (source / "folder.wav").mkdir()
+    whole = source / "whole.wav"
+    soundfile.write(whole, music(RATE, RATE).T, RATE)
+    streamed = bytearray(
+        whole.read_bytes()
+    )  # as a pipe's writer leaves it: no length in its header
+    streamed[4:8] = streamed[40:44] = b"\xff" * 4
+    (source / "streamed.wav").write_bytes(streamed)
+
+    arguments = [str(source), "--out-dir", str(out), "--codec", codec_path]
+    assert main(arguments) == 1
+    printed, error = capsys.readouterr()
+    assert "2 files written" in printed
+    rows = printed.partition("7 FAILED:\n")[2].splitlines()
+    names = [row.split(":")[0].rpartition("/")[2] for row in rows]
+    assert names == ["a.aiff", "empty.ogg", "f.flac", "gone.wav", "m.mp3", "text.wav", "w.wav"]
+    assert all(row.endswith("; mend or convert the file, or take it out") for row in rows)
+    for row in (rows[0], rows[6]):
+        assert "expected 5.0 s as its header says, found: an end after 2.5 s;" in row
+    assert error.splitlines()[-1].startswith("! 7 of 9 files failed, each row says why;")
+    assert "Traceback" not in error
+    assert main([*arguments, "--debug"]) == 1
+    assert capsys.readouterr().err.count("Traceback") >= 7
+
+
+@pytest.mark.parametrize(
+    "name", [b"with blanks", "ünï 音楽".encode(), b"odd\xff\xfe", "長".encode() * 83]
+)
+def test_a_name_may_hold_anything(tmp_path, codec_path, name):
+    """As a process, whose output is ASCII; the last name is as long as a name can be."""
+    path = os.fsencode(tmp_path) + b"/" + name + b".wav"
+    soundfile.write(path, music(RATE, RATE).T, RATE, format="WAV")
+    out = tmp_path / "out"
+    done = door(os.fsdecode(path), "--out-dir", out, "--codec", codec_path)
+    assert done.returncode == 0, done.stderr
+    (target,) = os.listdir(os.fsencode(out))
+    assert target == name + b".npq"
+    back = door(out, "--decode", "--out-dir", tmp_path / "back", "--codec", codec_path)
+    assert back.returncode == 0, back.stderr
+    assert os.listdir(os.fsencode(tmp_path / "back")) == [name + b".wav"]
+
+
+def test_decoding_does_not_replace_an_original(tmp_path, song, codec_path, capsys):
+    """It stands beside its .npq, and is older."""
+    flags = ["--out-dir", str(song.parent), "--codec", codec_path]
+    assert main([str(song), *flags]) == 0
+    os.utime(song, (0, 0))
+    before = song.read_bytes()
+    decode = [str(song.with_suffix(".npq")), "--decode", *flags]
+    assert main(decode) == 1
+    assert f"{song} is there and is older; --overwrite replaces it" in capsys.readouterr().out
+    assert song.read_bytes() == before
+    assert main([*decode, "--overwrite"]) == 0
+    assert song.read_bytes() != before
+
+
+def test_a_full_disk_ends_the_run_and_says_so(tmp_path, small_disk, codec_path, capsys):
+    source, disk = tmp_path / "music", small_disk("64k")
+    source.mkdir()
+    for i in range(40):
+        soundfile.write(source / f"{i:02}.wav", music(RATE, RATE).T * (i + 1) / 40, RATE)
+    assert main([str(source), "--out-dir", str(disk), "--codec", codec_path]) == 1
+    printed, error = capsys.readouterr()
+    assert re.search(r"^\d+ files written", printed, re.M)
+    assert "FAILED" not in printed
+    assert re.search(r"^! \S+npq: No space left on device; make room, the same command", error)
+    assert all(read_header(path).num_frames for path in disk.iterdir())
+
+
+def test_info_goes_on_after_a_bad_file(tmp_path, song, capsys):
+    codes = np.zeros((50, 2), int)
+    for name in ("a.npq", "c.npq"):
+        write_npq(tmp_path / name, codes, vocab_sizes=[4, 4], frame_rate=100)
+    (tmp_path / "b.npq").write_bytes(song.read_bytes())
+    assert main([str(tmp_path), str(tmp_path / "a.npq"), "--info"]) == 1
+    printed, error = capsys.readouterr()
+    assert [line.count("NPQ1") for line in printed.splitlines() if "NPQ1" in line] == [1, 1]
+    assert error == (
+        f"! {tmp_path}/b.npq: magic: expected NPQ1 or NPQ2, found b'RIFF'; name .npq files only\n"
+    )
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(tmp_path, codec_path):
+    """As of `| head -1`."""
+    source, out = tmp_path / "music", tmp_path / "out"
+    source.mkdir()
+    for i in range(4):
+        soundfile.write(source / f"{i}.wav", music(RATE, RATE).T * (i + 1) / 4, RATE)
+    words = map(str, (sys.executable, DOOR, source, "--out-dir", out, "--codec", codec_path))
+    done = subprocess.run(
+        f"{shlex.join(words)} | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[1/4]")
+    assert done.stderr == ""
+    assert len(list(out.iterdir())) == 4
+
+
 def test_a_codec_that_cannot_be_had_stops_the_run(tmp_path, song, codec_path, capsys):
     out = ["--out-dir", str(tmp_path)]
     assert main([str(song), *out, "--codec", "mp4"]) == 1
-    assert "expected 44khz, 24khz, 16khz, demo" in capsys.readouterr().err
+    assert "expected 44khz, 24khz, 16khz, demo" in the_error(capsys)
     assert main([str(song), *out, "--codec", codec_path, "--codebooks", "30"]) == 1
-    assert f"has {K} codebooks, found 30 asked for" in capsys.readouterr().err
+    assert f"has {K} codebooks, found 30 asked for; set --codebooks to at most" in the_error(capsys)
+    for device in ("nonsense", "cuda:99"):
+        assert main([str(song), *out, "--codec", codec_path, "--device", device]) == 1
+        message = the_error(capsys)
+        assert f"device {device!r}" in message
+        assert "pass another --device" in message
 
 
 def test_targets_mirror_folders_and_globs(tmp_path):
@@ -244,3 +408,6 @@ def test_loudness(tmp_path):
     assert np.abs(to_loudness(waveform, 44_100, 0)).max() == pytest.approx(1)  # peaks do not clip
     with pytest.raises(SilentError):
         to_loudness(waveform * 1e-4, 44_100, -18)
+    with pytest.raises(ValueError, match=r"more than 0\.4 s of audio .* found 0\.40 s"):
+        to_loudness(waveform[:, :17_640], 44_100, -18)
+    assert to_loudness(waveform[:, :17_641], 44_100, -18).shape == (2, 17_641)
