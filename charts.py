@@ -169,7 +169,7 @@ def _grid(axis: Axis, frame: Frame) -> Iterator[str]:
     for value in axis.ticks():
         y = axis.y(value)
         yield f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT_EDGE}"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{value:.3g}</text>'
+        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{_short(value)}</text>'
     for value in _round_values(frame.low, max(frame.high, frame.low + 1), 6):
         x = _x(value, frame)
         yield f'<text x="{x:.1f}" y="{BOTTOM + 15}" class="mid">{_short(value)}</text>'
@@ -178,8 +178,10 @@ def _grid(axis: Axis, frame: Frame) -> Iterator[str]:
             yield f'<text x="{x:.1f}" y="{BOTTOM + 28}" class="mid">ep {epoch:.0f}</text>'
 
 
-def _short(step: float) -> str:
-    return f"{step / 1000:.6g}k" if abs(step) >= 10_000 else f"{step:.6g}"
+def _short(value: float) -> str:
+    if 10_000 <= abs(value) < 10_000_000:
+        return f"{value / 1000:.6g}k"
+    return f"{value:.6g}" if 1 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
 def _guide(name: str, y: float) -> str:

@@ -90,6 +90,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that can be made again, whole or not at all, without waiting for the disk.
+
+    Raises:
+        OSError: `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def size_of(value: Any) -> int:
     """Bytes that a checkpoint will take on disk, a little over: tensors, names, padding."""
 
@@ -305,6 +319,7 @@ class RunFiles:
         self.previous = self.folder / f"{name}_previous.pt"
         self.best = self.folder / f"{name}_best.pt"
         self.metrics = self.folder / f"{name}_metrics.jsonl"
+        self.report = self.folder / f"{name}_report.html"
         self.has_links = True  # until the file system shows that it has none
 
     def panic_snapshot(self, step: int) -> Path:
@@ -466,7 +481,7 @@ class RunFiles:
 
     def all_files(self) -> list[Path]:
         """Every file of the run that exists."""
-        named = [self.latest, self.previous, self.best, self.metrics]
+        named = [self.latest, self.previous, self.best, self.metrics, self.report]
         found = [p for p in named if os.path.lexists(p)]
         found += self.archives("epoch") + self.archives("best")
         for kind in ("ring", "quarantine", "panic"):

@@ -1,15 +1,15 @@
-r"""Tell what is wrong with a training run from its checkpoints, and the command that saves it.
+"""Tell what is wrong with a training run, and which command saves it.
 
-    python ckpt_doctor.py rvq_ckpts                       # a folder, files or globs
+    python ckpt_doctor.py rvq_ckpts                    # a folder, files or globs
     python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
     python ckpt_doctor.py rvq_ckpts --probe-data "npq_out/*.npq"
-    python ckpt_doctor.py --compare rvq_ckpts/rvq_9cb_previous.pt rvq_ckpts/rvq_9cb_latest.pt
+    python ckpt_doctor.py --compare OLDER.pt NEWER.pt
+
+Exit code: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead, 4 corrupt or
+unsafe, 5 nothing usable (or the doctor itself failed), 130 interrupted.
 
 Files are only read, each in a child process with limits; no pickle is run and nothing is written
 but the reports that are asked for. The metrics beside the checkpoints are found by themselves.
-
-exit codes: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead,
-4 corrupt or unsafe, 5 nothing usable, 130 interrupted
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from ckpt_reader import summarize
 from ckpt_report import as_csv, as_json, terminal_lines
 from ckpt_run import History, Run
 from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of
+from command_line import FlagParser, UsageError, at_least, exit_code_of, has_colour, problem, say
 from npq_dataset import BadFilesError
 from npq_format import NpqError
+from reporting import read_metrics
 
 
 class ExitCode(enum.IntEnum):
@@ -64,25 +66,20 @@ EXIT_CODES = {
     Verdict.NOTHING: ExitCode.NOTHING,
 }
 SUFFIXES = (".pt", ".pth", ".ckpt")
-MAX_METRICS = 256 << 20  # bytes read of a metrics file, from its end
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """All flags."""
-    head, _, tail = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=head,
-        epilog=tail,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    parser = FlagParser(__doc__, usage="%(prog)s PATH [PATH ...] [flags]")
     # fmt: off
+    add = parser.add_argument_group("what to look at").add_argument
     add("paths", nargs="*", metavar="PATH", help="folders, checkpoints or globs")
     add("--metrics", metavar="FILE", help="the run's *_metrics.jsonl, if it lies elsewhere")
     add("--probe-data", nargs="+", metavar="GLOB", help=".npq files to run the models on")
-    add("--probe-windows", type=int, default=8, metavar="N", help="windows of it (default 8)")
+    add("--probe-windows", type=at_least(1), default=8, help="windows of it")
     add("--compare", nargs=2, metavar=("A", "B"), help="what changed from one file to another")
+
+    add = parser.add_argument_group("reports").add_argument
     add("--json", metavar="FILE", help="write everything that was found; - for standard output")
     add("--csv", metavar="FILE", help="write a row for each file and tensor")
     add("--html", metavar="FILE", help="write one page with pictures")
@@ -92,27 +89,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Read, diagnose, report; returns the exit code."""
-    parser = build_parser()
-    flags = parser.parse_args(argv)
+    flags = build_parser().parse_args(argv)
+    return exit_code_of(
+        lambda: examine(flags),
+        expected=(BadFilesError, NpqError),
+        debug=flags.debug,
+        interrupted="interrupted; nothing was changed",
+        failed=ExitCode.NOTHING,
+    )
+
+
+def examine(flags: argparse.Namespace) -> int:
+    """Diagnose, or compare, as the flags say."""
     if bool(flags.paths) == bool(flags.compare):
-        parser.error("name checkpoints to diagnose, or two to --compare")
-    if flags.probe_windows < 1:
-        parser.error(f"--probe-windows: expected at least 1, found {flags.probe_windows}")
+        raise UsageError("name checkpoints to diagnose, or two to --compare")
     for name in filter(None, (flags.csv, flags.html, flags.json)):
         if name != "-" and not os.path.isdir(os.path.dirname(name) or "."):
-            parser.error(f"{name}: no such folder; the report would be lost")
+            raise UsageError(f"{name}: no such folder, the report would be lost; make it first")
+        if os.path.isdir(name):
+            raise UsageError(f"{name} is a folder; name a file for the report")
     try:
         if flags.compare:
             return show_comparison(*flags.compare)
-        diagnoses = [diagnose(run) for run in read_runs(parser, flags)]
+        diagnoses = [diagnose(run) for run in read_runs(flags)]
         report(flags, diagnoses)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was changed", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}; name another file")
+        raise UsageError(f"{error.filename}: {error.strerror}; name another file") from error
     return max((EXIT_CODES[d.verdict] for d in diagnoses), key=_gravity)
 
 
@@ -124,23 +126,23 @@ def _gravity(code: ExitCode) -> int:
 # --- files to runs -------------------------------------------------------------------------------
 
 
-def read_runs(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> list[Run]:
+def read_runs(flags: argparse.Namespace) -> list[Run]:
     """Every file that was named, summarised and sorted into the runs that wrote them."""
-    paths = find_checkpoints(parser, flags.paths)
+    paths = find_checkpoints(flags.paths)
     summaries = summarize_all(paths)
     runs = []
     for name, members in group_by_run(summaries).items():
-        run = Run(name, members, History(metrics_rows(parser, flags.metrics, name, members)))
+        run = Run(name, members, History(metrics_rows(flags.metrics, name, members)))
         if flags.probe_data:
             try:
                 run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
             except (NpqError, BadFilesError, FileNotFoundError) as error:
-                parser.error(f"--probe-data: {error}")
+                raise UsageError(f"--probe-data: {error}") from error
         runs.append(run)
     return runs
 
 
-def find_checkpoints(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+def find_checkpoints(words: Sequence[str]) -> list[str]:
     """Paths of folders' checkpoints, of globs and of files, each once, in the order named."""
     found: dict[str, None] = {}
     for word in words:
@@ -152,7 +154,7 @@ def find_checkpoints(parser: argparse.ArgumentParser, words: Sequence[str]) -> l
             matches = [word] if os.path.lexists(word) else sorted(glob.glob(word))
             missing = f"{word}: no such file; name checkpoints, a folder or a glob"
         if not matches:
-            parser.error(missing)
+            raise UsageError(missing)
         found.update(dict.fromkeys(os.path.normpath(m) for m in matches))
     return list(found)
 
@@ -214,33 +216,15 @@ def group_by_run(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
     return runs
 
 
-def metrics_rows(
-    parser: argparse.ArgumentParser, given: str | None, name: str, members: list[Summary]
-) -> list[dict[str, Any]]:
+def metrics_rows(given: str | None, name: str, members: list[Summary]) -> list[dict[str, Any]]:
     """Rows of the metrics file; without one the newest checkpoint's own tail of it."""
     path = Path(given or f"{name}_metrics.jsonl")
     if path.is_file():
         return read_metrics(path)
     if given:
-        parser.error(f"--metrics {given}: no such file")
+        raise UsageError(f"--metrics {given}: no such file; leave it out to take the run's own")
     newest = max((s for s in members if s.history), key=lambda s: s.step or 0, default=None)
     return newest.history if newest else []
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a *_metrics.jsonl; lines that are cut or are no JSON objects are passed over."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - MAX_METRICS))
-        lines = file.read().splitlines()
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -249,12 +233,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
     """The terminal's tables, and the files that were asked for."""
     if flags.json == "-":
-        print(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
+        say(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        colour = has_colour(sys.stdout)
         for i, diagnosis in enumerate(diagnoses):
-            print("\n" * bool(i), end="")
-            print("\n".join(terminal_lines(diagnosis, colour=colour)), flush=True)
+            say("\n" * bool(i) + "\n".join(terminal_lines(diagnosis, colour=colour)))
     if flags.json and flags.json != "-":
         Path(flags.json).write_text(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     if flags.csv:
@@ -268,9 +251,9 @@ def show_comparison(a: str, b: str) -> int:
     """Print what changed from file a to file b."""
     result = compare(a, b)
     if isinstance(result, Problem):
-        print(f"{result.text}", file=sys.stderr)
+        problem(result.text)
         return ExitCode.CORRUPT
-    print("\n".join(comparison_lines(result)))
+    say("\n".join(comparison_lines(result)))
     return ExitCode.HEALTHY
 
 

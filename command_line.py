@@ -21,12 +21,14 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+HELP_WIDTH = 80  # columns of a terminal
 RED = "\033[31m"
 PLAIN = "\033[0m"
 
@@ -49,8 +51,8 @@ class FlagParser(argparse.ArgumentParser):
         what, commands, *rest = (doc or "").split("\n\n")
         below = [part for part in rest if part.casefold().startswith("exit code")]
         super().__init__(
-            description=f"{what}\n\n{commands}",
-            epilog="\n\n".join(below),
+            description=f"{textwrap.fill(what, HELP_WIDTH)}\n\n{commands}",
+            epilog=textwrap.fill("".join(below), HELP_WIDTH),
             usage=usage,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
@@ -91,7 +93,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults stand behind the help of flags that have one, `--[no-]flag` for a switch."""
 
     def __init__(self, prog: str) -> None:
-        width = min(80, shutil.get_terminal_size().columns)
+        width = min(HELP_WIDTH, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=28, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -213,8 +215,9 @@ def exit_code_of(
     expected: tuple[type[Exception], ...],
     debug: bool,
     interrupted: str = "interrupted",
+    failed: int = EXIT_FAILED,
 ) -> int:
-    """Run a command's work; an error becomes one line and a code.
+    """Run a command's work; an error becomes one line and a code, `failed` but for wrong usage.
 
     `expected` errors carry their own remedy; of others the type is named, and how to see where they
     arose.
@@ -232,7 +235,7 @@ def exit_code_of(
         problem(str(error) if isinstance(error, expected) else unexpected(error))
         if debug:
             traceback.print_exc()
-        return EXIT_FAILED
+        return failed
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ button{font:inherit;font-weight:600;color:var(--card);background:var(--ink);bord
 border-radius:6px;padding:9px 18px;cursor:pointer}
 button:focus-visible,.dot:focus-visible{outline:3px solid var(--c1);outline-offset:2px}
 .remedy{margin:8px 0 0}.note{margin:8px 0 0;color:var(--warn)}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px}
+.charts,.sounds{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:10px;
 padding:12px 14px;break-inside:avoid;min-width:0}
 figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px}
@@ -131,6 +131,7 @@ align-items:stretch}}
 """
 
 # The cursor of one chart moves those beside it; the readings are the points nearest to its step.
+# Its numbers are those of charts.py's view box.
 SCRIPT = """
 "use strict";
 for (const code of document.querySelectorAll(".command code")) {
@@ -185,5 +186,20 @@ for (const group of document.querySelectorAll(".charts")) {
     });
     chart.svg.addEventListener("pointerleave", leave);
   }
+}
+// A spectrogram shows where its sound is, and plays it from where it is clicked.
+for (const sample of document.querySelectorAll(".sample")) {
+  const audio = sample.querySelector("audio"), picture = sample.querySelector("svg");
+  if (!audio) continue;
+  const head = picture.querySelector(".playhead");
+  audio.ontimeupdate = () => {
+    head.setAttribute("d", `M${44 + audio.currentTime / audio.duration * 428} 0V150`);
+  };
+  picture.onclick = event => {
+    const box = picture.getBoundingClientRect();
+    const share = ((event.clientX - box.left) / box.width * 480 - 44) / 428;
+    audio.currentTime = Math.min(1, Math.max(0, share)) * audio.duration;
+    audio.play();
+  };
 }
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -166,6 +167,35 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+MAX_METRICS = 256 << 20  # bytes read of a metrics file, from its end
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a *_metrics.jsonl; lines that are cut or are no JSON objects are passed over."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - MAX_METRICS))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def code_version(folder: Path) -> str | None:
+    """Tag or commit that git knows a folder by, with `-dirty` where files differ; None without."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--tags"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip() or None
 
 
 def _ends_with_newline(path: Path) -> bool:

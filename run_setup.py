@@ -16,8 +16,10 @@ import ctypes
 import functools
 import math
 import os
+import shlex
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from checkpointing import (
     CheckpointError,
     RunFiles,
     find_run,
+    library_versions,
     load_checkpoint,
     load_latest,
     run_name,
@@ -40,6 +43,7 @@ from model import Block, CodesTransformer, ModelConfig
 from npq_dataset import (
     Corpus,
     EpochOrder,
+    Spans,
     WindowDataset,
     find_npq_files,
     scan_corpus,
@@ -48,7 +52,7 @@ from npq_dataset import (
 from optimizer import build_optimizer
 from parallel import EveryNth, World
 from planning import Plan
-from reporting import Console, MetricsLog, number
+from reporting import Console, MetricsLog, code_version, number
 from run_saving import load_weights, restore
 from run_state import Progress, Run, StopRequest, TrainState
 from stability import (
@@ -215,8 +219,28 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
     )
     if flags.init_from and not resumed:
         run.console.line(f"weights  EMA weights of {flags.init_from}")
-    event = "resume" if resumed else "start"
-    run.metrics.write(event, step=p.step, epoch=p.epoch + 1, source=source, flags=vars(flags))
+    run.metrics.write(
+        "resume" if resumed else "start",
+        step=p.step,
+        epoch=p.epoch + 1,
+        source=source,
+        command=shlex.join(["python", *sys.argv]),
+        planned_steps=run.planned_steps,
+        flags=vars(flags),
+        model={**config.to_dict(), "parameters": model.num_parameters()},
+        data={**run.data["size"], "frame_rate": run.data["frame_rate"]},
+        device=f"{device_name(run.device)}, {precision}" + parallel_words(run),
+        libraries=library_versions(),
+        code=code_version(Path(__file__).parent),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """`cuda: NVIDIA H100`, `cpu, 16 threads`."""
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
 
 
 def parallel_words(run: Run) -> str:
@@ -404,8 +428,19 @@ def open_data(
         "seed": flags.seed,
         "frame_rate": corpus.frame_rate,
         "side_codebooks": corpus.side_codebooks,
+        "size": size_of_data(corpus, train, val),
     }
     return corpus, train_windows, val_windows, identity
+
+
+def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
+    """What a report or a model card tells of the data: files, and hours on either side."""
+    hours = 3600 * corpus.frame_rate
+    return {
+        "files": len(corpus.files),
+        "train_hours": round(float((train.stop - train.start).sum()) / hours, 4),
+        "val_hours": round(float((val.stop - val.start).sum()) / hours, 4),
+    }
 
 
 def settle_data_change(
@@ -416,7 +451,8 @@ def settle_data_change(
     console: Console,
 ) -> None:
     """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
-    changed = [name for name in found if saved.get(name) != found[name]]
+    identity = found.keys() - {"size"}  # which follows from the files, and is not in older ones
+    changed = sorted(name for name in identity if saved.get(name) != found[name])
     if not changed:
         return
     said = ", ".join(f"{n} {saved.get(n)} -> {found[n]}" for n in changed)

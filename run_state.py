@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -134,6 +135,12 @@ class Run:
         """Steps until --epochs or --max-steps ends the run."""
         planned = int(self.flags.epochs * self.steps_per_epoch)
         return min(planned, self.flags.max_steps or planned)
+
+    def memory_gib(self) -> float:
+        """The most so far: of tensors on CUDA, elsewhere of this process in host memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
     def is_finished(self) -> bool:
         """Whether epochs, steps or seconds have run out."""

@@ -1,10 +1,11 @@
 r"""Train a causal transformer on the codes of a neural audio codec, kept in .npq files.
 
-    python train_rvq.py --data "npq_out/*.npq"           # a new run, or its next part
-    python train_rvq.py --data "npq_out/*.npq" --resume rvq_ckpts/rvq_9cb_best.pt
+    python train_rvq.py --data "npq_out/*.npq"     # a new run, or its next part
+    python train_rvq.py --data "npq_out/*.npq" --resume OLDER.pt
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
-    python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64 \
-        --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
+    python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 \
+        --heads 2 --ctx 64 --batch 4 --accum 1 --max-steps 30 \
+        --save_dir smoke_ckpts
 
 Exit code: 0 done, 1 failed, 2 wrong usage, 3 stopped by the guard; after saving 129, 130 or 143 for
 a terminal that closed, Ctrl-C and SIGTERM.
@@ -65,6 +66,7 @@ from npq_format import NpqError, map_codes, read_header, write_npq
 from parallel import ParallelError, World, is_loss_of_peer, join, leave
 from planning import PlanError, is_out_of_memory
 from reporting import Console, epoch_lines, number, perplexity, step_line
+from run_report import write_report
 from run_saving import check_save, checkpoint_of, finish_save, quarantine, restore, save, unsound
 from run_setup import (
     ALONE,
@@ -218,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("logging").add_argument
     add("--log-lr-steps", type=at_least(1), default=50, help="steps between loss and lr lines")
+    add("--report", action=switch, default=True,
+        help="keep *_report.html up to date: curves, sound and facts of the run on one page")
     add("--quiet", action="store_true", help="no bar, no start-up details, no library warnings")
     add("--tensorboard", action=switch, default=False, help="write event files beside the metrics")
     # fmt: on
@@ -524,10 +528,15 @@ def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, float 
     return flat(figures)
 
 
+def samples_folder(flags: argparse.Namespace) -> Path:
+    """Where evaluation audio goes."""
+    return Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
+
+
 def draw_sample(run: Run, weights: dict[str, Tensor], on_frame: Callable[[], None]) -> Path:
     """Codes of one sample of EMA weights as .npq, named by run, epoch and time."""
     p, flags, config = run.state.progress, run.flags, run.state.model.config
-    folder = Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
+    folder = samples_folder(flags)
     folder.mkdir(parents=True, exist_ok=True)
     model = run.state.ema.model
     if run.world.is_sharded:  # drawing is one process's work
@@ -679,6 +688,7 @@ def report_step(run: Run, stats: StepStats) -> None:
         grad_norm=stats.grad_norm,
         frames_per_s=round(frames_per_s, 1),
         skipped=run.state.guard.refused,
+        memory_gib=round(run.memory_gib(), 3),
         seconds=round(p.seconds, 3),
     )
     total = 0 if flags.max_seconds else run.planned_steps
@@ -786,7 +796,7 @@ def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
             continue
         shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
         fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
-        if fits and checkpoint["data"] == run.data:
+        if fits and {**checkpoint["data"], "size": 0} == {**run.data, "size": 0}:
             return checkpoint, path.name
         run.console.problem(f"{path}: of other data or another architecture; trying an older one")
     return None
@@ -857,7 +867,19 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
     save(run, is_best=is_best, archive=archive, ring=ring)
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
         write_samples(run)
+    if p.validated_step == p.step:
+        update_report(run)
     return True
+
+
+def update_report(run: Run) -> None:
+    """Write the run's page anew. Training never stops for it: a failure is one line."""
+    if not run.flags.report or not run.world.is_first:
+        return
+    try:
+        write_report(run.files, samples_folder(run.flags))
+    except Exception as error:
+        run.console.problem(f"{run.files.report} was not written, training goes on: {error}")
 
 
 def validation_due(run: Run, *, complete: bool) -> bool:
@@ -899,9 +921,12 @@ def interrupted(run: Run) -> int:
     if save(run) is not None:
         where = f"{run.files.latest} is the last sound state"
     finish_save(run)
+    name = signal.Signals(number_).name
+    run.metrics.write("end", step=run.state.progress.step, signal=name)
+    update_report(run)
     flag = "--resume" if run.flags.resume else "--no-resume" if run.flags.no_resume else ""
     run.console.line(
-        f"Stopped by {signal.Signals(number_).name}; {where}. The same command "
+        f"Stopped by {name}; {where}. The same command "
         f"{flag and f'without {flag} '}goes on from there."
     )
     return 128 + number_
@@ -911,6 +936,7 @@ def stopped_by_guard(run: Run) -> int:
     """Leave `latest` at the last sound save, and say what to look at."""
     check_save(run, wait=True)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
+    update_report(run)
     run.console.problem(
         f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
         f"{run.files.latest} is the last sound save. See what happened with\n"
@@ -928,6 +954,7 @@ def finished(run: Run) -> int:
     if run.world.is_first:
         run.files.remove_ring()
     run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
+    update_report(run)
     run.console.line(
         f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
         f"{run.files.best}, last state in {run.files.latest}"
@@ -952,6 +979,10 @@ def train_or_save(run: Run) -> int:
             finish_save(run)
         if is_out_of_memory(error):
             tell_out_of_memory(run)
+        run.metrics.write(
+            "end", step=run.state.progress.step, error=f"{type(error).__name__}: {error}"
+        )
+        update_report(run)
         raise
     finally:
         with contextlib.suppress(OSError):

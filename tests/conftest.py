@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from make_codes import make_tune  # noqa: E402
 
-from npq_format import write_npq  # noqa: E402
+from npq_format import map_codes, read_header, write_npq  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 
@@ -62,6 +62,16 @@ def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(4):
         codes = make_tune(patterns, 300, rng)
         write_npq(folder / f"{i}.npq", codes, vocab_sizes=[64] * 4, frame_rate=86.13)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tunes_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four short files of the bundled melodies, K = 9, V = 1024: what the bundled codec decodes."""
+    folder = tmp_path_factory.mktemp("melodies")
+    for path in sorted((ROOT / "examples" / "demo" / "train").glob("*.npq"))[:4]:
+        codes = map_codes(read_header(path))[:200]
+        write_npq(folder / path.name, codes, vocab_sizes=[1024] * 9, frame_rate=44_100 / 512)
     return folder
 
 
