@@ -104,7 +104,8 @@ def settle(flags: argparse.Namespace) -> None:
     """
     if not flags.inputs or "" in flags.inputs:  # an empty one would be the present folder
         raise UsageError("nothing to work on: name folders, quoted globs or files")
-    given = {name for name in (*ENCODING, *WRITING) if getattr(flags, name) not in (None, False)}
+    unset = (None, False)  # by identity: a loudness of 0 equals False
+    given = {n for n in (*ENCODING, *WRITING) if not any(getattr(flags, n) is u for u in unset)}
     for action, unfit in (("info", (*WRITING, *ENCODING)), ("decode", ENCODING)):
         if getattr(flags, action) and (odd := [name for name in unfit if name in given]):
             raise UsageError(f"--{odd[0].replace('_', '-')} does not go with --{action}; drop one")

@@ -224,6 +224,7 @@ def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
     assert "--decode does not go with --info" in usage_error(capsys, song, "--info", "--decode")
     assert "--out-dir does not go with" in usage_error(capsys, song, "--info", *out)
     assert "--codebooks does" in usage_error(capsys, song, *out, "--decode", "--codebooks", 4)
+    assert "--loudness does" in usage_error(capsys, song, *out, "--decode", "--loudness", 0)
     assert "written over itself" in usage_error(capsys, song, "--decode", "--out-dir", song.parent)
     twin = song.with_suffix(".flac")
     twin.write_bytes(song.read_bytes())
