@@ -320,6 +320,8 @@ class RunFiles:
         self.best = self.folder / f"{name}_best.pt"
         self.metrics = self.folder / f"{name}_metrics.jsonl"
         self.report = self.folder / f"{name}_report.html"
+        self.weights = self.folder / f"{name}_best.safetensors"
+        self.card = self.weights.with_suffix(".md")
         self.has_links = True  # until the file system shows that it has none
 
     def panic_snapshot(self, step: int) -> Path:
@@ -482,6 +484,7 @@ class RunFiles:
     def all_files(self) -> list[Path]:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
+        named += [self.weights, self.card]
         found = [p for p in named if os.path.lexists(p)]
         found += self.archives("epoch") + self.archives("best")
         for kind in ("ring", "quarantine", "panic"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from checkpointing import (
 from optimizer import state_tensors
 from parallel import World, local
 from run_state import Progress, Run, Saving, TrainState
+from sharing import export_weights
 from stability import (
     not_finite,
 )
@@ -83,17 +85,32 @@ def save(
     if not run.world.is_first:
         return None
     write = functools.partial(
-        run.files.save,
+        write_files,
+        run,
         best_epoch=p.best_epoch if is_best else None,
         archive_epoch=p.epoch if archive else None,
         ring_step=p.step if ring else None,
-        keep_archived=run.flags.keep_archived,
-        tell=run.console.problem,
     )
     written = run.saver.start(checkpoint, write, is_copy=run.world.is_sharded)
     stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
     return None
+
+
+def write_files(run: Run, checkpoint: dict[str, Any], **names: int | None) -> Path:
+    """In the saving thread: the files of a save; of a best one the weights to share, if asked for.
+
+    Raises:
+        OSError: as `RunFiles.save`.
+    """
+    keep, tell = run.flags.keep_archived, run.console.problem
+    path = run.files.save(checkpoint, keep_archived=keep, tell=tell, **names)
+    if run.flags.export_safetensors and names["best_epoch"] is not None:
+        try:
+            export_weights(checkpoint, run.files.weights, tell=lambda _: None)
+        except (OSError, CheckpointError) as error:
+            tell(f"weights to share were not written, training goes on: {error}")
+    return path
 
 
 def check_save(run: Run, *, wait: bool = False) -> Saving | None:

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -55,6 +56,7 @@ from planning import Plan
 from reporting import Console, MetricsLog, code_version, number
 from run_saving import load_weights, restore
 from run_state import Progress, Run, StopRequest, TrainState
+from sharing import load_parts
 from stability import (
     Ema,
     Guard,
@@ -345,13 +347,15 @@ def pick_device(wanted: str | None, world: World = ALONE) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+        raise UsageError(f"--device: expected cuda, cuda:1, mps or cpu, found {wanted!r}")
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UsageError(
             f"--device {wanted}: not usable here ({reason}); leave the flag out to take the best "
             "device present, or pass --device cpu"
@@ -514,11 +518,17 @@ def pick_architecture(
     initial = None
     if checkpoint is None and flags.init_from:
         if world.is_first:
-            initial = load_checkpoint(flags.init_from, needed=WEIGHTS_KEYS)
+            initial = load_parts(flags.init_from, needed=WEIGHTS_KEYS)
         initial = world.share(initial)
     saved = checkpoint or initial
     if saved is not None and not flags.ignore_arch:
-        config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+        try:
+            config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{source or flags.init_from}: its architecture is none of this version ({error}); "
+                "use the program that wrote it"
+            ) from error
     else:
         names = ("d_model", "layers", "heads", "dropout", "qk_norm", "pattern", "depth_layers")
         try:

@@ -81,6 +81,7 @@ from run_setup import (
 )
 from run_state import Run
 from sampling import Draw, generate
+from sharing import is_shared
 from stability import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
 
 EXIT_GUARD = 3  # stopped by the guard
@@ -196,11 +197,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tag", default="", help="part of the files' names")
     add("--resume", metavar="PATH", help="go on from this checkpoint and not from *_latest.pt")
     add("--no-resume", action="store_true", help="start anew; an earlier run's files are set aside")
-    add("--init-from", metavar="PATH", help="start a new run from a checkpoint's EMA weights")
+    add("--init-from", metavar="PATH",
+        help="start a new run from the EMA weights of a checkpoint or .safetensors")
     add("--ignore-arch", action="store_true", help="take the architecture from flags when resuming")
     add("--allow-data-change", action="store_true", help="resume although data or windows changed")
     add("--archive-every", type=at_least(0), default=10, help="epochs between archives; 0 = none")
     add("--keep-archived", type=at_least(1), default=20, help="archives of each kind to keep")
+    add("--export-safetensors", action=switch, default=False,
+        help="write the best EMA weights as *_best.safetensors too, with a model card")
     add("--save-every-minutes", type=not_negative, default=15.0, help="within epochs; 0 = never")
 
     add = parser.add_argument_group("evaluation").add_argument
@@ -238,6 +242,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
     explicit = {name: value for name, value in given.items() if value is not unset}
     if flags.resume and flags.no_resume:
         parser.error("--resume and --no-resume contradict each other; give one")
+    if is_shared(flags.resume or ""):
+        parser.error(f"--resume {flags.resume}: weights alone begin a new run; use --init-from")
     if flags.eta_min > flags.lr:
         parser.error(f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it")
     if "accum" in explicit and flags.batch == "auto":
@@ -959,6 +965,8 @@ def finished(run: Run) -> int:
         f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
         f"{run.files.best}, last state in {run.files.latest}"
     )
+    if run.flags.export_safetensors:
+        run.console.line(f"Weights to share in {run.files.weights}; fill in {run.files.card}")
     return EXIT_DONE
 
 

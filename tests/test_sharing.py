@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_tensors, wait_for
+from conftest import ROOT, TINY, assert_same_tensors, run_trainer, wait_for
 from safetensors.torch import load_file, save_file
 from test_train_rvq import train
 
@@ -347,3 +347,36 @@ def test_a_part_that_is_never_shared_is_told(shared):
 def test_no_model_is_needed():
     script = "import sys, sharing; assert not {'model', 'dac', 'npq_dataset'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+# --- the trainer ---------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_best_weights_to_share_and_another_starts_from_them(tunes, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    flags = ("--data", tunes, "--max-steps", "6", "--export-safetensors")
+    code, output = run_trainer(*TINY, *flags, "--save_dir", first)
+    assert code == 0, output
+    shared = first / "rvq_4cb_best.safetensors"
+    assert f"Weights to share in {shared}" in output
+    best = load_checkpoint(first / "rvq_4cb_best.pt")
+    parts = load_parts(shared, needed=WEIGHTS_KEYS)
+    assert_same_tensors(parts["ema"], {n: t.float() for n, t in best["ema"].items()})
+    assert "hours to train" in (first / "rvq_4cb_best.md").read_text()
+
+    flags = ("--data", tunes, "--max-steps", "2", "--init-from", shared, "--ctx", "64")
+    code, output = run_trainer(
+        *TINY, *flags, "--save_dir", second, "--lr", "1e-9", "--eta-min", "0"
+    )
+    assert code == 0, output
+    assert f"EMA weights of {shared}" in output
+    started = load_checkpoint(second / "rvq_4cb_latest.pt")["model"]
+    for name, tensor in parts["ema"].items():
+        assert torch.allclose(started[name], tensor, atol=1e-4), name
+
+
+def test_weights_alone_are_not_resumed_from(tunes, tmp_path):
+    code, output = run_trainer("--data", tunes, "--resume", tmp_path / "x.safetensors")
+    assert code == 2
+    assert "--init-from" in output
+    assert len(output.splitlines()) == 1
