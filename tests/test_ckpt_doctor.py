@@ -344,7 +344,7 @@ def test_comparing_two_files_shows_the_largest_change_first(run_folder):
         (["{run}", "--metrics", "nowhere"], "--metrics nowhere: no such file"),
         (["{run}", "--probe-data", "nowhere"], "--probe-data"),
         (["{run}", "--html", "nowhere/x.html"], "no such folder"),
-        (["{run}", "--probe-windows", "0"], "at least 1"),
+        (["{run}", "--probe-windows", "0"], "a whole number >= 1"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(healthy_run, words, said, tmp_path):
