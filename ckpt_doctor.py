@@ -1,6 +1,6 @@
 """Tell what is wrong with a training run, and which command saves it.
 
-    python ckpt_doctor.py rvq_ckpts                    # a folder, files or globs
+    python ckpt_doctor.py rvq_ckpts                # a folder, files or globs
     python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
     python ckpt_doctor.py rvq_ckpts --probe-data "npq_out/*.npq"
     python ckpt_doctor.py --compare OLDER.pt NEWER.pt

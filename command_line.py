@@ -97,8 +97,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = action.default
-        if not action.option_strings or default is False or default in (None, "", SUPPRESS):
+        if not has_default(action):
             return action.help
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"{action.help} (on)"
@@ -111,6 +110,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "__name__", "TEXT")  # as the types below are named
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Whether a flag's default is worth telling."""
+    default = action.default
+    return (
+        bool(action.option_strings) and default is not False and default not in (None, "", SUPPRESS)
+    )
 
 
 def at_least(low: int, most: int | None = None) -> Callable[[str], int]:

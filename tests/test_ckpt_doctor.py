@@ -384,14 +384,10 @@ def test_ctrl_c_ends_at_once_and_leaves_no_process(healthy_run, tmp_path, delay)
         os.killpg(process.pid, 0)
 
 
-def test_exit_codes_stand_in_the_help_and_the_readme():
+def test_exit_codes_stand_in_the_help():
     text = build_parser().format_help()
-    readme = (ROOT / "README.md").read_text()
     for code in ExitCode:
         assert f"{int(code)} " in text
-    for action in build_parser()._actions:
-        if action.option_strings:
-            assert f"`{action.option_strings[-1]}" in readme, action.option_strings
 
 
 # --- what the checks rest on ---------------------------------------------------------------------

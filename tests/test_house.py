@@ -1,4 +1,4 @@
-"""The house: floors, flags, file map, sizes; what README, --help and code say of each other."""
+"""The house: floors, sizes, what may be imported and called where, the docstring's command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import sys
 
 import pytest
 from conftest import ROOT
-
-from train_rvq import build_parser
 
 FLOORS = {
     "kernels": 0, "npq_format": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
@@ -30,7 +28,6 @@ FLOORS = {
     "train_rvq": 11, "sample_rvq": 11, "encode_npq": 11, "ckpt_doctor": 11,
 }  # fmt: skip
 SOURCES = sorted(ROOT.glob("*.py"))
-README = (ROOT / "README.md").read_text()
 
 
 def imports_of(path) -> set[str]:
@@ -73,25 +70,6 @@ def test_functions_fit_on_a_screen(path):
             assert length <= 60, f"{path.name}: {node.name} has {length} lines"
 
 
-def test_every_flag_has_help_and_stands_in_the_readme():
-    for action in build_parser()._actions:
-        assert action.help, action.option_strings
-        assert f"`{action.option_strings[-1 if action.dest == 'help' else 0]}" in README
-
-
-def test_help_is_readable_at_80_columns():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_rvq.py"), "--help"],
-        capture_output=True, text=True, check=True, env={"COLUMNS": "80", "PATH": "/usr/bin"},
-    )  # fmt: skip
-    assert max(map(len, done.stdout.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_every_file_stands_in_the_file_map(path):
-    assert f"`{path.name}`" in README
-
-
 def test_the_docstrings_smoke_command_runs(tmp_path):
     doc = ast.get_docstring(ast.parse((ROOT / "train_rvq.py").read_text()))
     command = doc[doc.index("python train_rvq.py --data demo_codes") :].split("\n\n")[0]
@@ -105,8 +83,6 @@ def test_the_docstrings_smoke_command_runs(tmp_path):
     assert (tmp_path / "smoke_ckpts" / "rvq_4cb_latest.pt").exists()
 
 
-def test_readmes_commands_are_targets_of_make():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
-    assert {"demo", "test"} <= set(re.findall(r"make ([a-z-]+)", README))
+def test_ci_calls_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
