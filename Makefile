@@ -5,13 +5,14 @@ export PYTHONUNBUFFERED = 1
 
 .PHONY: demo test lint smoke test-faults test-gpu bench-data bench-gpu clean
 
-demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds and a picture
+demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds, a picture and a page
 	rm -rf demo && mkdir -p demo
 	cd examples/demo/val && ls > ../../../demo/val.txt
 	$(BIN)/python train_rvq.py --data examples/demo/train examples/demo/val --val-list demo/val.txt \
 	    --save_dir demo/run --device cpu --d_model 128 --layers 4 --heads 4 --dropout 0 \
 	    --ctx 256 --step 117 --batch 4 --accum 1 --warmup-ratio 0.05 \
-	    --label-smoothing 0 --max-seconds 110 --eval-audio-every 0 --log-lr-steps 20
+	    --label-smoothing 0 --max-seconds 110 --log-lr-steps 20 --val-every-seconds 16 \
+	    --eval-audio-every 1 --eval-frames 430 --eval-top-p 0.9 --eval-dac-repo demo
 	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 
 test: lint  ## everything that CI checks

@@ -1,10 +1,17 @@
-"""Pieces of a block whose backward is written out: fewer passes over memory than autograd makes.
+"""What blocks are made of: norm, activation, dropout, rotary heads, attention.
 
-Each is a function of tensors, works in any floating dtype on any device, and can be traced by
-torch.compile. Statistics are float32 at least, whatever goes in; what comes out is what autocast
-would make a product's input.
+    x = rms_norm(x, gain)                                   # [B, T, D], gain [D]
+    q, k, v = rotated_heads(qkv, gains, (cos, sin))         # [B, T, 3, H, C] -> [B, H, T, C] each
+    mixed = causal_attention(q, k, v)                       # [B, H, T, C]
 
-B windows, H heads, T frames, C channels of a head, D width.
+Each is a function of tensors whose backward is written out, in fewer passes over memory than
+autograd makes; works in any floating dtype on any device; and can be traced by torch.compile.
+Statistics are float32 at least, whatever goes in; what comes out is what autocast would make a
+product's input. For the few rows of sampling there are modules of fewer operations: `PackedLinear`,
+`QuickNorm`.
+
+B windows, H heads, T frames, C channels of a head, D width. In the formulas of the backwards dy is
+the gradient that comes in, and * works element by element.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]  # cosines and signed sines of each frame's angles, [T, C] each
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -38,6 +45,12 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """y = u * gain with u = r x and r = 1 / rms(x), which moves with x: dr/dx = -r^2 u / D.
+
+    d gain = sum over rows of dy * u
+    dx = r (dy * gain - u mean(dy * u * gain)), the mean over D
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         inverse = _inverse_rms(x)
@@ -62,11 +75,13 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al. 2021)."""
+    """relu(x)^2, of any shape (So et al. 2021)."""
     return _SquaredRelu.apply(x)
 
 
 class _SquaredRelu(torch.autograd.Function):
+    """y = relu(x)^2; dx = 2 dy * relu(x)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = F.relu(x)
@@ -80,7 +95,10 @@ class _SquaredRelu(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014): 0 with probability p, else divided by 1 - p."""
+    """Inverted dropout (Srivastava et al. 2014): 0 with probability p, else divided by 1 - p.
+
+    Of any shape; p = 0 returns x itself.
+    """
     if not p:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -89,6 +107,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
+    """y = x * kept / (1 - p); dx = dy * kept / (1 - p), with the same bits."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(kept)
@@ -127,13 +147,25 @@ def _masked(x: Tensor, kept: Tensor) -> Tensor:
 def rotated_heads(qkv: Tensor, gains: Tensor | None, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, T, C] of qkv [B, T, 3, H, C].
 
-    Queries and keys are RMS-normalised with gains [2, C], unless None, and turned by `rope`.
+    Queries and keys are RMS-normalised (Henry et al. 2020) with gains [2, C], unless None, and
+    turned by `rope` (Su et al. 2021).
     """
     q_and_k, v = _RotatedHeads.apply(qkv, gains, *rope)
     return q_and_k[0], q_and_k[1], v
 
 
 class _RotatedHeads(torch.autograd.Function):
+    """y = R(u * gain) for queries and keys: u = x / rms(x) as in `_RmsNorm`, R the rotation.
+
+    R x = x * cos + swap(x) * sin, where `swap` exchanges the halves of the channels. The gain can
+    be taken into the angles' small tables, where it costs nothing:
+    R(u * gain) = u * (gain * cos) + swap(u) * (swap(gain) * sin), and r = 1 / rms(x) comes last.
+
+    R is orthogonal, so its backward turns the other way: dz = R(-angles) dy. The rest is the norm's:
+    d gain = sum over rows of dz * u
+    dx = r (dz * gain - u mean(dz * u * gain)), or dz without a norm
+    """
+
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, gains: Tensor | None, cos: Tensor, sin: Tensor
@@ -141,7 +173,7 @@ class _RotatedHeads(torch.autograd.Function):
         x = _exact(qkv[:, :, :2].permute(2, 0, 3, 1, 4))
         inverse = None
         turned_cos, turned_sin = cos, sin
-        if gains is not None:  # in the small tables of angles, where they cost nothing
+        if gains is not None:
             gain = gains[:, None, None, None]
             turned_cos, turned_sin = gain * cos, gain.roll(gain.shape[-1] // 2, -1) * sin
             inverse = _inverse_rms(x)
@@ -209,6 +241,14 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _BlockedAttention(torch.autograd.Function):
+    """Y = P V with P = softmax(s Q K^T) over each row's past and s = 1 / sqrt(C).
+
+    dV = P^T dY
+    dS = P * (dY V^T - i), the slope of P's logits; i = rowsum(P * dY V^T) = rowsum(dY * Y), which
+    needs no square (FlashAttention: Dao et al. 2022, appendix B.2)
+    dQ = s dS K and dK = s dS^T Q
+    """
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, frames, scale = q.shape[:2], q.shape[2], q.shape[3] ** -0.5
@@ -248,8 +288,8 @@ class _BlockedAttention(torch.autograd.Function):
 def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """The context that lets SDPA choose flash, memory-efficient or plain kernels.
 
-    PyTorch 2.3 moved it and changed its arguments. Older: the old name. None: SDPA's own choice.
-    cuDNN's kernel is left out: it recompiles for every shape.
+    cuDNN's kernel is left out: it recompiles for every shape. A PyTorch that names the context
+    otherwise gets its own, one that has none chooses for itself.
     """
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel

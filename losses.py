@@ -1,10 +1,13 @@
 """Cross-entropy from hidden states, a few codebooks at a time.
 
-    ce, objective = linear_cross_entropy(states, head, codes, weights, sizes, label_smoothing=0.05)
+    ce, objective = linear_cross_entropy(states, head, codes, sizes, label_smoothing=0.05)
+    objective.backward()                     # states [K, N, D], head [K, V, D], codes [N, K]
 
 Logits are the largest tensor of a codes model: K * V numbers a frame. Here they are made for a few
 codebooks at a time and turned into gradients on the spot, so that never more than LOGITS_AT_ONCE
 of them exist, forward or backward. What is kept until backward has the size of states and head.
+
+N frames, K codebooks, G of them at once, V entries of the largest, D width of a state.
 """
 
 from __future__ import annotations
@@ -43,10 +46,10 @@ def linear_cross_entropy(
 ) -> Losses:
     """Cross-entropy of codes [N, K] under the logits states @ head^T, and the training objective.
 
-    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; sizes [K], the entries
-    V_k that each codebook has; absent [K, V] bool, the others, None where there are none; weights
-    [K] of the codebooks in the objective's mean, even if None. Products are made in autocast's
-    dtype, sums in float32.
+    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; codes int64 in
+    [0, V_k); sizes [K], the entries V_k that each codebook has; absent [K, V] bool, the others, None
+    where there are none; weights [K] of the codebooks in the objective's mean, equal if None.
+    Products are made in autocast's dtype, sums in float32.
 
     Label smoothing spreads its share evenly over the V_k entries (Szegedy et al. 2016, section 7).
     The z-loss is the square of the log partition, and keeps it near 0 (Chowdhery et al. 2022,
@@ -63,7 +66,17 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in forward, where the logits are; backward only scales them."""
+    """Gradients are made in forward, where the logits are; backward only scales them.
+
+    Of one code y in a codebook of V_k entries, with p = softmax(logits), Z their partition,
+    smoothing s and z-loss z:
+
+    loss = (1 - s) (-log p_y) + s (log Z - mean of the logits) + z (log Z)^2
+    d loss / d logits = p (1 + 2 z log Z) - (1 - s) [at y] - s / V_k
+
+    The first two terms are the slope, the third is the same for every entry and frame: what it adds
+    to products with the slope are sums over head or states, and no logits are needed for it.
+    """
 
     @staticmethod
     def forward(
@@ -101,22 +114,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             facts.append(fact)
             if not learns:
                 continue
-            # The slope lacks - smoothing / V, equal for all entries: the products get it instead.
-            grad_x = (_product(slope, w[g]).to(exact) - smoothing * w_mean[g]) * scale[g]
+            even_w = smoothing / sizes[g, None, None] * x_sum[g]
+            if gone is not None:
+                even_w = even_w * ~gone.mT
+            even = smoothing * w_mean[g], even_w
+            grad_x, grad_head[g] = _gradients(x_g, w[g], slope, even, scale[g])
             if shared:
                 grad_states += grad_x.sum(0)
             else:
                 grad_states[g] = grad_x
-            share = smoothing / sizes[g, None, None] * x_sum[g]
-            if gone is not None:
-                share = share * ~gone.mT
-            # A sum over many frames could overflow fp16; sqrt(n) keeps it in range.
-            grad_w = _product(slope.mT, x_g * n**-0.5).to(exact) * n**0.5
-            grad_head[g] = (grad_w - share) * scale[g]
         ce, log_z, squares = torch.cat(facts, dim=1)  # [K] each
-        # Mean over frames of the entries' mean logit, without the logits.
-        even = (x_sum * w_mean).sum((1, 2)) / n
-        smoothed = (1 - smoothing) * ce + smoothing * (log_z - even)
+        mean_logit = (x_sum * w_mean).sum((1, 2)) / n  # over frames and entries, without the logits
+        smoothed = (1 - smoothing) * ce + smoothing * (log_z - mean_logit)
         objective = ((smoothed + z_loss * squares) * weights).mean()
         ctx.mark_non_differentiable(ce)
         ctx.save_for_backward(grad_states, grad_head)
@@ -133,8 +142,8 @@ def _logits_and_slope(
 ) -> tuple[Tensor, Tensor]:
     """Of G codebooks: states [1 or G, N, D], head [G, V, D], target [G, N, 1], absent [G, 1, V].
 
-    Returns means over frames, [3, G], of cross-entropy, log Z and its square; and d loss / d logits
-    [G, N, V] but for smoothing's even part: p (1 + 2 z log Z) - (1 - smoothing) at the target.
+    Returns means over frames, [3, G], of cross-entropy, log Z and its square; and the slope
+    [G, N, V], in the dtype of the products.
     """
     logits = _product(x, w.mT)
     if absent is not None:
@@ -148,6 +157,20 @@ def _logits_and_slope(
         p *= 1 + 2 * z_loss * log_z
     hit = torch.full_like(target, smoothing - 1, dtype=logits.dtype)
     return facts, p.to(logits.dtype).scatter_add_(-1, target, hit)
+
+
+def _gradients(
+    x: Tensor, w: Tensor, slope: Tensor, even: tuple[Tensor, Tensor], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of G codebooks' states and head, [G, N, D] and [G, V, D] in float32 at least.
+
+    `even` is what s / V_k takes from either; `scale` [G, 1, 1] is a code's weight in the objective.
+    """
+    exact, n = torch.promote_types(slope.dtype, torch.float32), x.shape[1]
+    grad_x = (_product(slope, w).to(exact) - even[0]) * scale
+    # A sum over many frames could overflow fp16; sqrt(n) keeps it in range.
+    grad_w = _product(slope.mT, x * n**-0.5).to(exact) * n**0.5
+    return grad_x, (grad_w - even[1]) * scale
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ def main() -> None:
     draw(wave, rate, flags.prompt_frames, flags.checkpoint, flags.out_dir / "demo.png")
     for name in ("prompt.wav", "continuation.wav", "demo.png"):
         print(f"wrote {flags.out_dir / name}")
+    report = next(flags.checkpoint.parent.glob("*_report.html"))
+    print(f"the run as a page: {report}")
 
 
 def read_pitches(wave: NDArray[np.float32]) -> NDArray[np.int64]:
