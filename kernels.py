@@ -161,7 +161,7 @@ class _RotatedHeads(torch.autograd.Function):
     be taken into the angles' small tables, where it costs nothing:
     R(u * gain) = u * (gain * cos) + swap(u) * (swap(gain) * sin), and r = 1 / rms(x) comes last.
 
-    R is orthogonal, so its backward turns the other way: dz = R(-angles) dy. The rest is the norm's:
+    R is orthogonal, so backward turns the other way, dz = R(-angles) dy. The rest is the norm's:
     d gain = sum over rows of dz * u
     dx = r (dz * gain - u mean(dz * u * gain)), or dz without a norm
     """

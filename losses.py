@@ -46,8 +46,8 @@ def linear_cross_entropy(
 ) -> Losses:
     """Cross-entropy of codes [N, K] under the logits states @ head^T, and the training objective.
 
-    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; codes int64 in
-    [0, V_k); sizes [K], the entries V_k that each codebook has; absent [K, V] bool, the others, None
+    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; sizes [K], the entries
+    V_k that each codebook has; codes int64 below them; absent [K, V] bool, the other entries, None
     where there are none; weights [K] of the codebooks in the objective's mean, equal if None.
     Products are made in autocast's dtype, sums in float32.
 
