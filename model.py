@@ -20,12 +20,13 @@ the pattern's order; in each the sum of the log-probabilities is the log-likelih
   codes[:, :t] and codes[:, t, :k] (RQ-Transformer: Lee et al. 2022; Moshi: Defossez et al. 2024).
 
 B windows of a micro-batch, T frames, K codebooks, V entries of the largest codebook, D model width,
-H attention heads, C = D / H channels of a head, N = B * T frames, E width of the depth transformer.
+L layers, H attention heads, C = D / H channels of a head, N = B * T frames, E width of the depth
+transformer. A column is what the model takes in or predicts at once: a frame, or with delay one
+code of each of K frames.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -40,7 +41,6 @@ from torch.utils.checkpoint import checkpoint
 from kernels import (
     NORM_EPS,
     PackedLinear,
-    QuickNorm,
     Rope,
     causal_attention,
     dropout,
@@ -52,11 +52,17 @@ from losses import Losses, linear_cross_entropy
 
 PATTERNS = ("parallel", "delay", "depth")
 ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
+EMBED_STD = 0.001  # of embeddings, BOS and head at the start
+EMBED_NORM_EPS = 1e-8  # far below EMBED_STD^2, which a row's mean square is; NORM_EPS is not
+Choose = Callable[[Tensor, int], Tensor]  # logits [B, n, V], first codebook -> codes [B, n]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: all that is needed to build a model that fits a checkpoint's weights."""
+    """The architecture: all that is needed to build a model that fits a checkpoint's weights.
+
+    Raises ValueError on sizes that make no model; the message names the flag.
+    """
 
     vocab_sizes: tuple[int, ...]  # V of each codebook; may differ
     d_model: int = 768
@@ -66,7 +72,7 @@ class ModelConfig:
     mlp_ratio: int = 4
     rope_base: float = 10_000.0
     qk_norm: bool = True
-    pattern: str = "parallel"
+    pattern: str = "parallel"  # one of PATTERNS
     depth_layers: int = 1  # of the depth transformer; other patterns have none
 
     def __post_init__(self) -> None:
@@ -128,7 +134,7 @@ class ModelConfig:
 def shift(codes: Tensor, lag: int) -> Tensor:
     """Delay codebook k by k frames: [B, T, K] -> [B, T + lag, K], ABSENT where nothing is.
 
-    K = 3, T = 4, lag = 2; a column is what the model takes in or predicts at once:
+    K = 3, T = 4, lag = 2; a column of the picture is a column of the model:
 
         k = 0    a0 a1 a2 a3  .  .
         k = 1     . b0 b1 b2 b3  .
@@ -163,11 +169,15 @@ class CodesTransformer(nn.Module):
     positions need no table, so any ctx can be trained or sampled with the same weights. The summed
     embeddings are RMS-normalised before the first block: without that, gradients spike when
     attention first forms (benchmarks/README.md).
+
+    The keywords matter to training alone: `grad_checkpoint` keeps only the inputs of blocks and
+    runs blocks again in backward; `embed_grad` scales the embeddings' gradient; `code_dropout` is
+    the probability that a code goes in as ABSENT; `depth_share` of the frames make depth's loss.
     """
 
-    row_offset: Tensor
-    sizes: Tensor
-    absent: Tensor | None
+    row_offset: Tensor  # [K] int64
+    sizes: Tensor  # [K] int64
+    absent: Tensor | None  # [K, V] bool; None where all codebooks are of one size
 
     def __init__(
         self,
@@ -188,17 +198,17 @@ class CodesTransformer(nn.Module):
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
-        self.embed_norm = nn.RMSNorm(d, eps=1e-8, elementwise_affine=False)
+        self.embed_norm = nn.RMSNorm(d, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RmsNorm(d)
         self.depth = DepthTransformer(config) if config.pattern == "depth" else None
         width = config.depth().d_model if self.depth else d
         self.head = nn.Linear(width, k * v, bias=False)
-        self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)  # [K]
+        self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)
         sizes = torch.tensor(config.vocab_sizes)
-        self.register_buffer("sizes", sizes, persistent=False)  # [K]
+        self.register_buffer("sizes", sizes, persistent=False)
         absent = torch.arange(v) >= sizes[:, None] if min(config.vocab_sizes) < v else None
-        self.register_buffer("absent", absent, persistent=False)  # [K, V] bool, None if all equal
+        self.register_buffer("absent", absent, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -214,7 +224,9 @@ class CodesTransformer(nn.Module):
             elif name.endswith(("attn.qkv.weight", "mlp.up.weight", "proj.weight")):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith(("embed.weight", "bos", "head.weight")):
-                nn.init.normal_(p, std=0.001)
+                nn.init.normal_(p, std=EMBED_STD)
+
+    # --- whole windows ---------------------------------------------------------------------------
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
@@ -302,11 +314,13 @@ class CodesTransformer(nn.Module):
             logits = (states @ head.mT).transpose(0, 1)
         return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
 
+    # --- column by column ------------------------------------------------------------------------
+
     @torch.no_grad()
     def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
         """Fill an empty cache with BOS and what is known; state [B, D] of the column after it.
 
-        Columns [B, T, K] are codes as `shift` leaves them; T may be 0, and less than cache.size.
+        Columns [B, T, K] are codes as `shift` leaves them; T is less than cache.size and may be 0.
         """
         x = self.bos.expand(len(columns), 1, -1)
         if columns.shape[1]:
@@ -360,6 +374,8 @@ class CodesTransformer(nn.Module):
             logits = F.linear(states, self.head.weight.unflatten(0, (len(self.sizes), -1))[k])
         return logits if self.absent is None else logits.masked_fill(self.absent[k], -math.inf)
 
+    # --- size ------------------------------------------------------------------------------------
+
     def num_parameters(self) -> int:
         """Trainable parameters, all tables included."""
         return sum(p.numel() for p in self.parameters())
@@ -380,11 +396,11 @@ class CodesTransformer(nn.Module):
         return 6 * (weights + head) + 6 * self.config.layers * ctx * self.config.d_model
 
 
-Choose = Callable[[Tensor, int], Tensor]
-
-
 class DepthTransformer(nn.Module):
-    """Blocks over the codes of one frame: position k sees its state and codes 0 to k - 1."""
+    """Blocks over the codes of one frame: position k sees its state and codes 0 to k - 1.
+
+    Its codes have embeddings of their own, of all codebooks but the last, which nothing follows.
+    """
 
     row_offset: Tensor
 
@@ -395,7 +411,7 @@ class DepthTransformer(nn.Module):
         self.config = own
         self.proj = nn.Linear(config.d_model, k * e, bias=False)  # of the state, for each position
         self.embed = nn.Embedding((k - 1) * v, e)
-        self.embed_norm = nn.RMSNorm(e, eps=1e-8, elementwise_affine=False)
+        self.embed_norm = nn.RMSNorm(e, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
         self.norm = RmsNorm(e)
         self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
@@ -449,7 +465,7 @@ class Block(nn.Module):
 
 
 class RmsNorm(nn.RMSNorm):
-    """`rms_norm` with a gain."""
+    """`kernels.rms_norm` with a gain to train."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)
@@ -516,9 +532,9 @@ class SquaredReluMlp(nn.Module):
 
 
 def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
-    """Factors of `rotate`, [T, C] float32 each: the angle of pair i at t is t * base^(-2i/C).
+    """Factors of `rotate` for positions [T]: the angle of pair i at t is t * base^(-2i/C).
 
-    Rotary position embedding (Su et al. 2021).
+    [T, C] float32 each. Rotary position embedding (Su et al. 2021).
     """
     channels = config.channels
     exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
@@ -618,24 +634,3 @@ class LayerCache(NamedTuple):
         if cache.unseen is not None:
             scores = scores + cache.unseen
         return scores.softmax(-1) @ values
-
-
-# --- sampling's products -------------------------------------------------------------------------
-
-
-def packed_copy(
-    model: CodesTransformer, dtype: torch.dtype, *, eager: bool = True
-) -> CodesTransformer:
-    """A copy for sampling whose products are made in `dtype`; it shares all other weights.
-
-    The compiler takes neither oneDNN's layout nor the quick norm: they come with `eager` alone.
-    """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    packed = copy.deepcopy(model, shared).eval()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = len(model.sizes) if model.depth and module is model.head else 1
-            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts, eager=eager))
-        elif eager and isinstance(module, nn.RMSNorm) and model.embed.weight.is_cpu:
-            packed.set_submodule(name, QuickNorm(module))
-    return packed

@@ -1,18 +1,24 @@
 """Drawing codes from a trained model, frame by frame, with a key-value cache.
 
-codes = generate(model, frames=1290, ctx=512, draw=Draw.of(9, temperature=0.9, top_k=200))
+    draw = Draw.of(9, temperature=0.9, top_k=200)                   # the same for 9 codebooks
+    codes = generate(model, frames=1290, ctx=512, draw=draw)        # [1, 1290, 9]
+    more = generate(model, frames=1290, ctx=512, draw=draw, prompt=codes[0])
+
+B samples at once, T frames, K codebooks, V entries of the largest.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import ABSENT, CodesTransformer, KeyValueCache, packed_copy, shift, unshift
+from kernels import PackedLinear, QuickNorm
+from model import ABSENT, CodesTransformer, KeyValueCache, ModelConfig, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 
@@ -33,7 +39,12 @@ class Draw:
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
     ) -> Draw:
-        """Spread single values over the codebooks; raises ValueError on lists of another length."""
+        """Spread single values over the codebooks.
+
+        Raises:
+            ValueError: a list of neither 1 nor K values, temperature <= 0, top_k < 0, top_p not in
+                (0, 1].
+        """
         spread: list[tuple[Any, ...]] = []
         for name, value in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)):
             values = list(value) if isinstance(value, Sequence) else [value]
@@ -50,7 +61,7 @@ class Draw:
         return draw
 
     def __call__(self, logits: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
-        """Logits [B, n, V] of codebooks first to first + n -> codes [B, n] int64.
+        """Logits [B, n, V] of codebooks `first` to first + n - 1 -> codes [B, n] int64.
 
         On the same device, without a host read.
         """
@@ -109,35 +120,25 @@ def generate(
     after each frame. The model is left in evaluation mode.
 
     Raises:
-        ValueError: a code of the prompt is not below its vocab size.
+        ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
     """
     model.eval()
-    device, k = model.bos.device, model.config.num_codebooks
+    device, k, lag = model.bos.device, model.config.num_codebooks, model.config.lag
     generator = torch.Generator(device).manual_seed(seed)
-    if prompt is None:
-        prompt = torch.empty((0, k), dtype=torch.int64)
-    if prompt.shape[1:] != (k,) or (prompt >= torch.tensor(model.config.vocab_sizes)).any():
-        raise ValueError(
-            f"prompt: expected codes [T, {k}] below {model.config.vocab_sizes}, found "
-            f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
-        )
+    known = _known_columns(prompt, model.config, ctx).to(device)
     if dtype is not None:
         model = packed_copy(model, dtype, eager=not compiled)
     # A CPU attends faster in float32: it has no products of one row in bfloat16.
     kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
     cache = KeyValueCache(model, batch=batch, ctx=ctx, dtype=kept, static=compiled)
-    lag = model.config.lag
-    prompt = prompt[max(0, len(prompt) - ctx + 1) :].to(device)
-    # The first columns of the pattern hold what the prompt knows of them.
-    to_draw = prompt.new_full((lag, k), TO_DRAW)
-    known = shift(torch.cat((prompt, to_draw))[None], lag)[:, : len(prompt) + lag]
-    end = len(prompt) + frames
-    columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
-    columns[:, : len(prompt)] = known[:, : len(prompt)]
     # Compiled twice at most: before the cache is full, and after.
     advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
-    state = model.prefill(columns[:, : len(prompt)], cache)
-    for t in range(len(prompt), end + lag):
+    start = known.shape[1] - lag
+    end = start + frames
+    columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
+    columns[:, :start] = known[:, :start]
+    state = model.prefill(columns[:, :start], cache)
+    for t in range(start, end + lag):
         drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
         if t < known.shape[1]:
             drawn = torch.where(known[:, t] == TO_DRAW, drawn, known[:, t])
@@ -148,4 +149,40 @@ def generate(
         if t + 1 < end + lag:
             cache.begin(1)
             state = advance(drawn, cache)
-    return unshift(columns, lag)[:, len(prompt) :]
+    return unshift(columns, lag)[:, start:]
+
+
+def _known_columns(prompt: Tensor | None, config: ModelConfig, ctx: int) -> Tensor:
+    """Columns [1, T + lag, K] of a prompt's newest T <= ctx - 1 frames, as `shift` lays them out.
+
+    The last `lag` columns hold codes of the prompt beside some that are still TO_DRAW.
+    """
+    k, lag = config.num_codebooks, config.lag
+    if prompt is None:
+        prompt = torch.empty((0, k), dtype=torch.int64)
+    if prompt.shape[1:] != (k,) or (prompt >= torch.tensor(config.vocab_sizes)).any():
+        raise ValueError(
+            f"prompt: expected codes [T, {k}] below {config.vocab_sizes}, found "
+            f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
+        )
+    prompt = prompt[max(0, len(prompt) - ctx + 1) :]
+    to_draw = prompt.new_full((lag, k), TO_DRAW)
+    return shift(torch.cat((prompt, to_draw))[None], lag)[:, : len(prompt) + lag]
+
+
+def packed_copy(
+    model: CodesTransformer, dtype: torch.dtype, *, eager: bool = True
+) -> CodesTransformer:
+    """A copy whose products are made in `dtype`, for few rows; it shares all other weights.
+
+    The compiler takes neither oneDNN's layout nor the quick norm: they come with `eager` alone.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    packed = copy.deepcopy(model, shared).eval()  # what the memo names is not copied
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parts = len(model.sizes) if model.depth and module is model.head else 1
+            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts, eager=eager))
+        elif eager and isinstance(module, nn.RMSNorm) and model.embed.weight.is_cpu:
+            packed.set_submodule(name, QuickNorm(module))
+    return packed

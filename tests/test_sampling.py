@@ -15,12 +15,11 @@ from model import (
     CodesTransformer,
     KeyValueCache,
     ModelConfig,
-    packed_copy,
     rotary_angles,
     rotate,
     shift,
 )
-from sampling import Draw, generate
+from sampling import Draw, generate, packed_copy
 
 ANY = Draw.of(3)
 
