@@ -136,7 +136,9 @@ def _judge_rows(
         return "G8", text, r.low, old.low
     jumped = old is not None and not 0.4 < r.median / max(old.median * growth, 1e-12) < 4
     settled = old is not None and old.median > 0.05
-    stands_out = not math.isnan(typical) and not 0.2 < r.median / max(typical, 1e-12) < 5
+    # Codes that never come keep their short first rows: where some rows are long, none has shrunk.
+    short = r.median < 0.2 * typical and r.largest < typical
+    stands_out = short or r.median > 5 * typical  # never, where `typical` is NaN
     if (stands_out and (old is None or jumped)) or (jumped and settled):
         ground = old.median if old else typical
         text = (

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, rows, run_trainer
+from make_codes import make_tune
 from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
@@ -28,6 +29,7 @@ from ckpt_checks_metrics import check_learning_rate
 from ckpt_doctor import ExitCode, build_parser
 from ckpt_run import History, Run, scheduled_lr
 from ckpt_summary import Summary
+from npq_format import write_npq
 
 EPOCHS = 8
 ADAMW = ("--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel")
@@ -329,6 +331,24 @@ def test_comparing_two_files_shows_the_largest_change_first(run_folder):
     wrong = doctor("--compare", latest, ROOT / "README.md")
     assert wrong.returncode == ExitCode.CORRUPT
     assert "README.md" in wrong.stderr
+
+
+def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
+    """Rows of codes that never come stay at their start, so most rows can be short."""
+    rng = np.random.default_rng(1)
+    patterns = rng.integers(20, size=(16, 8, 4))  # of 256 codes
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        codes = make_tune(patterns, 1200, rng)
+        noise = rng.random((1200, 3)) < 0.3
+        codes[:, 1:][noise] = rng.integers(256, size=int(noise.sum()))  # these use all of theirs
+        write_npq(tmp_path / "data" / f"{i}.npq", codes, vocab_sizes=[256] * 4, frame_rate=86.13)
+    flags = ("--data", tmp_path / "data", "--save_dir", tmp_path / "run", "--epochs", "3")
+    code, output = run_trainer(*TINY, *flags)
+    assert code == 0, output
+    done = doctor(tmp_path / "run")
+    assert "G7" not in done.stdout, done.stdout
+    assert done.returncode == ExitCode.HEALTHY
 
 
 # --- manners -------------------------------------------------------------------------------------
