@@ -29,8 +29,8 @@ import model
 import run_saving
 import run_setup
 import train_rvq
+from memory_prediction import FIXED, KEPT
 from npq_format import write_npq
-from planning import FIXED, KEPT
 from reporting import Console
 
 SMALL = "--d_model 256 --layers 6 --heads 4 --ctx 256"

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, rows, run_trainer
 
-from checkpointing import load_checkpoint
+from checkpointing import RING_SIZE, load_checkpoint
+from memory_prediction import GIB, Memory
 from model import CodesTransformer, ModelConfig
 from parallel import World
-from planning import GIB, RING_SIZE, Memory, checkpoints_kept, largest_batch, what_to_change
+from planning import checkpoints_kept, largest_batch, what_to_change
 from run_setup import plan_of
 from train_rvq import parse_flags
 
