@@ -110,7 +110,7 @@ def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding 
     found: list[Judged] = []
     for p in b.parameters:
         old = before.get(p.name)
-        if old is not None and old.shape == p.shape and not old.bad and not p.bad:
+        if p.sample and old is not None and old.shape == p.shape and not old.bad and not p.bad:
             move = _Move(a, b, old, p, lr * p.lr_factor)
             judged = _judge_move(move, pasts.setdefault(p.name, _Past()))
             found += [judged] if judged else []
@@ -155,11 +155,13 @@ def _beyond_reach(move: _Move, furthest: float) -> Judged | None:
     reach = 2 * move.lr * move.steps * (bound + decay * max(old.largest, new.largest))
     if not (math.isfinite(reach) and furthest > 1.1 * reach + 1e-6):
         return None
-    text = (
-        f"{new.name} moved by up to {furthest:.3g} in {move.steps} steps; "
-        f"{new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g} at most"
+    text = f"{new.name} moved by up to {furthest:.3g} in {move.steps} steps"
+    text += (
+        f"; {new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g} at most"
+        if reach
+        else ", without a learning rate: lr was 0 all the way"
     )
-    return furthest / reach, move.finding(
+    return furthest / reach if reach else math.inf, move.finding(
         "G2", Level.DIVERGED, Cause.INSTABILITY, text, value=furthest, baseline=reach
     )
 

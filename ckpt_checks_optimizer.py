@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckpt_findings import Cause, Finding, Level, in_file
-from ckpt_optimizer import moment_bound
 from ckpt_run import Run, finite_number
 from ckpt_summary import Parameter, Summary
 
@@ -29,10 +28,9 @@ def check_moments(run: Run) -> Iterator[Finding]:
         over = [p for p in s.parameters if p.m_over_bound]
         if over:
             p = max(over, key=lambda p: p.m_over_bound)
-            bound = moment_bound(*s.optimizer["betas"])
             text = (
-                f"{p.m_over_bound} elements of {p.name} have abs(m) > {bound:.3g} sqrt(v), which "
-                f"no gradients can make ({len(over)} tensors)"
+                f"{p.m_over_bound} elements of {p.name} have abs(m) > {p.step_bound:.3g} sqrt(v), "
+                f"which no gradients can make ({len(over)} tensors)"
             )
             yield in_file(s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt_optimizer import Member, describe_steps, group_settings, moment_bound
+from ckpt_optimizer import Member, describe_steps, group_settings
 from ckpt_summary import Parameter, Rows, Summary, as_number, as_whole
 
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
@@ -45,7 +45,7 @@ def _parts(parameter: Parameter, raw: Tensor, others: dict[str, Any]) -> dict[st
         if isinstance(tensor, Tensor) and tensor.shape == raw.shape
     }
     keys = {"ema": "ema"}
-    if parameter.optimizer == "Muon" and "momentum_buffer" in fitting:
+    if parameter.optimizer == "Muon":
         keys["momentum"] = "momentum_buffer"
     elif "exp_avg" in fitting and "exp_avg_sq" in fitting:
         keys |= {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -142,7 +142,7 @@ def _add_moments(
     parameter.v_negative += int((v < 0).sum())
     root = v.clamp_min(0.0).sqrt()
     # float32's v underflows below gradients of 4e-23, and a sum of rounded terms may be 1 % off.
-    over = m.abs() > 1.01 * moment_bound(beta1, beta2) * root + 1e-18
+    over = m.abs() > 1.01 * parameter.step_bound * root + 1e-18
     parameter.m_over_bound += int(over.sum())
     sums.add("m", m.square().sum())
     sums.add("v", v.clamp_min(0.0).sum())

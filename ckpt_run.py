@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_summary import Summary
+from ckpt_summary import MOST_WHOLE, Summary
 
 
 class History:
@@ -82,7 +82,7 @@ def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
     None for rows without event or step: a file may be cut, or be of another program.
     """
     step, event = row.get("step"), row.get("event")
-    if not isinstance(event, str) or type(step) is not int or not 0 <= step < 1 << 53:
+    if not isinstance(event, str) or type(step) is not int or not 0 <= step < MOST_WHOLE:
         return None
     checked = {**row, **{name: finite_number(row[name]) for name in NUMBERS if name in row}}
     if "val_per_codebook" in row:
@@ -93,7 +93,8 @@ def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
     to_step = row.get("to_step", step)
     checked["to_step"] = to_step if type(to_step) is int else step
     checked["flags"] = row["flags"] if isinstance(row.get("flags"), dict) else {}
-    if type(row.get("epoch")) is not int:
+    epoch = row.get("epoch")
+    if type(epoch) is not int or abs(epoch) >= MOST_WHOLE:
         checked.pop("epoch", None)
     return checked
 

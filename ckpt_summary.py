@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 MOST_VALUES = 5_000_000  # of flags, progress or history
+MOST_WHOLE = 1 << 53  # of steps and epochs: floats count no further, and NumPy not much
 NOISE_STEPS = 19.0  # over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
 
 ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
@@ -242,15 +243,15 @@ def as_text(value: Any) -> str:
 def as_number(value: Any) -> float:
     """A number as float, NumPy's and a tensor of one element too; NaN for anything else."""
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        with contextlib.suppress(OverflowError):
+        with contextlib.suppress(OverflowError, RuntimeError):  # too large; complex, meta
             return float(value)
     return math.nan
 
 
 def as_whole(value: Any) -> int | None:
-    """A finite number without its fraction; None for anything else."""
+    """A number below MOST_WHOLE in size, without its fraction; None for anything else."""
     real = as_number(value)
-    return int(real) if math.isfinite(real) else None
+    return int(real) if abs(real) < MOST_WHOLE else None
 
 
 def plain(value: Any) -> Any:
