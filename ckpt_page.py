@@ -214,7 +214,7 @@ background:var(--tone);opacity:.85}
 .strip .onset{position:absolute;top:-15px;height:30px;min-width:3px;background:var(--tint)}
 .marks{font-size:12px;color:var(--soft);margin:8px 0 0}.marks .dot{position:static;
 display:inline-block;margin:0 4px 0 12px;vertical-align:-1px}
-.marks>span{white-space:nowrap}
+.marks .chosen{margin:0 9px 0 17px}.marks>span{white-space:nowrap}
 .band{display:inline-block;width:14px;height:11px;background:var(--tint);margin:0 4px 0 12px;
 border:1px solid var(--bad);vertical-align:-1px}
 """
