@@ -20,10 +20,11 @@ from page import escaped
 
 Points = list[tuple[int, float]]  # (step, value); a value that is not finite is a gap and a cross
 Rows = Sequence[dict[str, Any]]  # of metrics, each with a step
+EVENTS = ("skip", "quarantine", "rollback")  # rows of metrics that say what the guard did
 
 
 class Line(NamedTuple):
-    """A series: its colour is CSS; a line without a colour stays in the grey mass."""
+    """A series: its colour is CSS; lines without one are grey, and counted in the legend."""
 
     name: str
     points: Points
@@ -36,9 +37,9 @@ class Chart(NamedTuple):
 
     title: str
     lines: list[Line]
-    log: bool = False
-    guides: Sequence[tuple[str, float]] = ()
-    events: Sequence[tuple[str, int]] = ()
+    log: bool = False  # the axis of values
+    guides: Sequence[tuple[str, float]] = ()  # level lines: name, value
+    events: Sequence[tuple[str, int]] = ()  # marks on the axis of steps: one of EVENTS, step
 
 
 class Frame(NamedTuple):
@@ -55,7 +56,7 @@ class Frame(NamedTuple):
 
 CHART = (480, 210)  # units of the view box
 LEFT, RIGHT_EDGE, TOP, BOTTOM = 44, 472, 12, 176
-POINTS = 240  # of a series that are drawn
+POINTS = 240  # that are drawn of a series, at most
 
 
 class Axis(NamedTuple):
@@ -252,11 +253,9 @@ def _legend(line: Line) -> str:
 
 # --- charts of metrics rows ----------------------------------------------------------------------
 
-EVENTS = ("skip", "quarantine", "rollback")
-
 
 def loss_chart(steps: Rows, epochs: Rows) -> Chart:
-    """Training loss of steps and epochs, and validation's; rows as in `*_metrics.jsonl`."""
+    """Loss of training steps and epochs, and of validation; rows as in `*_metrics.jsonl`."""
     lines = [
         Line("training step", points_of(steps, "loss"), "var(--c1)", thin=True),
         Line("training epoch", points_of(epochs, "train"), "var(--c3)"),

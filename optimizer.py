@@ -27,22 +27,40 @@ BETAS = (0.9, 0.95)
 # the width (Jordan et al. 2024), and AdamW's elements move by 5e-3.
 MUON_FACTOR = 100.0
 ADAMW_FACTOR = 25.0
-# A head's logits sum over the width, so its rate falls with it (Yang et al. 2022, table 8); above
-# it holds for this one.
+# A head's logits sum over the width, so beyond this one its rate falls as the width grows (Yang et
+# al. 2022, table 8).
 HEAD_WIDTH = 256
 
-Named = tuple[str, nn.Parameter]
 
+def build_optimizer(
+    model: nn.Module,
+    *,
+    optim: str,
+    lr: float,
+    weight_decay: float,
+    decay_all: bool = False,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """`adamw`: AdamW (Loshchilov and Hutter 2019) for all; `muon`: see `MuonWithAdamW`.
 
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Whether a parameter is a matrix between hidden states: of the blocks, or into depth."""
-    return p.dim() == 2 and not name.endswith(("embed.weight", "head.weight"))
+    The rates of all groups start at `lr`, without their `lr_factor`. Weight decay spares embeddings
+    and gains, but with `decay_all`. `fused` is AdamW's, a kernel for all tensors at once.
+    """
+    if optim == "adamw":
+        groups = parameter_groups(model, weight_decay, decay_all=decay_all)
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+    hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
+    is_sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    return MuonWithAdamW(
+        (ShardedMuon if is_sharded else torch.optim.Muon)([hidden], lr=lr),
+        torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
+    )
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, decay_all: bool = False
 ) -> list[dict[str, Any]]:
-    """For AdamW alone: weight decay on matrices of products; on all else with decay_all."""
+    """For AdamW alone: matrices of products, which decay; all else, which does with decay_all."""
     named = list(model.named_parameters())
     decayed = [(n, p) for n, p in named if p.dim() == 2 and not n.endswith("embed.weight")]
     rest = [(n, p) for n, p in named if p.dim() != 2 or n.endswith("embed.weight")]
@@ -68,25 +86,9 @@ def muon_groups(
     ]
 
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    optim: str,
-    lr: float,
-    weight_decay: float,
-    decay_all: bool = False,
-    fused: bool = True,
-) -> torch.optim.Optimizer:
-    """`adamw`: AdamW (Loshchilov and Hutter 2019) for all; `muon`: see `MuonWithAdamW`."""
-    if optim == "adamw":
-        groups = parameter_groups(model, weight_decay, decay_all=decay_all)
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
-    hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
-    is_sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
-    return MuonWithAdamW(
-        (ShardedMuon if is_sharded else torch.optim.Muon)([hidden], lr=lr),
-        torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
-    )
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """Whether a parameter is a matrix between hidden states: of the blocks, or into depth."""
+    return p.dim() == 2 and not name.endswith(("embed.weight", "head.weight"))
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -109,8 +111,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         muon.state = adamw.state = self.state
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of each; a closure would be called twice, so there is none."""
+    def step(self) -> None:  # type: ignore[override]
+        """One step of each; a closure would be called twice, so none is taken."""
         for part in self.parts:
             part.step()
 
@@ -133,7 +135,7 @@ class ShardedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """As torch's, on this process's rows."""
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None]
@@ -166,7 +168,8 @@ def newton_schulz(
 ) -> Tensor:
     """About the nearest orthogonal matrix, in bf16, as torch.optim.Muon makes it.
 
-    A quintic Newton-Schulz iteration (Jordan et al. 2024).
+    A quintic Newton-Schulz iteration (Jordan et al. 2024): x <- (a + b x x^T + c (x x^T)^2) x, from
+    a norm of 1 at most; it wants no more rows than columns.
     """
     a, b, c = coefficients
     is_tall = matrix.shape[0] > matrix.shape[1]
@@ -183,12 +186,14 @@ def by_whole_matrices(
 ) -> list[Tensor]:
     """Change matrices of which each process holds some rows; its rows of the results.
 
-    Matrix i is made whole on process i modulo their number; two exchanges serve all matrices.
+    `rows` are this process's, `like` the sharded matrices they are of. Matrix i is made whole on
+    process i modulo their number; two exchanges serve all matrices.
     """
     mesh = like[0].device_mesh
     rank, size, group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
 
     def count(i: int, holder: int) -> int:
+        """Elements of matrix i that a process holds."""
         height, width = like[i].shape
         most = -(-height // size)  # rows of all but the last holders, as torch.chunk has them
         return max(0, min(most, height - holder * most)) * width

@@ -35,13 +35,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-# Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
-# one that hangs after this.
-TIMEOUT = datetime.timedelta(hours=1)
-
 if TYPE_CHECKING:  # takes most of a second: left to runs that shard
     from torch.distributed.tensor import DTensor
 
+# Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
+# one that hangs after this.
+TIMEOUT = datetime.timedelta(hours=1)
 T = TypeVar("T")
 
 
@@ -73,7 +72,7 @@ class World:
     # --- agreeing --------------------------------------------------------------------------------
 
     def largest(self, *numbers: float) -> list[float]:
-        """Of each number the largest that any process gives; one exchange between CPUs."""
+        """The largest that any process gives of each number; one exchange between CPUs."""
         if self.size == 1:
             return list(numbers)
         all_numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -247,9 +246,9 @@ class World:
     # --- gradients -------------------------------------------------------------------------------
 
     def averaging(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
-        """Losses whose backward averages the model's gradients over the processes.
+        """The `losses` of a model, of codes [B, T, K], with a backward that averages its gradients.
 
-        Where the model is not sharded, by DDP (Li et al. 2020, "PyTorch Distributed").
+        By DDP (Li et al. 2020, "PyTorch Distributed"), or by FSDP where the model is sharded.
         """
         if self.size == 1:
             return losses

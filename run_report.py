@@ -23,7 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from charts import (
+    CHART,
     EVENTS,
+    LEFT,
+    RIGHT_EDGE,
     Chart,
     Frame,
     Line,
@@ -57,7 +60,7 @@ class Story:
     events: list[dict[str, Any]]  # what the guard did
     samples: list[dict[str, Any]]
     end: dict[str, Any] | None  # None while the run goes on, or when it was killed
-    newest: dict[str, Any]
+    newest: dict[str, Any]  # row that has a step
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -96,19 +99,20 @@ class Story:
 
 
 def story_of(rows: Iterable[dict[str, Any]]) -> Story:
-    """Sort the rows of a `*_metrics.jsonl`, oldest first."""
+    """Sort the rows of a `*_metrics.jsonl`, given oldest first."""
     kept: dict[str, list[dict[str, Any]]] = {"step": [], "epoch": []}
     start: dict[str, Any] = {}
     newest: dict[str, Any] = {}
     events, samples, end = [], [], None
     for row in rows:
-        event, newest = row.get("event"), row if isinstance(row.get("step"), int) else newest
+        event, has_step = row.get("event"), isinstance(row.get("step"), int)
+        newest = row if has_step else newest
         if event in ("start", "resume", "rollback"):
             back = row.get("to_step", row.get("step")) or 0
             kept = {name: [r for r in old if r["step"] <= back] for name, old in kept.items()}
         if event in ("start", "resume"):
             start, end = row, None
-        elif event in kept and isinstance(row.get("step"), int):
+        elif event in kept and has_step:
             kept[event].append(row)
         elif event == "sample":
             samples.append(row)
@@ -268,6 +272,9 @@ def _events(story: Story) -> str:
 
 # --- sound ---------------------------------------------------------------------------------------
 
+SPECTRUM_HZ = 50.0, 20_000.0  # lowest and highest that is drawn
+SPECTRUM_ROWS = 150  # bands, each one unit of the view box high; page.py's script knows it
+
 
 def _sound(story: Story, folder: Path) -> str:
     """The newest samples, to hear and to see."""
@@ -301,28 +308,35 @@ def embedded(path: Path, modified: int) -> str:  # `modified` makes a new file a
     compressed = io.BytesIO()
     soundfile.write(compressed, wave, rate, format="MP3")
     sound = base64.b64encode(compressed.getvalue()).decode()
-    seconds = len(wave) / rate
-    image = base64.b64encode(_png(spectrogram(wave.mean(axis=1), rate))).decode()
-    low, high = SPECTRUM_HZ
+    player = f'<audio controls preload="metadata" src="data:audio/mpeg;base64,{sound}"></audio>'
+    return _picture_of_sound(wave.mean(axis=1), rate) + player
+
+
+def _picture_of_sound(wave: NDArray[np.float32], rate: int) -> str:
+    """Spectrogram of a waveform [N] as SVG, with the charts' width and margins."""
+    width, height = RIGHT_EDGE - LEFT, SPECTRUM_ROWS
+    image = base64.b64encode(_png(spectrogram(wave, rate))).decode()
+    seconds, (low, high) = len(wave) / rate, SPECTRUM_HZ
+
+    def y(hz: float) -> float:
+        return height - height * math.log(hz / low) / math.log(high / low)
+
     ticks = "".join(
-        f'<text x="38" y="{150 - 150 * math.log(hz / low) / math.log(high / low) + 4:.0f}" '
-        f'class="end">{name}</text>'
+        f'<text x="{LEFT - 6}" y="{y(hz) + 4:.0f}" class="end">{name}</text>'
         for hz, name in ((100, "100"), (1000, "1k"), (10_000, "10k Hz"))
     )
     ticks += "".join(
-        f'<text x="{44 + 428 * share:.0f}" y="166" class="{place}">{seconds * share:.0f} s</text>'
+        f'<text x="{LEFT + width * share:.0f}" y="{height + 16}" class="{place}">'
+        f"{seconds * share:.0f} s</text>"
         for share, place in ((0, "start"), (0.5, "mid"), (1, "end"))
     )
     return (
-        '<svg viewBox="0 0 480 170" role="img" aria-label="spectrogram; click to play from there">'
-        f'<image href="data:image/png;base64,{image}" x="44" y="0" width="428" height="150" '
-        f'preserveAspectRatio="none"/>{ticks}<path class="playhead" d=""/></svg>'
-        f'<audio controls preload="metadata" src="data:audio/mpeg;base64,{sound}"></audio>'
+        f'<svg viewBox="0 0 {CHART[0]} {height + 20}" role="img" '
+        'aria-label="spectrogram; click to play from there">'
+        f'<image href="data:image/png;base64,{image}" x="{LEFT}" y="0" width="{width}" '
+        f'height="{height}" preserveAspectRatio="none"/>{ticks}'
+        '<path class="playhead" d=""/></svg>'
     )
-
-
-SPECTRUM_HZ = 50.0, 20_000.0
-SPECTRUM_ROWS = 150
 
 
 def spectrogram(wave: NDArray[np.float32], rate: int) -> NDArray[np.float64]:

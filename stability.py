@@ -1,6 +1,14 @@
 """What keeps a run alive: averaged weights, the guard that refuses bad steps, the rescue ladder.
 
-Objects with state; no files, no flags. All round-trip through `state_dict`.
+    reason = guard.judge(loss, grad_norm, ce)           # None: the step is taken
+    if reason is None:
+        optimizer.step(); ema.update(step); guard.accept(loss, grad_norm, ce)
+    else:
+        guard.refuse(); ladder.refuse(windows)
+        trouble = ladder.trouble(guard.refused_in_a_row)    # not None: roll back, or stop
+
+Objects with state; no files, no flags. Guard and ladder round-trip through `state_dict`; averaged
+weights are loaded as a model's.
 """
 
 from __future__ import annotations
@@ -93,7 +101,7 @@ class Guard:
                     f"cross-entropy of codebook {k} is {value:.3f}, over ln V + 1 = {guess + 1:.3f}"
                 )
         if self.factor and len(self.losses) >= WARM_UP:
-            limit = _limit(self.losses, self.factor, LOSS_SIGMA_FLOOR * mean(self.losses))
+            limit = _limit(self.losses, self.factor, LOSS_SIGMA_FLOOR * _mean(self.losses))
             if loss > limit:
                 return f"loss {loss:.4f} is over {limit:.4f}, {self.factor:g} sigma above its mean"
             limit = math.exp(_limit(self.log_norms, self.factor, NORM_SIGMA_FLOOR))
@@ -147,13 +155,13 @@ class Guard:
 
 
 def _limit(past: deque[float], factor: float, sigma_floor: float) -> float:
-    centre = mean(past)
+    """`factor` standard deviations, each `sigma_floor` at least, above the mean of the past."""
+    centre = _mean(past)
     sigma = math.dist(past, [centre] * len(past)) / math.sqrt(len(past))  # no Python loop
     return centre + factor * max(sigma, sigma_floor)
 
 
-def mean(values: deque[float]) -> float:
-    """Arithmetic mean of at least one value."""
+def _mean(values: deque[float]) -> float:
     return sum(values) / len(values)
 
 
@@ -182,7 +190,7 @@ class Ladder:
 
     def __init__(self) -> None:
         self.attempts = 0  # steps, taken or refused; never goes back
-        self.refusals: list[dict[str, Any]] = []  # lately: {"attempt", "windows"}
+        self.refusals: list[dict[str, Any]] = []  # of the last LATELY steps: attempt, windows
         self.events: list[int] = []  # steps that were rolled back from and are not forgiven yet
         self.detours: list[dict[str, Any]] = []  # of the data order; see npq_dataset.EpochOrder
         self.kept_step: int | None = None  # newest step checkpoint
@@ -230,7 +238,11 @@ class Ladder:
         suspects: Iterable[int],
         windows: int,
     ) -> None:
-        """Record a rollback to a step in an epoch; `windows` is how many there are in all."""
+        """Record that trouble at step `event` led back to `step`, at a place of the data order.
+
+        `position` counts windows of the epoch. `suspects`, numbers of windows, are left out of the
+        rest of it; windows of refused steps of the whole run, MAX_BARRED of all `windows` at most.
+        """
         room = int(MAX_BARRED * windows) - sum(len(d["barred"]) for d in self.detours)
         refused = Counter(w for r in self.refusals for w in r["windows"])
         self.events.append(event)
@@ -280,6 +292,9 @@ def lr_doubling(planned_steps: int) -> int:
     trouble that is the rate's fault has shown itself.
     """
     return min(25, max(4, planned_steps // 100))
+
+
+# --- soundness -----------------------------------------------------------------------------------
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
