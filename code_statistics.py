@@ -10,6 +10,8 @@ counted in groups of equal frequency, 64 or 72 cells a table (0.01 bits), and ev
 beside the one that excerpts of held-out music, of the same length, get against the rest of it. The
 sample's is near that level if it is like the music, far above if not, and below if it is more
 average than any one piece, as codes are that were drawn from frequencies alone.
+
+N excerpts, or P pieces of a sample, of T frames; K codebooks.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def compare(sample: Array, excerpts: Excerpts) -> dict[str, Figure]:
 
 
 def describe(figures: dict[str, Figure]) -> str:
-    """One console line: each figure of the sample, and in brackets the held-out music's."""
+    """One console line of `compare`'s: each figure of the sample, in brackets the music's."""
     if not figures:
         return "n/a, there are no two excerpts of held-out music to compare with"
     whole, *parts = figures.items()

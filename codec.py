@@ -7,7 +7,8 @@
     write_wav("back.wav", codec.decode(codes).numpy(), codec.sample_rate)
 
 B = batch, C = audio channels, N = audio samples, T = frames, K = codebooks. torch and dac are
-imported where they are used: both take seconds to import, and reading audio needs neither.
+imported where they are used: both take seconds to import, and reading audio needs neither. The
+codec is that of Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN".
 """
 
 from __future__ import annotations
@@ -103,7 +104,11 @@ def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
 
 
 def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
-    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all."""
+    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
+
+    Raises:
+        OSError, soundfile.SoundFileError: it cannot be written; `path` is as it was.
+    """
     # Not named after the file, whose name may be as long as a name can be.
     temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
     try:
@@ -361,7 +366,10 @@ class Codec:
         return torch.cat((mid[:, :mid_codebooks], side[:, :side_codebooks]), dim=1)
 
     def decode_channels(self, codes: torch.Tensor, side_codebooks: int = 0) -> torch.Tensor:
-        """Waveform [1, N] of codes [T, K], or [2, N] where the last columns are side codebooks."""
+        """Waveform [1, N] of codes [T, K], or [2, N] where the last columns are side codebooks.
+
+        Errors as `decode`.
+        """
         import torch
 
         mid = self.decode(codes[:, : codes.shape[1] - side_codebooks])

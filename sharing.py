@@ -39,13 +39,15 @@ SHARED_DATA = ("frame_rate", "side_codebooks", "size")
 SHARED_PROGRESS = ("step", "epoch", "best_val", "best_epoch")
 # Flags that shape the training or the sampling. Others say where and on what machine, which is
 # nobody's business.
-SHARED_FLAGS: tuple[str, ...] = ("ctx", "step", "jitter", "val_split", "codebooks")
-SHARED_FLAGS += ("d_model", "layers", "heads", "qk_norm", "dropout", "code_dropout")
-SHARED_FLAGS += ("pattern", "depth_layers", "depth_share", "batch", "accum", "epochs", "max_steps")
-SHARED_FLAGS += ("max_seconds", "optim", "lr", "schedule", "cooldown", "weight_decay", "decay_all")
-SHARED_FLAGS += ("warmup_ratio", "eta_min", "ema", "label_smoothing", "z_loss", "embed_grad")
-SHARED_FLAGS += ("cb_weights", "cb_weights_auto_alpha", "grad_clip", "seed", "outlier_skip_factor")
-SHARED_FLAGS += ("outlier_ema_beta", "panic_lr_mul", "amp", "amp_dtype", "eval_dac_repo")
+SHARED_FLAGS = (
+    "ctx", "step", "jitter", "val_split", "codebooks",
+    "d_model", "layers", "heads", "qk_norm", "dropout", "code_dropout",
+    "pattern", "depth_layers", "depth_share", "batch", "accum", "epochs", "max_steps",
+    "max_seconds", "optim", "lr", "schedule", "cooldown", "weight_decay", "decay_all",
+    "warmup_ratio", "eta_min", "ema", "label_smoothing", "z_loss", "embed_grad",
+    "cb_weights", "cb_weights_auto_alpha", "grad_clip", "seed", "outlier_skip_factor",
+    "outlier_ema_beta", "panic_lr_mul", "amp", "amp_dtype", "eval_dac_repo",
+)  # fmt: skip
 CODEC_NAME = re.compile(r"\w+")  # and not the path of a weights file
 
 
@@ -221,8 +223,7 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     facts = {
         "parameters": f"{sum(t.numel() for t in checkpoint['ema'].values()) / 1e6:.2f} M",
         "architecture": ", ".join(f"{name} {value}" for name, value in shape.items()),
-        "codebooks": f"{len(vocab_sizes)}"
-        + (f", the last {side} of the side channel" * (side > 0)),
+        "codebooks": f"{len(vocab_sizes)}" + f", the last {side} of the side channel" * (side > 0),
         "vocab sizes": ", ".join(map(str, vocab_sizes)),
         "frame rate": f"{data['frame_rate']:.2f} frames per second",
         "codec": flags.get("eval_dac_repo", "TODO"),
@@ -245,7 +246,7 @@ def _nats(value: float | None) -> str:
 
 
 def _command(flags: dict[str, Any]) -> str:
-    """The command that trains alike, wrapped for a page."""
+    """The command that trains with these flags, wrapped for a page."""
     words = ["python train_rvq.py", '--data "npq_out/*.npq"']
     for name, value in flags.items():
         flag = name.replace("_", "-")
@@ -358,11 +359,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _whole(low: int, high: int = 1 << 20) -> tuple[str, Callable[[Any], bool]]:
+Accepts = Callable[[Any], bool]
+
+
+def _whole(low: int, high: int = 1 << 20) -> tuple[str, Accepts]:
     return f"{low} to {high}", lambda x: type(x) is int and low <= x <= high
 
 
-def _real(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+def _real(low: float, high: float) -> tuple[str, Accepts]:
     return f"a number, {low:g} to {high:g}", lambda x: _is_number(x) and low <= x <= high
 
 
@@ -372,7 +376,7 @@ def _are_sizes(value: Any) -> bool:
 
 SWITCH = "true or false", lambda x: type(x) is bool
 # Fields that the program reads, in words and as a test; all may be left out but the NEEDED ones.
-FIELDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "architecture": {
         "vocab_sizes": ("a list of numbers from 2 on", _are_sizes),
         "d_model": _whole(1),
@@ -393,8 +397,10 @@ FIELDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     },
     "progress": {"step": _whole(0, 1 << 60), "epoch": _whole(0, 1 << 60)},
 }
-NEEDED = {"vocab_sizes", "d_model", "layers", "heads", "frame_rate", "side_codebooks", "ctx"}
-NEEDED |= {"step", "epoch"}
+NEEDED = {
+    "vocab_sizes", "d_model", "layers", "heads", "frame_rate", "side_codebooks", "ctx",
+    "step", "epoch",
+}  # fmt: skip
 
 
 def _part(path: Path, metadata: dict[str, str], name: str) -> dict[str, Any]:
