@@ -53,7 +53,7 @@ from losses import Losses, linear_cross_entropy
 PATTERNS = ("parallel", "delay", "depth")
 ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
 EMBED_STD = 0.001  # of embeddings, BOS and head at the start
-EMBED_NORM_EPS = 1e-8  # far below EMBED_STD^2, which a row's mean square is; NORM_EPS is not
+EMBED_NORM_EPS = 1e-8  # far below EMBED_STD^2, a row's mean square; NORM_EPS is as large as that
 Choose = Callable[[Tensor, int], Tensor]  # logits [B, n, V], first codebook -> codes [B, n]
 
 
@@ -269,7 +269,7 @@ class CodesTransformer(nn.Module):
             gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
             shifted = shifted.masked_fill(gone, ABSENT)
         x = self.embed_past(shifted)
-        if self.embed_grad != 1.0:  # of the tables alone (GLM-130B: Zeng et al. 2022)
+        if self.embed_grad != 1.0:  # of embeddings and BOS (GLM-130B: Zeng et al. 2022)
             x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
         x = dropout(self.embed_norm(x), self.config.dropout if self.training else 0.0)
         rope = rotary_angles(torch.arange(x.shape[1], device=codes.device), self.config)
@@ -544,7 +544,10 @@ def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame."""
+    """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame.
+
+    For the few rows of sampling, where operations cost; `kernels.rotated_heads` turns windows.
+    """
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
