@@ -63,7 +63,7 @@ def _check_adams_count(s: Summary) -> Iterator[Finding]:
     if len(counts) > 1:
         text = f"Adam has taken {counts[0]:.0f} to {counts[-1]:.0f} steps on its tensors"
         yield in_file(s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text)
-    elif counts and s.style == "own" and counts[0] != s.step:
+    elif counts and s.style == "own" and s.step not in (None, counts[0]):
         text = f"Adam has taken {counts[0]:.0f} steps, the run {s.step}"
         yield in_file(
             s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text, value=counts[0], baseline=s.step

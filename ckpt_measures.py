@@ -31,7 +31,7 @@ def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) 
     parts = _parts(parameter, raw, {**member.state, "ema": ema})
     _measure_elements(parameter, parts, group_settings(member.group))
     stride = max(1, raw.numel() // SAMPLE)
-    parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].float().tolist()
+    parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].double().tolist()
     if raw.dim() == 2 and raw.numel() and not parameter.bad.get("raw"):
         _measure_matrix(parameter, raw.detach(), summary)
     return parameter
@@ -192,7 +192,8 @@ def _rows_of_codebooks(matrix: Tensor, codebook: int, vocab_sizes: list[int]) ->
     if not rows or not rows <= len(matrix) <= rows + max(vocab_sizes):
         return []
     tables = matrix[:rows].unflatten(0, (len(vocab_sizes), -1))
-    return [_rows(t[:v], k) for k, (t, v) in enumerate(zip(tables, vocab_sizes, strict=True))]
+    pairs = zip(tables, vocab_sizes, strict=True)
+    return [_rows(t[:v], k) for k, (t, v) in enumerate(pairs) if v > 0]
 
 
 def _rows(table: Tensor, codebook: int) -> Rows:

@@ -37,6 +37,8 @@ def _odd_keys(summary: Summary, content: dict[str, Any]) -> list[str]:
     """Keys that are missing, and those that hold no dictionary."""
     missing = sorted(REQUIRED_KEYS - set(content)) if summary.style == "own" else []
     odd = [f"lacks `{key}`" for key in missing]
+    if summary.style == "own" and (summary.step is None or summary.step < 0):
+        odd.append("its progress tells no step")
     for key in ("progress", "flags", "architecture", "ema", "optimizer", "opt"):
         if not isinstance(content.get(key, {}), (dict, type(None))):
             odd.append(f"`{key}`: expected a dictionary, found {type(content[key]).__name__}")
@@ -57,7 +59,7 @@ def _odd_weights(summary: Summary, content: dict[str, Any], shapes: Shapes) -> l
     if summary.style == "own" and summary.architecture:
         try:
             odd += _differences("raw", shapes, _expected_shapes(summary.architecture))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             odd.append(f"architecture builds no model: {error}")
     if ema := as_dict(content.get("ema")):
         odd += _differences("EMA", _shapes(ema), shapes)

@@ -97,6 +97,45 @@ def run_trainer(*flags: str | Path, timeout: float = 120, **options: Any) -> tup
     return process.returncode, output
 
 
+@pytest.fixture(scope="session")
+def adamw_run(tunes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs with --optim adamw and an archive of each."""
+    folder = tmp_path_factory.mktemp("adamw")
+    flags = ["--data", tunes, "--save_dir", folder, "--epochs", "2", "--archive-every", "1"]
+    flags += [*TINY, "--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel"]
+    code, output = run_trainer(*flags)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def good(adamw_run: Path, tmp_path: Path) -> Path:
+    """A copy of its `latest`, to spoil."""
+    return Path(shutil.copyfile(adamw_run / "rvq_4cb_latest.pt", tmp_path / "rvq_4cb_latest.pt"))
+
+
+@pytest.fixture(scope="session")
+def muon_epoch(tunes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`latest` of a run of one epoch with --optim muon."""
+    folder = tmp_path_factory.mktemp("muon")
+    flags = ["--data", tunes, "--save_dir", folder, "--epochs", "1", *TINY]
+    code, output = run_trainer(*flags, "--optim", "muon", "--pattern", "parallel")
+    assert code == 0, output
+    return folder / "rvq_4cb_latest.pt"
+
+
+@pytest.fixture
+def muon(muon_epoch: Path, tmp_path: Path) -> Path:
+    """A copy of it, to spoil."""
+    return Path(shutil.copyfile(muon_epoch, tmp_path / "rvq_4cb_latest.pt"))
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
 def rows(save_dir: Path, event: str = "") -> list[dict[str, Any]]:
     """Metrics rows of the only run in a folder."""
     (path,) = save_dir.glob("*_metrics.jsonl")

@@ -1,0 +1,24 @@
+"""What is wrong with a file by itself, and can be told of one that says little."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import content_of
+
+from ckpt_checks_files import check_keys, check_steps
+from ckpt_reader import summarize
+from ckpt_run import History, Run
+
+
+@pytest.mark.parametrize("step", [None, "x", 10**30, -5])
+def test_a_file_that_tells_no_step_is_told_and_counted_against_nothing(step, good):
+    content = content_of(good)
+    content["progress"]["step"] = step
+    torch.save(content, good)
+    run = Run("rvq_4cb", [summarize(good)], History([]))
+    assert "tells no step" in "".join(f.text for f in check_keys(run))
+    for finding in check_steps(run):
+        assert math.isfinite(finding.baseline)

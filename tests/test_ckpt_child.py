@@ -1,0 +1,44 @@
+"""A child process that reads a file is held to its limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+
+import ckpt_child
+from ckpt_child import in_child
+
+
+def grow_memory(path: str, tell: Any) -> None:
+    held = []
+    while True:
+        held.append(torch.empty(1 << 28, dtype=torch.uint8))  # never touched: costs nothing
+
+
+def spin(path: str, tell: Any) -> None:
+    while True:
+        pass
+
+
+def write_a_file(path: str, tell: Any) -> int:
+    try:
+        with open(path + ".written", "w") as file:
+            file.write("x")
+    except OSError:
+        return 1
+    return 0
+
+
+def fall_over(path: str, tell: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_child_is_held_to_its_limits(good, monkeypatch):
+    assert "memory" in in_child(grow_memory, str(good)).text
+    assert in_child(write_a_file, str(good)) == 1
+    assert "SIGKILL" in in_child(fall_over, str(good)).text
+    monkeypatch.setattr(ckpt_child, "SILENCE", 0.5)
+    assert "silence" in in_child(spin, str(good)).text
