@@ -141,7 +141,9 @@ class _Move:
 def _judge_move(move: _Move, past: _Past) -> Judged | None:
     """What is wrong with a move; where nothing is, `past` takes it in."""
     difference = np.subtract(move.new.sample, move.old.sample)
-    moved, furthest = float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
+    with np.errstate(over="ignore"):  # float64's own range: infinitely far is far
+        moved = float(np.sqrt(np.mean(difference**2)))
+    furthest = float(np.abs(difference).max())
     furthest = max(furthest, abs(move.new.largest - move.old.largest))
     return _beyond_reach(move, furthest) or _off_pace(move, moved, past)
 
@@ -362,13 +364,18 @@ def _method(s: Summary) -> str:
 
 
 def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
-    """Single tensors whose moments are not theirs, where those of the others are."""
+    """Single tensors whose moments are not theirs, where those of the others are.
+
+    Foreign moments have a cosine of 0 +- 1 / sqrt(n), of which three are allowed for: chance alone
+    exceeds them once in a thousand.
+    """
     measured, span = s.measurable, _ema_span(s)
     expected = {p.name: mean * _usual_cosine(p, span) for p in measured}
     lost = [
         p
         for p in measured
-        if p.update_cos < 0.05 * expected[p.name] and expected[p.name] * math.sqrt(p.numel) > 12
+        if p.update_cos < max(0.05 * expected[p.name], 3 / math.sqrt(p.numel))
+        and expected[p.name] * math.sqrt(p.numel) > 12
     ]
     if lost:
         text = (
