@@ -37,7 +37,7 @@ def _odd_keys(summary: Summary, content: dict[str, Any]) -> list[str]:
     """Keys that are missing, and those that hold no dictionary."""
     missing = sorted(REQUIRED_KEYS - set(content)) if summary.style == "own" else []
     odd = [f"lacks `{key}`" for key in missing]
-    if summary.style == "own" and (summary.step is None or summary.step < 0):
+    if summary.style == "own" and summary.step is None:
         odd.append("its progress tells no step")
     for key in ("progress", "flags", "architecture", "ema", "optimizer", "opt"):
         if not isinstance(content.get(key, {}), (dict, type(None))):

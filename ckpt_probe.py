@@ -17,7 +17,7 @@ import torch
 
 from ckpt_child import in_child
 from ckpt_container import open_safely
-from ckpt_summary import Summary
+from ckpt_summary import Summary, as_count
 from model import CodesTransformer, ModelConfig
 from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 
@@ -27,22 +27,19 @@ MAX_FRAMES = 512  # of a window: enough for the figures, and quick on a CPU
 def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> dict[str, Any]:
     """By path, for raw and EMA weights: figures of `_forward`; or a Problem where it failed.
 
-    Files of other programs, whose models are not known, are left out.
+    Files of other programs, whose models are not known, and those that do not fit are left out.
 
     Raises:
         NpqError, BadFilesError: the data cannot be read.
     """
-    codes = probe_windows(data, summaries, windows)
-    found: dict[str, Any] = {}
-    for summary in summaries:
-        if summary.style == "own" and not summary.misfits:
-            found[summary.path] = in_child(_probe_in_child, summary.path, lambda _: None, codes)
-    return found
+    known = [s for s in summaries if s.style == "own" and not s.misfits]
+    codes = probe_windows(data, known, windows)
+    return {s.path: in_child(_probe_in_child, s.path, lambda _: None, codes) for s in known}
 
 
 def probe_windows(data: Sequence[str], summaries: Sequence[Summary], windows: int) -> np.ndarray:
     """Windows [N, T, K] of 16-bit codes, spread evenly over the files."""
-    ctx = min([MAX_FRAMES, *[int(s.flag("ctx", MAX_FRAMES)) for s in summaries]])
+    ctx = min([MAX_FRAMES, *[as_count(s.flags.get("ctx")) or MAX_FRAMES for s in summaries]])
     codebooks = next((len(s.vocab_sizes) for s in summaries if s.vocab_sizes), None)
     corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
     train, _ = split_corpus(corpus, ctx=ctx, val_split=0.0)

@@ -29,6 +29,7 @@ from ckpt_summary import (
     Problem,
     Rows,
     Summary,
+    as_count,
     as_dict,
     as_list,
     as_number,
@@ -99,7 +100,7 @@ def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
     """What a file of this project says of itself."""
     progress, architecture = as_dict(content.get("progress")), as_dict(content.get("architecture"))
     summary.style = "own"
-    summary.step = as_whole(progress.get("step"))
+    summary.step = as_count(progress.get("step"))
     _describe_alike(summary, content, progress, architecture)
     summary.architecture, summary.progress = plain(architecture), plain(progress)
     summary.flags = plain(as_dict(content.get("flags")))
@@ -111,7 +112,7 @@ def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
     """The plain dictionary of the script that this project replaces, as far as it goes."""
     known = {"opt", "global_step", "vocab_sizes", "cfg"} & set(content)
     summary.style = "old" if known else "unknown"
-    summary.step = as_whole(content.get("global_step"))
+    summary.step = as_count(content.get("global_step"))
     _describe_alike(summary, content, content, content)
     cfg = content.get("cfg")
     summary.flags = plain(vars(cfg) if isinstance(cfg, argparse.Namespace) else as_dict(cfg))

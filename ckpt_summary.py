@@ -254,6 +254,12 @@ def as_whole(value: Any) -> int | None:
     return int(real) if abs(real) < MOST_WHOLE else None
 
 
+def as_count(value: Any) -> int | None:
+    """A whole number that is not negative; None for anything else."""
+    whole = as_whole(value)
+    return whole if whole is not None and whole >= 0 else None
+
+
 def plain(value: Any) -> Any:
     """JSON's types alone; numbers of other types as float, anything else as its type's name.
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ckpt_summary import as_number, as_whole, kind_of, place_of
+from ckpt_summary import as_count, as_number, as_whole, kind_of, place_of
 
 
 def test_old_names_sort_as_a_forward_pass_meets_them():
@@ -51,3 +51,4 @@ def test_numbers_that_are_none_or_far_too_large():
     for value in (10**30, 1 << 53, -(1 << 53), math.inf, math.nan, 10**400):
         assert as_whole(value) is None
     assert [as_whole(v) for v in ((1 << 53) - 1, 2.9, torch.tensor(3))] == [(1 << 53) - 1, 2, 3]
+    assert [as_count(v) for v in (-1, -5.5, 10**30, 0, 7)] == [None, None, None, 0, 7]
