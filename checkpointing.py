@@ -44,6 +44,9 @@ DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
 SAVING_NICENESS = 10  # a tenth of the share of a processor that training gets where both want it
 
 
+ANOTHER = "name a .pt file of train_rvq.py, or an older one of the run"
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, unsafe or does not fit; says which, why, and what to do."""
 
@@ -187,21 +190,24 @@ def verify_file(path: Path) -> None:
                     or entry.file_size != entry.compress_size
                 ):
                     raise CheckpointError(
-                        f"{path}: entry {entry.filename!r} is compressed; refused"
+                        f"{path}: refused, entry {entry.filename!r} is compressed; {ANOTHER}"
                     )
                 # torch "reads" a folder's bytes without a word, as whatever memory held before.
                 if entry.external_attr & DOS_FOLDER_BIT or entry.is_dir():
                     raise CheckpointError(
-                        f"{path}: damaged, entry {entry.filename!r} is marked as a folder"
+                        f"{path}: damaged, entry {entry.filename!r} is marked as a folder; "
+                        f"{ANOTHER}"
                     )
             if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-                raise CheckpointError(f"{path}: entries overlap; refused")
+                raise CheckpointError(f"{path}: refused, entries overlap; {ANOTHER}")
             # Where two readers could differ on what is in a file, torch could read what the loop
             # above and the CRC-32s below never saw.
             if len({entry.filename.lower() for entry in entries}) < len(entries):
-                raise CheckpointError(f"{path}: damaged, two entries have one name")
+                raise CheckpointError(f"{path}: damaged, two entries have one name; {ANOTHER}")
             if not entries or not _has_one_directory(path, archive.start_dir, len(entries)):
-                raise CheckpointError(f"{path}: damaged, its directory is not where it says it is")
+                raise CheckpointError(
+                    f"{path}: damaged, its directory is not where it says it is; {ANOTHER}"
+                )
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
@@ -210,11 +216,10 @@ def verify_file(path: Path) -> None:
     # A damaged container can fail in many ways: RuntimeError for a flipped "encrypted" flag ...
     except Exception as error:
         raise CheckpointError(
-            f"{path}: damaged or not a checkpoint ({error}); name a .pt file of train_rvq.py, or "
-            "an older one of the run"
+            f"{path}: damaged or not a checkpoint ({error}); {ANOTHER}"
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong")
+        raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong; {ANOTHER}")
 
 
 def _has_one_directory(path: Path, start: int, count: int) -> bool:
@@ -261,20 +266,19 @@ def load_checkpoint(
     checkpoint = _unpickle(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not a checkpoint of this trainer (no format {FORMAT!r}); name a .pt file of "
-            "train_rvq.py"
+            f"{path}: not a checkpoint of this trainer (no format {FORMAT!r}); {ANOTHER}"
         )
     version = checkpoint.get("version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: damaged, format version {version!r} is none")
+        raise CheckpointError(f"{path}: damaged, format version {version!r} is none; {ANOTHER}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}, this program reads up to "
             f"{FORMAT_VERSION}; use the newer program that wrote it"
         )
     if missing := needed - set(checkpoint):
-        remedy = "" if missing & WEIGHTS_KEYS else f"; start anew with --init-from {path}"
-        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}{remedy}")
+        remedy = ANOTHER if missing & WEIGHTS_KEYS else f"start anew with --init-from {path}"
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}; {remedy}")
     return checkpoint
 
 
@@ -294,7 +298,9 @@ def _unpickle(path: Path, **options: Any) -> Any:
         # What torch says before and after that sentence is advice to load without safety.
         told = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
         reason = re.split(r"\.\s|\n", told)[0].removesuffix(".") or type(error).__name__
-        raise CheckpointError(f"{path}: refused by the safe reader ({reason})") from error
+        raise CheckpointError(
+            f"{path}: refused by the safe reader ({reason}); {ANOTHER}"
+        ) from error
 
 
 # --- the files of a run --------------------------------------------------------------------------
@@ -571,10 +577,13 @@ def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) ->
     return RunFiles(folder, matching[0]) if matching else None
 
 
-def load_latest(files: RunFiles) -> tuple[dict[str, Any], Path, list[str]]:
+def load_latest(
+    files: RunFiles, *, keep_damaged: bool = False
+) -> tuple[dict[str, Any], Path, list[str]]:
     """Load `latest`, or `previous` when `latest` is damaged: checkpoint, its path, complaints.
 
-    A damaged `latest` is renamed, so that the next save does not rotate it over the good one.
+    A damaged `latest` is renamed, so that the next save does not rotate it over the good one, but
+    not with `keep_damaged`, where no save comes.
 
     Raises:
         CheckpointError: none loads; lists them and what else could be resumed. Touches nothing.
@@ -586,15 +595,21 @@ def load_latest(files: RunFiles) -> tuple[dict[str, Any], Path, list[str]]:
         except CheckpointError as error:
             complaints.append(str(error))
             continue
-        if path == files.previous and os.path.lexists(files.latest):
+        if path == files.previous and os.path.lexists(files.latest) and not keep_damaged:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
         return checkpoint, path, complaints
-    offers = "\n".join(f"  --resume {p}" for p in files.others() if p.exists()) or "  (none found)"
-    listed = "\n".join(f"  {c}" for c in complaints)
+    offers = [f"  --resume {p}" for p in files.others() if p.exists()]
+    ways = "resume as below, or start anew with" if offers else "no other one is there: start with"
     raise CheckpointError(
-        f"no checkpoint of {files.name} can be loaded; nothing was changed:\n{listed}\n"
-        f"Resume from another one:\n{offers}\nor start anew with --no-resume."
+        "\n".join(
+            (
+                f"{files.folder}: neither latest nor previous of {files.name} can be loaded, "
+                f"nothing was changed; {ways} --no-resume",
+                *(f"  {c}" for c in complaints),
+                *offers,
+            )
+        )
     )
 
 
@@ -612,24 +627,30 @@ class FolderLock:
         self.path = Path(folder) / ".lock"
 
     def __enter__(self) -> FolderLock:
-        _make_folder(self.path.parent)
-        self.file = open(self.path, "a+", encoding="utf-8")
         try:
+            _make_folder(self.path.parent)
+            self.file = open(self.path, "ab+", buffering=0)
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
+            holder = self.file.read().decode(errors="replace").strip() or "another process"
             self.file.close()
             raise CheckpointError(
                 f"{self.path.parent}: in use by {holder}; wait for it, stop it, or give this run "
                 "another --save_dir"
             ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"--save_dir {self.path.parent}: expected a folder to write in, found "
+                f"{error.strerror!r} at {error.filename or self.path}; name another folder"
+            ) from error
         # A forked loader process outlives a killed trainer by seconds and must not hold the lock.
         os.register_at_fork(after_in_child=self.file.close)
         self.file.truncate(0)
-        command = " ".join(sys.argv)[:200]
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}: {command}\n")
-        self.file.flush()
+        command = " ".join(" ".join(sys.argv).split())[:200]
+        holder = f"process {os.getpid()} on {socket.gethostname()}: {command}\n"
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            self.file.write(holder.encode(errors="backslashreplace"))
         return self
 
     def __exit__(
@@ -638,7 +659,8 @@ class FolderLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.file.truncate(0)
+        with contextlib.suppress(OSError):  # the disk may have become read-only
+            self.file.truncate(0)
         self.file.close()
 
 

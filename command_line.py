@@ -62,11 +62,18 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, after each flag's name has been brought to its declared spelling."""
         spelling = {s.replace("_", "-"): s for a in self._actions for s in a.option_strings}
-        given = list(sys.argv[1:] if args is None else args)
-        for i, word in enumerate(given):
+        given: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
             name, equals, value = word.partition("=")
             if word.startswith("--"):
-                given[i] = spelling.get(name.replace("_", "-"), name) + equals + value
+                given.append(spelling.get(name.replace("_", "-"), name) + equals + value)
+            elif re.match(r"-[\d.]", word) and given and given[-1] in spelling.values():
+                given[-1] += f"={word}"  # argparse takes -1e-3 and -1,2 for flags
+            else:
+                given.append(word)
+        for action in self._actions:
+            if action.nargs == "+" and sum(map(given.count, action.option_strings)) > 1:
+                self.error(f"{action.option_strings[0]}: is given twice; put all behind one")
         return super().parse_known_args(given, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -85,7 +92,9 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line and code 2."""
-        problem(f"{re.sub('^argument ', '', message)} (see {self.prog} --help)")
+        message = re.sub("^argument ", "", message)
+        message = message.replace("ignored explicit argument", "takes no value, found")
+        problem(f"{message} (see {self.prog} --help)")
         raise SystemExit(EXIT_USAGE)
 
 
@@ -154,8 +163,9 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
     return parse
 
 
-positive = number("a number > 0", lambda x: 0 < x < math.inf)
-not_negative = number("a number >= 0", lambda x: 0 <= x < math.inf)
+HUGE = 1e30  # products of a few such numbers and a parameter pass float32's largest
+positive = number(f"a number > 0 and < {HUGE:g}", lambda x: 0 < x < HUGE)
+not_negative = number(f"a number >= 0 and < {HUGE:g}", lambda x: 0 <= x < HUGE)
 fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
 fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 
@@ -215,6 +225,33 @@ def has_colour(stream: TextIO | None) -> bool:
 
 # --- ends ----------------------------------------------------------------------------------------
 
+REMEDIES = {
+    errno.EACCES: "name another place, or get the right to use this one",
+    errno.EPERM: "name another place, or get the right to use this one",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EEXIST: "expected a folder or nothing there; name another place",
+    errno.EISDIR: "expected a file; name another path, or move the folder away",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ENOSPC: "free some, or name a place on another disk",
+    errno.EDQUOT: "free some, or name a place on another disk",
+    errno.EFBIG: "raise `ulimit -f`, or name a place on another disk",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENOMEM: "free some memory, or ask for less",
+}
+
+
+def in_words(error: Exception) -> str:
+    """An error's message; of the system's errors path, reason and remedy."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error) or type(error).__name__
+    where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    where += f" -> {os.fsdecode(error.filename2)}" if error.filename2 else ""
+    reason = f"{where}: {error.strerror}" if where else str(error.strerror)
+    remedy = REMEDIES.get(error.errno)
+    return reason if remedy is None or ";" in reason else f"{reason}; {remedy}"
+
 
 def exit_code_of(
     work: Callable[[], int],
@@ -239,7 +276,7 @@ def exit_code_of(
         problem(interrupted)
         return EXIT_INTERRUPTED
     except Exception as error:
-        problem(str(error) if isinstance(error, expected) else unexpected(error))
+        problem(in_words(error) if isinstance(error, expected) else unexpected(error))
         if debug:
             traceback.print_exc()
         return failed

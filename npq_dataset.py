@@ -11,6 +11,7 @@ K = codebooks, T = frames, V = entries of a codebook.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import copy
 import glob
 import hashlib
@@ -114,13 +115,14 @@ def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
+        OSError: a folder cannot be read; its files must not go missing in silence.
     """
     found: dict[str, str] = {}
     for pattern in (os.fspath(p) for p in patterns):
         if os.path.isdir(pattern):
             matches = sorted(
                 os.path.join(folder, name)
-                for folder, folders, files in os.walk(Path(pattern))
+                for folder, folders, files in os.walk(Path(pattern), onerror=_raise)
                 for name in (*folders, *files)
                 if name.endswith(".npq")
             )
@@ -130,11 +132,16 @@ def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
             matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not matches:
             raise FileNotFoundError(
-                f"no .npq file matches {pattern!r}; name folders, .npq files or quoted globs"
+                f"no .npq file matches {pattern!r}; name folders, .npq files or quoted globs "
+                "(encode_npq.py makes .npq of audio)"
             )
         for real, match in zip(_real_paths(matches), matches, strict=True):
             found.setdefault(real, match)
     return list(found.values())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _real_paths(paths: Iterable[str]) -> Iterator[str]:
@@ -190,7 +197,10 @@ def scan_corpus(
     for refused in bad:
         summary.drop(f"not valid: {refused.field}")
     if not good:
-        raise BadFilesError("no usable .npq file:\n" + "\n".join(summary.lines()))
+        raise BadFilesError(
+            f"none of {len(paths)} .npq files can be used; change --ctx or --codebooks, or the "
+            "data, as the reasons say:\n" + "\n".join(summary.lines()[1:])
+        )
     return _corpus_of(good, shape, frame_rate, summary)
 
 
@@ -243,9 +253,9 @@ def _listing(bad: Sequence[NpqError], files: int) -> str:
     lines = [f"  {error}" for error in bad[:10]] + ["  ..."] * (len(bad) > 10)
     return "\n".join(
         (
-            f"{len(bad)} of {files} files are not valid .npq:",
+            f"{len(bad)} of {files} files are not valid .npq; mend or remove them, or pass "
+            "--skip-bad-files to train without them:",
             *lines,
-            "Mend or remove them, or pass --skip-bad-files to train without them.",
         )
     )
 
@@ -313,10 +323,13 @@ class _CheckedFiles:
     def save(self) -> None:
         if self.store is None or not self.fresh:
             return
-        temporary = f"{self.store}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.known))  # json.dump would take ten times as long
-        os.replace(temporary, self.store)
+        temporary = Path(f"{self.store}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.known))  # json.dump would take ten times as long
+            os.replace(temporary, self.store)
+        except OSError:
+            with contextlib.suppress(OSError):  # the disk may be full: every file is read again
+                temporary.unlink(missing_ok=True)
 
 
 # --- the split -----------------------------------------------------------------------------------

@@ -268,7 +268,8 @@ Predict = Callable[..., Memory]  # of flags that differ from the run's
 
 def divisors(n: int) -> list[int]:
     """Of n, in rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def largest_batch(

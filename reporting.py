@@ -6,6 +6,8 @@ becomes null, since JSON has no NaN.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import problem, say
+from command_line import UsageError, in_words, problem, say
 
 # --- words ---------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class MetricsLog:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            problem(f"metrics row lost: {error}")
+            problem(f"metrics row lost, training goes on: {in_words(error)}")
         if self.board is not None:
             for key, value in row.items():
                 if isinstance(value, float) and key not in ("time", "seconds"):
@@ -163,8 +165,9 @@ class MetricsLog:
         return row
 
     def close(self) -> None:
-        """Flush and close."""
-        self.file.close()
+        """Flush and close; rows that a full disk does not take are lost."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -210,9 +213,16 @@ def _jsonable(value: Any) -> Any:
     return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def check_tensorboard() -> None:
+    """Raise UsageError where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError(
+            "--tensorboard: expected the package, found none; `pip install tensorboard`, or leave "
+            "the flag out"
+        )
+
+
 def _summary_writer(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SystemExit("--tensorboard: `pip install tensorboard` first") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(path.with_name(path.name.removesuffix("_metrics.jsonl") + "_tb")))

@@ -22,6 +22,7 @@ from checkpointing import (
     rng_state,
     set_rng_state,
 )
+from command_line import in_words
 from optimizer import state_tensors
 from parallel import World, local
 from run_state import Progress, Run, Saving, TrainState
@@ -109,7 +110,7 @@ def write_files(run: Run, checkpoint: dict[str, Any], **names: int | None) -> Pa
         try:
             export_weights(checkpoint, run.files.weights, tell=lambda _: None)
         except (OSError, CheckpointError) as error:
-            tell(f"weights to share were not written, training goes on: {error}")
+            tell(f"weights to share were not written, training goes on: {in_words(error)}")
     return path
 
 
@@ -127,9 +128,9 @@ def check_save(run: Run, *, wait: bool = False) -> Saving | None:
         path = saving.written.result()
     except OSError as error:
         run.failed_saves += not saving.spare
+        left = "is still the last good one" if run.files.latest.exists() else "is not there"
         run.console.problem(
-            f"save at step {saving.step} failed ({error}); {run.files.latest} is still the last "
-            "good one"
+            f"save at step {saving.step} failed ({in_words(error)}); {run.files.latest} {left}"
         )
         if run.failed_saves >= MAX_FAILED_SAVES:
             raise
@@ -187,7 +188,7 @@ def quarantine(run: Run, reason: str) -> None:
     try:
         name = run.files.quarantine(checkpoint, p.step, reason).name
     except OSError as error:
-        name = f"nowhere ({error})"
+        name = f"nowhere ({in_words(error)})"
     run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
     run.console.problem(
         f"the state at step {p.step} is unsound ({reason}); it went to {name}, and "

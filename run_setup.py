@@ -20,6 +20,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,8 @@ from checkpointing import (
     load_latest,
     run_name,
 )
-from command_line import (
-    UsageError,
-)
+from command_line import UsageError
+from memory_prediction import gib
 from model import Block, CodesTransformer, ModelConfig
 from npq_dataset import (
     Corpus,
@@ -53,7 +53,7 @@ from npq_dataset import (
 from optimizer import build_optimizer
 from parallel import EveryNth, World
 from planning import Plan
-from reporting import Console, MetricsLog, code_version, number
+from reporting import Console, MetricsLog, check_tensorboard, code_version, number
 from run_saving import load_weights, restore
 from run_state import Progress, Run, StopRequest, TrainState
 from sharing import load_parts
@@ -89,7 +89,9 @@ def set_up(
     checkpoint, source = find_checkpoint(flags, console, world)
     flags = settle_flags(flags, explicit, checkpoint, console)
     if not flags.data:
-        raise UsageError("--data: name the .npq files to train on")
+        raise UsageError("--data: expected .npq files to train on, found none; name some")
+    if flags.tensorboard:
+        check_tensorboard()
     device = pick_device(flags.device, world)
     amp_dtype = pick_amp_dtype(flags, device)
     tune_for(device)
@@ -101,7 +103,8 @@ def set_up(
     console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
     check_accum(flags.accum, world)
     check_same(flags, data, world)
-    check_windows(flags, len(train_windows))
+    check_windows(flags, len(train_windows), len(val_windows), console)
+    check_size(flags, config, device)
     order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
     shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
     weights = torch.tensor(shares, device=device)
@@ -110,7 +113,7 @@ def set_up(
     if checkpoint is not None:
         restore(state, checkpoint, source, world)
         state.ladder.load_state_dict(checkpoint.get("ladder", {}))
-        settle_data_change(flags, state, checkpoint["data"], data, console)
+        settle_data_change(flags, state, checkpoint["data"], data, source, console)
         forget_another_level(flags, state.guard, saved_flags(checkpoint))
     if world.is_first:
         tidy(files, state, console, resumed=checkpoint is not None)
@@ -137,12 +140,39 @@ def set_up(
     return run
 
 
-def check_windows(flags: argparse.Namespace, windows: int) -> None:
-    """Raise UsageError where training windows make no step."""
-    if windows < flags.batch * flags.accum:
+def check_windows(flags: argparse.Namespace, train: int, val: int, console: Console) -> None:
+    """Raise UsageError where training windows make no step; say where none validate."""
+    if not train and val:
         raise UsageError(
-            f"{windows} training windows are fewer than one step's --batch {flags.batch} x --accum "
+            "--val-list: expected some files, found all of the data; shorten it, so that others "
+            "are left to train on"
+        )
+    if train < flags.batch * flags.accum:
+        raise UsageError(
+            f"{train} training windows are fewer than one step's --batch {flags.batch} x --accum "
             f"{flags.accum}; lower these, --ctx or --step, or add data"
+        )
+    if not val:
+        console.problem(
+            "no validation windows: val will be n/a and no best checkpoint is kept"
+            + ("; lower --ctx, or name files with --val-list" if flags.val_split else "")
+        )
+
+
+def check_size(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> None:
+    """Raise UsageError where the weights alone are more than this machine has memory.
+
+    They are made on its CPU, and Linux gives memory that it has not, and kills without a word.
+    """
+    with torch.device("meta"):
+        model = new_model(flags, config)
+    copies = 2 if device.type == "cpu" else 1  # with the EMA
+    needed = copies * sum(p.numel() * p.element_size() for p in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(
+            f"--d_model {config.d_model} x --layers {config.layers}: the weights alone take "
+            f"{gib(needed)}, this machine has {gib(there)}; lower these (--plan tells what fits)"
         )
 
 
@@ -219,6 +249,8 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
         f"{flags.accum}), {run.planned_steps} in all"
         + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
     )
+    if flags.num_workers > (cores := len(os.sched_getaffinity(0))):
+        run.console.detail(f"note     --num_workers {flags.num_workers} on {cores} cores")
     if flags.init_from and not resumed:
         run.console.line(f"weights  EMA weights of {flags.init_from}")
     run.metrics.write(
@@ -277,7 +309,7 @@ def read_checkpoint(
         return None, ""
     checkpoint, path, complaints = load_latest(files)
     for complaint in complaints:
-        console.problem(f"{complaint}\n  falling back to {path}")
+        console.problem(f"falling back to {path}: {complaint}")
     return checkpoint, str(path)
 
 
@@ -317,6 +349,8 @@ def merge_flags(
         f"Resuming at step {progress['step']}, epoch {progress['epoch'] + 1}, "
         f"best val {number(progress['best_val'])} (saved {checkpoint.get('saved_at', '?')})"
     )
+    if explicit.get("init_from"):
+        console.line("  --init-from is left unread: weights are the run's own (or --no-resume)")
     for name, value in explicit.items():
         if name in COMMAND_FLAGS or name not in saved or saved[name] == value or name == "quiet":
             continue
@@ -407,8 +441,13 @@ def open_data(
     split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
     try:
         train, val = split_corpus(corpus, **split)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--val-list: {error}; name a text file of validation files") from error
+    except OSError as error:
+        raise UsageError(
+            f"--val-list: expected a text file of validation files, found {error.strerror!r} at "
+            f"{flags.val_list}; check the path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--val-list: {error}") from error
     jitter_seed = flags.seed if flags.jitter else None
     train_windows = WindowDataset(
         corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
@@ -421,8 +460,6 @@ def open_data(
         f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
         f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
     )
-    if not len(val_windows):
-        console.problem("no validation windows: val will be n/a and no best checkpoint is kept")
     # Without `jitter`: with it and without, a window has the same number and about the same place.
     identity = {
         "files": corpus.fingerprint(),
@@ -452,6 +489,7 @@ def settle_data_change(
     state: TrainState,
     saved: dict[str, Any],
     found: dict[str, Any],
+    source: str,
     console: Console,
 ) -> None:
     """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
@@ -459,11 +497,12 @@ def settle_data_change(
     changed = sorted(name for name in identity if saved.get(name) != found[name])
     if not changed:
         return
-    said = ", ".join(f"{n} {saved.get(n)} -> {found[n]}" for n in changed)
+    said = ", ".join(f"{n} {saved.get(n)!s:.8} -> {found[n]!s:.8}" for n in changed)  # hashes
     if not flags.allow_data_change:
         raise CheckpointError(
-            f"the data is not the data of the saved run ({said}); restore it, or pass "
-            "--allow-data-change to go on with what is there now, from the start of this epoch"
+            f"{source}: the data is not the data of the saved run ({said}); restore data and "
+            "flags, or pass --allow-data-change to go on with what is there now, from the start of "
+            "this epoch"
         )
     progress = state.progress
     console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
@@ -478,6 +517,7 @@ def build_loader(
 ) -> DataLoader[Tensor]:
     """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
     workers = flags.num_workers
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # `announce` says it
     return DataLoader(
         windows,
         batch_size=None,
@@ -498,6 +538,8 @@ def leave_signals_to_the_trainer(_: int) -> None:
     killed the kernel kills them, else they could outlive it and hold the folder's lock.
     """
     os.setpgid(0, 0)
+    # Threads of a loader whose trainer ended print tracebacks; its errors reach the trainer else.
+    sys.excepthook = lambda *_: None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -539,9 +581,10 @@ def pick_architecture(
         have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
     )
     if not fits:
+        remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
         raise CheckpointError(
             f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
-            f"data has {list(vocab_sizes)}; see --codebooks, or start anew with --no-resume"
+            f"data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
         )
     return config, initial
 
@@ -640,9 +683,14 @@ def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[floa
         try:
             weights = [float(w) for w in choice.split(",")]
         except ValueError as error:
-            raise UsageError(f"--cb-weights: expected auto or numbers, found {choice!r}") from error
+            raise UsageError(
+                f"--cb-weights: expected auto or {k} numbers with commas between, found {choice!r}"
+            ) from error
         if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise UsageError(f"--cb-weights: expected {k} numbers >= 0, found {choice!r}")
+            raise UsageError(
+                f"--cb-weights: expected {k} numbers >= 0 and not all 0, one for each codebook, "
+                f"found {choice!r}"
+            )
     return [w * k / sum(weights) for w in weights]
 
 

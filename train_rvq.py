@@ -41,6 +41,7 @@ from checkpointing import (
     FolderLock,
     find_run,
     load_checkpoint,
+    load_latest,
     rng_kept,
     save_checkpoint,
 )
@@ -54,6 +55,7 @@ from command_line import (
     at_least,
     fraction,
     fraction_or_one,
+    in_words,
     not_negative,
     number_or_auto,
     positive,
@@ -105,19 +107,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-list", metavar="FILE", help="text file of validation files; overrides --val_split")
     add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
     add("--skip-bad-files", action="store_true", help="train without files that are not valid .npq")
-    add("--num_workers", type=at_least(0), default=2, help="loader processes; 0 = none")
+    add("--num_workers", type=at_least(0, 256), default=2, help="loader processes; 0 = none")
     add("--persistent-workers", action=switch, default=True, help="keep them between epochs")
-    add("--prefetch", type=at_least(1), default=6, help="micro-batches each worker reads ahead")
+    add("--prefetch", type=at_least(1, 1000), default=6,
+        help="micro-batches each worker reads ahead")
 
     add = parser.add_argument_group("model").add_argument
-    add("--d_model", type=at_least(2), default=768, help="width")
-    add("--layers", type=at_least(1), default=16, help="transformer blocks")
+    add("--d_model", type=at_least(2, 65536), default=768, help="width")
+    add("--layers", type=at_least(1, 1000), default=16, help="transformer blocks")
     add("--heads", type=at_least(1), default=12, help="attention heads")
     add("--dropout", type=fraction, default=0.1,
         help="on embeddings and on each block's two outputs")
     add("--pattern", choices=PATTERNS, default="depth",
         help="what a code may depend on within its frame; see model.py")
-    add("--depth-layers", type=at_least(1), default=1, help="blocks of --pattern depth")
+    add("--depth-layers", type=at_least(1, 1000), default=1, help="blocks of --pattern depth")
     add("--depth-share", type=fraction_or_one, default=0.5,
         help="depth: share of the frames in each micro-batch that its loss is made of")
     add("--code-dropout", type=fraction, default=0.0,
@@ -129,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="windows in a micro-batch; auto: the most that fit, and --accum to match")
     add("--accum", type=at_least(1), default=6,
         help="micro-batches in an optimizer step, over all processes")
-    add("--effective-batch", type=at_least(1), metavar="N",
+    add("--effective-batch", type=at_least(1, 10**9), metavar="N",
         help="windows in an optimizer step: sets --accum to N / --batch; auto without it: 36")
     add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
     add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
@@ -242,14 +245,25 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
     explicit = {name: value for name, value in given.items() if value is not unset}
     if flags.resume and flags.no_resume:
         parser.error("--resume and --no-resume contradict each other; give one")
+    if flags.resume and flags.init_from:
+        parser.error("--resume goes on with a run and --init-from starts one; give one")
     if is_shared(flags.resume or ""):
         parser.error(f"--resume {flags.resume}: weights alone begin a new run; use --init-from")
+    for flag in ("--save_dir", "--resume", "--init-from", "--val-list", "--eval-outdir"):
+        if (
+            vars(flags)[flag[2:].replace("-", "_")] == ""
+        ):  # of a shell's variable that was never set
+            parser.error(f"{flag}: expected a path, found ''; name one or leave it out")
     if flags.eta_min > flags.lr:
-        parser.error(f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it")
+        parser.error(
+            f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it, or raise --lr"
+        )
     if "accum" in explicit and flags.batch == "auto":
-        parser.error("--batch auto sets --accum; leave it out, or give --effective-batch")
-    if set(flags.tag) & set('/\\*?[]" '):
-        parser.error(f"--tag: expected letters, digits, '.', '-' and '_', found {flags.tag!r}")
+        parser.error("--batch auto sets --accum; leave --accum out, or give --effective-batch")
+    if set(flags.tag) & set('/\\*?[]" ') or not flags.tag.isprintable() or len(flags.tag) > 100:
+        parser.error(
+            f"--tag: expected at most 100 letters, digits, '.', '-' and '_', found {flags.tag!r}"
+        )
     return flags, explicit
 
 
@@ -513,7 +527,7 @@ def write_samples(run: Run) -> None:
     except StopSampling:
         return
     except Exception as error:  # a missing codec, a full disk, no memory left: train on
-        run.console.problem(f"evaluation audio failed, training goes on: {error}")
+        run.console.problem(f"evaluation audio failed, training goes on: {in_words(error)}")
         outcome = {"error": str(error)}
     else:
         seconds = round(time.perf_counter() - started, 3)
@@ -528,7 +542,7 @@ def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, float 
     try:
         figures = compare(codes, read_excerpts(run.val_windows, len(codes)))
     except Exception as error:  # a file that changed, no memory left: train on
-        run.console.problem(f"statistics of the sample failed, training goes on: {error}")
+        run.console.problem(f"statistics of the sample failed, training goes on: {in_words(error)}")
         return {}
     run.console.line(f"         {describe(figures)}")
     return flat(figures)
@@ -580,7 +594,10 @@ def train(run: Run) -> int:
     """
     p = run.state.progress
     if run.is_finished() and p.validated_step == p.step:
-        run.console.line(f"Nothing to do: the run was finished at step {p.step}.")
+        run.console.line(
+            f"Nothing to do: the run was finished at step {p.step}; a larger --epochs, --max-steps "
+            "or --max-seconds goes on."
+        )
         return EXIT_DONE
     while True:
         epoch_complete = take_steps(run)
@@ -675,6 +692,8 @@ def name_dead_loaders(batches: Iterator[Tensor]) -> Iterator[Tensor]:
     except (ConnectionError, EOFError, RuntimeError) as error:
         told = (str(error).strip() or type(error).__name__).splitlines()[-1]
         reason = re.sub(r"^[\w.]+Error: ", "", told)
+        if isinstance(error, (ConnectionError, EOFError)):
+            reason = "a loader process died (killed, or no memory left: lower --num_workers)"
         raise LoaderError(f"loading data failed: {reason}; the same command goes on") from error
 
 
@@ -798,7 +817,7 @@ def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
-            run.console.problem(f"{error}\n  trying an older one")
+            run.console.problem(f"trying an older one: {error}")
             continue
         shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
         fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
@@ -837,7 +856,7 @@ def snapshot(run: Run) -> None:
     try:
         save_checkpoint(checkpoint, run.files.panic_snapshot(run.state.progress.step))
     except OSError as error:
-        run.console.problem(f"snapshot failed, training goes on: {error}")
+        run.console.problem(f"snapshot failed, training goes on: {in_words(error)}")
 
 
 # --- ends of epochs and of the run ---------------------------------------------------------------
@@ -885,7 +904,8 @@ def update_report(run: Run) -> None:
     try:
         write_report(run.files, samples_folder(run.flags))
     except Exception as error:
-        run.console.problem(f"{run.files.report} was not written, training goes on: {error}")
+        told = in_words(error)
+        run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
 
 
 def validation_due(run: Run, *, complete: bool) -> bool:
@@ -961,10 +981,10 @@ def finished(run: Run) -> int:
         run.files.remove_ring()
     run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
     update_report(run)
-    run.console.line(
-        f"Done at step {p.step}: best val {number(p.best_val)} of epoch {p.best_epoch} in "
-        f"{run.files.best}, last state in {run.files.latest}"
-    )
+    best = "nothing validated"
+    if p.best_epoch:
+        best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
+    run.console.line(f"Done at step {p.step}: {best}, last state in {run.files.latest}")
     if run.flags.export_safetensors:
         run.console.line(f"Weights to share in {run.files.weights}; fill in {run.files.card}")
     return EXIT_DONE
@@ -1007,23 +1027,24 @@ def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) 
     flags = settle_flags(flags, explicit, checkpoint, console)
     device = planned_device(flags)
     if flags.data:
-        corpus, train_windows, *_ = open_data(flags, console)
-        windows, vocab_sizes = len(train_windows), corpus.vocab_sizes
+        corpus, train_windows, val_windows, _ = open_data(flags, console)
+        windows, vocab_sizes = (len(train_windows), len(val_windows)), corpus.vocab_sizes
     else:
-        windows, vocab_sizes = 0, (1024,) * (flags.codebooks or 9)
+        windows, vocab_sizes = (0, 0), (1024,) * (flags.codebooks or 9)
         if checkpoint is not None:
             vocab_sizes = tuple(checkpoint["architecture"]["vocab_sizes"])
         console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
     config, _ = pick_architecture(flags, checkpoint, source, vocab_sizes)
     asked = plan_of(flags, config, device)
     console.lines(asked.settle_batch(explicit, ALONE))
+    if flags.data:
+        check_windows(flags, *windows, console)
     console.lines(asked.step_lines())
     console.lines(asked.memory_lines(is_new=checkpoint is None))
     console.lines(asked.time_lines())
-    if windows:
-        check_windows(flags, windows)
-        console.lines(asked.run_lines(windows))
-    lines, problem = asked.disk_lines(windows)
+    if flags.data:
+        console.lines(asked.run_lines(windows[0]))
+    lines, problem = asked.disk_lines(windows[0])
     console.lines(lines)
     if problem is not None:
         console.problem(problem)
@@ -1039,16 +1060,14 @@ def planned_device(flags: argparse.Namespace) -> torch.device:
 
 
 def look_for_checkpoint(flags: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
-    """As `read_checkpoint`, but a damaged `latest` stays where it is."""
+    """As `read_checkpoint`, but a damaged `latest` stays where it is, and nothing is said."""
     if flags.resume:
         return load_checkpoint(flags.resume), flags.resume
     files = None if flags.no_resume else find_run(flags.save_dir, flags.tag, flags.codebooks)
     if files is None:
         return None, ""
-    try:
-        return load_checkpoint(files.latest), str(files.latest)
-    except CheckpointError:
-        return load_checkpoint(files.previous), str(files.previous)
+    checkpoint, path, _ = load_latest(files, keep_damaged=True)
+    return checkpoint, str(path)
 
 
 def tell_out_of_memory(run: Run) -> None:
@@ -1085,14 +1104,22 @@ def ending_of(
 ) -> tuple[int, str]:
     """Exit code and message for what ended a run before its time."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "interrupted; no checkpoint was changed"
+        if flags and flags.plan:
+            return 128 + signal.SIGINT, "interrupted; nothing was changed"
+        return 128 + signal.SIGINT, (
+            "interrupted before a step was taken; no checkpoint was changed, and the same command "
+            "starts again"
+        )
     if isinstance(error, (UsageError, PlanError)):
         return EXIT_USAGE, str(error)
     if isinstance(error, EXPECTED):
-        return EXIT_FAILED, str(error)
+        return EXIT_FAILED, in_words(error)
     if is_out_of_memory(error):
-        short = str(error).strip().splitlines()[0]
-        return EXIT_FAILED, f"out of memory ({short}); lower --batch, --plan tells what fits"
+        short = in_words(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        return EXIT_FAILED, (
+            f"out of memory ({short}); lower --batch, --ctx, --d_model or --layers; --plan tells "
+            "what fits"
+        )
     if torch.distributed.is_initialized() and is_loss_of_peer(error):
         return EXIT_FAILED, f"another process of the run died ({error}); torchrun names it below"
     return EXIT_FAILED, unexpected(error, where_it_arose(error, flags))
