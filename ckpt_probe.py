@@ -33,6 +33,8 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
         NpqError, BadFilesError: the data cannot be read.
     """
     known = [s for s in summaries if s.style == "own" and not s.misfits]
+    if not known:
+        return {}
     codes = probe_windows(data, known, windows)
     return {s.path: in_child(_probe_in_child, s.path, lambda _: None, codes) for s in known}
 

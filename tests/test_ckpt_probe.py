@@ -35,3 +35,4 @@ def test_a_file_that_does_not_fit_is_left_out_and_spoils_no_other(good, tunes):
     odd = spoiled(good, lambda content: content["architecture"].update(vocab_sizes=[64] * 7))
     found = probe([summarize(odd), summarize(good)], [str(tunes)], windows=1)
     assert list(found) == [str(good)]
+    assert probe([summarize(odd)], [str(tunes)], windows=1) == {}, "not one that can be run"
