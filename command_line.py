@@ -41,7 +41,7 @@ class UsageError(ValueError):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Flags by group, at 80 columns; a multi-word flag is accepted with `-` and with `_`.
+    """Flags by group, as wide as the terminal; multi-word ones are accepted with `-` and with `_`.
 
     From a door's docstring the first line and the commands below it stand above the flags, and
     what follows a line `Exit code` below them.
@@ -50,9 +50,10 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, doc: str | None, usage: str) -> None:
         what, commands, *rest = (doc or "").split("\n\n")
         below = [part for part in rest if part.casefold().startswith("exit code")]
+        width = help_width()
         super().__init__(
-            description=f"{textwrap.fill(what, HELP_WIDTH)}\n\n{commands}",
-            epilog=textwrap.fill("".join(below), HELP_WIDTH),
+            description=f"{textwrap.fill(what, width)}\n\n{commands}",
+            epilog=textwrap.fill("".join(below), width),
             usage=usage,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
@@ -98,12 +99,16 @@ class FlagParser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USAGE)
 
 
+def help_width() -> int:
+    """Columns of the terminal, 80 at most."""
+    return min(HELP_WIDTH, max(20, shutil.get_terminal_size().columns))
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults stand behind the help of flags that have one, `--[no-]flag` for a switch."""
 
     def __init__(self, prog: str) -> None:
-        width = min(HELP_WIDTH, shutil.get_terminal_size().columns)
-        super().__init__(prog, max_help_position=28, width=width)
+        super().__init__(prog, max_help_position=28, width=help_width())
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not has_default(action):
@@ -285,6 +290,9 @@ def exit_code_of(
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
     """Around a command: what cannot be printed, or no longer be written, does not end it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a stream was closed: else a checkpoint takes its number, and what is printed there
+    os.close(descriptor)
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text

@@ -59,7 +59,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
         self.quiet, self.silent = quiet, silent
-        self.has_bar = not quiet and not silent and sys.stderr.isatty()
+        self.has_bar = not quiet and not silent and bool(sys.stderr) and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
 
     def detail(self, text: str) -> None:

@@ -32,6 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+
+    def leave_imports(*_: object) -> None:
+        """On Ctrl-C in the seconds that the imports below take."""
+        os.write(2, b"! interrupted before anything was done; the same command starts again\n")
+        os._exit(128 + signal.SIGINT)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, leave_imports)
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -1165,4 +1175,6 @@ def fail(world: World, code: int, message: str) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is leave_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     leave(main())
