@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from make_codes import make_tune
 
+import run_saving
 import run_state
 import train_rvq
 from checkpointing import save_checkpoint
@@ -141,7 +142,8 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
         yield mock.patch.object(train_rvq, "update", skipped_update)
     if not s.guarded:
         yield mock.patch.object(Guard, "judge", return_value=None)
-        yield mock.patch.object(train_rvq, "unsound", return_value=None)
+        for module in (train_rvq, run_saving):  # asked at the end of an epoch, and at a save
+            yield mock.patch.object(module, "unsound", return_value=None)
 
 
 # --- faults in training --------------------------------------------------------------------------
