@@ -152,25 +152,28 @@ def number_or_auto(text: str) -> int | str:
     return text if text == "auto" else at_least(1)(text)
 
 
+HUGE = 1e30  # a few such numbers multiplied pass what a float32 holds
+
+
 def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """Argument type: a number that `accepts` takes, in words `what`."""
+    """Argument type: a number below HUGE that `accepts` takes, in words `what`."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+        wanted = what if not accepts(value) else f"a number < {HUGE:g}" if value >= HUGE else None
+        if wanted is not None:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
         return value
 
     parse.__name__ = "X"
     return parse
 
 
-HUGE = 1e30  # products of a few such numbers and a parameter pass float32's largest
-positive = number(f"a number > 0 and < {HUGE:g}", lambda x: 0 < x < HUGE)
-not_negative = number(f"a number >= 0 and < {HUGE:g}", lambda x: 0 <= x < HUGE)
+positive = number("a number > 0", lambda x: 0 < x < math.inf)
+not_negative = number("a number >= 0", lambda x: 0 <= x < math.inf)
 fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
 fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 

@@ -198,8 +198,8 @@ def scan_corpus(
         summary.drop(f"not valid: {refused.field}")
     if not good:
         raise BadFilesError(
-            f"none of {len(paths)} .npq files can be used; change --ctx or --codebooks, or the "
-            "data, as the reasons say:\n" + "\n".join(summary.lines()[1:])
+            f"no usable .npq file among {len(paths)}; change --ctx or --codebooks, or the data, as "
+            "the reasons say:\n" + "\n".join(summary.lines()[1:])
         )
     return _corpus_of(good, shape, frame_rate, summary)
 
