@@ -12,7 +12,7 @@ demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds
 	    --save_dir demo/run --device cpu --d_model 128 --layers 4 --heads 4 --dropout 0 \
 	    --ctx 256 --step 117 --batch 4 --accum 1 --warmup-ratio 0.05 \
 	    --label-smoothing 0 --max-seconds 110 --log-lr-steps 20 --val-every-seconds 16 \
-	    --eval-audio-every 1 --eval-frames 430 --eval-top-p 0.9 --eval-dac-repo demo
+	    --eval-audio-every 1 --eval-frames 645 --eval-dac-repo demo
 	$(BIN)/python examples/demo.py demo/run/rvq_9cb_best.pt --out-dir demo
 
 test: lint  ## everything that CI checks

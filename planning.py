@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from checkpointing import RING_SIZE, megabytes
 from memory_prediction import FIXED, GIB, MARGIN, Memory, Step, Trained, gib, predict_memory
 from model import CodesTransformer, ModelConfig
 from parallel import World
+from run_files import RING_SIZE, megabytes
 
 DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
 

@@ -38,10 +38,11 @@ from charts import (
     loss_chart,
     points_of,
 )
-from checkpointing import RunFiles, replace_file
+from checkpointing import replace_file
 from command_line import figure
 from page import as_page, badge, command, escaped, table
 from reporting import duration, number, perplexity, read_metrics
+from run_files import RunFiles
 
 SAMPLES = 4  # newest ones that are in the page, at about 0.2 MB each
 EVENT_ROWS = 30  # newest ones in the table

@@ -28,16 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from checkpointing import (
-    WEIGHTS_KEYS,
-    CheckpointError,
-    RunFiles,
-    find_run,
-    library_versions,
-    load_checkpoint,
-    load_latest,
-    run_name,
-)
+from checkpointing import WEIGHTS_KEYS, CheckpointError, library_versions, load_checkpoint
 from command_line import UsageError
 from memory_prediction import gib
 from model import Block, CodesTransformer, ModelConfig
@@ -54,6 +45,7 @@ from optimizer import build_optimizer
 from parallel import EveryNth, World
 from planning import Plan
 from reporting import Console, MetricsLog, check_tensorboard, code_version, number
+from run_files import RunFiles, find_run, load_latest, run_name
 from run_saving import load_weights, restore
 from run_state import Progress, Run, StopRequest, TrainState
 from sharing import load_parts

@@ -26,10 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from checkpointing import (
-    BackgroundSaver,
-    RunFiles,
-)
+from checkpointing import BackgroundSaver
 from losses import Losses
 from model import CodesTransformer
 from npq_dataset import (
@@ -38,6 +35,7 @@ from npq_dataset import (
 )
 from parallel import World
 from reporting import Console, MetricsLog
+from run_files import RunFiles
 from stability import (
     Ema,
     Guard,

@@ -46,15 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpointing import (
-    CheckpointError,
-    FolderLock,
-    find_run,
-    load_checkpoint,
-    load_latest,
-    rng_kept,
-    save_checkpoint,
-)
+from checkpointing import CheckpointError, load_checkpoint, rng_kept, save_checkpoint
 from code_statistics import compare, describe, flat, read_excerpts
 from command_line import (
     EXIT_DONE,
@@ -78,6 +70,7 @@ from npq_format import NpqError, map_codes, read_header, write_npq
 from parallel import ParallelError, World, is_loss_of_peer, join, leave
 from planning import PlanError, is_out_of_memory
 from reporting import Console, epoch_lines, number, perplexity, step_line
+from run_files import FolderLock, find_run, load_latest
 from run_report import write_report
 from run_saving import check_save, checkpoint_of, finish_save, quarantine, restore, save, unsound
 from run_setup import (

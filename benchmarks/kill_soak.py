@@ -35,7 +35,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rvq
-from checkpointing import CheckpointError, RunFiles, load_checkpoint
+from checkpointing import CheckpointError, load_checkpoint
+from run_files import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = shlex.split(

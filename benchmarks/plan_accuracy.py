@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpointing
 import model
+import run_files
 import run_saving
 import run_setup
 import train_rvq
@@ -66,7 +66,7 @@ def memory_of_this_process(field: str) -> int:
 def take_steps(words: list[str]) -> None:
     """Three optimizer steps, and a save after the first."""
     flags, explicit = train_rvq.parse_flags(words)
-    with checkpointing.FolderLock(flags.save_dir):
+    with run_files.FolderLock(flags.save_dir):
         run = run_setup.set_up(flags, explicit, Console(quiet=True))
         batches, _ = train_rvq.read_on(run)
         train_rvq.train_step(run, batches)

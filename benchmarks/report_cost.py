@@ -20,8 +20,8 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpointing import RunFiles
 from reporting import MetricsLog
+from run_files import RunFiles
 from run_report import write_report
 
 EPOCHS, STEPS, SAMPLES = 250, 1740, 4

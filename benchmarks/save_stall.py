@@ -25,7 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpointing
-from checkpointing import REQUIRED_KEYS, BackgroundSaver, RunFiles, load_checkpoint, size_of
+from checkpointing import REQUIRED_KEYS, BackgroundSaver, load_checkpoint, size_of
+from run_files import RunFiles
 
 
 class Cost(NamedTuple):

@@ -1,4 +1,4 @@
-"""checkpointing.py: killed saves, full disks, flipped bits, hostile files, upkeep, the lock."""
+"""checkpointing.py and run_files.py: killed saves, full disks, flipped bits, upkeep, the lock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpointing
+import run_files
 from checkpointing import (
     FORMAT,
     FORMAT_VERSION,
@@ -35,20 +35,16 @@ from checkpointing import (
     STATE_KEYS,
     BackgroundSaver,
     CheckpointError,
-    FolderLock,
-    RunFiles,
-    find_run,
     library_versions,
     load_checkpoint,
-    load_latest,
     rng_kept,
     rng_state,
-    run_name,
     save_checkpoint,
     set_rng_state,
     size_of,
     verify_file,
 )
+from run_files import FolderLock, RunFiles, find_run, load_latest, run_name
 
 NAME = run_name(4, "t")
 
@@ -465,10 +461,10 @@ def test_two_saves_in_one_second_do_not_collide(files):
 
 def test_a_clock_set_back_changes_no_order(files, monkeypatch):
     """Fault 23: the newest epochs are kept, whatever their dates say."""
-    real = checkpointing.datetime.datetime
+    real = run_files.datetime.datetime
     for epoch, year in ((1, 2030), (2, 2029), (3, 2031), (4, 2001)):
         clock = types.SimpleNamespace(now=lambda year=year: real(year, 1, 1))
-        monkeypatch.setattr(checkpointing, "datetime", types.SimpleNamespace(datetime=clock))
+        monkeypatch.setattr(run_files, "datetime", types.SimpleNamespace(datetime=clock))
         files.save(tiny(epoch), archive_epoch=epoch, keep_archived=2)
     assert [step_of(p) for p in files.archives("epoch")] == [3, 4]
     assert [step_of(p) for p in files.others()[:2]] == [4, 3]

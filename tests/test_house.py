@@ -17,7 +17,7 @@ FLOORS = {
     "losses": 1, "npq_dataset": 1, "sharing": 1,
     "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
     "sampling": 3, "memory_prediction": 3, "planning": 4,
-    "run_state": 4, "run_saving": 5, "run_report": 5, "run_setup": 6,
+    "run_files": 1, "run_state": 4, "run_saving": 5, "run_report": 5, "run_setup": 6,
     "ckpt_summary": 3,
     "ckpt_child": 4, "ckpt_container": 4, "ckpt_optimizer": 4, "ckpt_findings": 4, "ckpt_run": 4,
     "ckpt_misfits": 5, "ckpt_measures": 5, "ckpt_probe": 5,

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, rows, run_trainer
 
-from checkpointing import RING_SIZE, load_checkpoint
+from checkpointing import load_checkpoint
 from memory_prediction import GIB, Memory
 from model import CodesTransformer, ModelConfig
 from parallel import World
 from planning import checkpoints_kept, largest_batch, what_to_change
+from run_files import RING_SIZE
 from run_setup import plan_of
 from train_rvq import parse_flags
 

@@ -27,7 +27,8 @@ from test_train_rvq import make_run
 
 import run_saving
 import train_rvq
-from checkpointing import CheckpointError, RunFiles, load_checkpoint, load_latest
+from checkpointing import CheckpointError, load_checkpoint
+from run_files import RunFiles, load_latest
 
 UNSYNCED = ("empty", "cut", "zeros")
 

@@ -18,8 +18,9 @@ import encode_npq
 import run_setup
 import sample_rvq
 import train_rvq
-from checkpointing import REQUIRED_KEYS, RunFiles
+from checkpointing import REQUIRED_KEYS
 from command_line import EXIT_INTERRUPTED, has_default
+from run_files import RunFiles
 
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"

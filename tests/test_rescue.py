@@ -23,10 +23,11 @@ from test_train_rvq import comparable, make_run
 import run_saving
 import stability
 import train_rvq
-from checkpointing import QUARANTINE_SIZE, RING_SIZE, RunFiles, load_checkpoint
+from checkpointing import load_checkpoint
 from losses import Losses
 from npq_dataset import EpochOrder
 from npq_format import write_npq
+from run_files import QUARANTINE_SIZE, RING_SIZE, RunFiles
 from run_state import Run
 from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
 

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from conftest import TINY, run_trainer, start_trainer, wait_for
 
-from checkpointing import RunFiles
 from reporting import read_metrics
+from run_files import RunFiles
 from run_report import SPECTRUM_HZ, SPECTRUM_ROWS, as_html, spectrogram, story_of, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

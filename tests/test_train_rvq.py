@@ -27,13 +27,14 @@ import command_line
 import run_saving
 import run_setup
 import train_rvq
-from checkpointing import FolderLock, load_checkpoint, save_checkpoint
+from checkpointing import load_checkpoint, save_checkpoint
 from losses import Losses
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
 from npq_format import map_codes, read_header, write_npq
 from optimizer import parameter_groups
 from reporting import Console
+from run_files import FolderLock
 from run_setup import codebook_weights, set_up
 from run_state import Run
 from train_rvq import backward, lr_at_step, parse_flags, update
