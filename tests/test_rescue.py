@@ -499,7 +499,7 @@ import math, os, signal, sys
 sys.path[:0] = [{root!r}]
 import train_rvq
 from losses import Losses
-real = run_setup.set_up
+real = train_rvq.set_up
 
 def set_up(*args):
     run = real(*args)
@@ -513,7 +513,7 @@ def set_up(*args):
     run.losses = poisoned
     return run
 
-run_setup.set_up = set_up
+train_rvq.set_up = set_up
 sys.exit(train_rvq.main())
 """
 

@@ -216,7 +216,7 @@ def test_chromium_shows_curves_and_plays_the_sound_without_an_error(run):
         assert first.evaluate("a => a.duration") == pytest.approx(86 * 512 / 44_100, abs=0.06)
         first.evaluate("a => a.play()")
         wait_for(lambda: first.evaluate("a => a.currentTime") > 0.1, 20)
-        assert page.locator(".playhead").first.get_attribute("d")
+        wait_for(lambda: bool(page.locator(".playhead").first.get_attribute("d")), 20)
         page.locator("button:has-text('Copy')").first.click()
         browser.close()
     assert not told
