@@ -27,6 +27,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__":
+    from command_line import tell_early_ends
+
+    tell_early_ends()
+
 from tqdm import tqdm
 
 from ckpt_compare import compare, comparison_lines

@@ -20,11 +20,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -86,7 +88,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def _instead_of(self, word: str) -> str:
         if not word.startswith("-"):
-            return "belongs to no flag; quote a glob or a path with blanks"
+            return "belongs to no flag; put it behind one, a glob or a path with blanks in quotes"
         names = [s for a in self._actions for s in a.option_strings]
         near = difflib.get_close_matches(word.partition("=")[0], names, n=1)
         return f"no such flag; did you mean {near[0]}?" if near else "no such flag"
@@ -233,6 +235,46 @@ def has_colour(stream: TextIO | None) -> bool:
 
 # --- ends ----------------------------------------------------------------------------------------
 
+
+def tell_early_ends() -> None:
+    """In a door before its imports, which take seconds: Ctrl-C and a missing package in one line.
+
+    Only for a process of its own: it sets the process's SIGINT, until `begin_work`, and excepthook.
+    """
+    sys.excepthook = _tell_missing_package
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, _leave_imports)
+
+
+def _tell_missing_package(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        problem(missing_package(error))
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Which one, and how it comes."""
+    return (
+        f"the package {error.name!r} is not installed for {sys.executable}; use the environment "
+        "that has it (`. .venv/bin/activate`), or `pip install -r requirements.txt`"
+    )
+
+
+def _leave_imports(*_: object) -> None:
+    # No exception: an import that is broken off so can blame the package.
+    os.write(2, b"! interrupted before anything was done; the same command starts again\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def begin_work() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, as is usual."""
+    if signal.getsignal(signal.SIGINT) is _leave_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 REMEDIES = {
     errno.EACCES: "name another place, or get the right to use this one",
     errno.EPERM: "name another place, or get the right to use this one",
@@ -274,6 +316,7 @@ def exit_code_of(
     `expected` errors carry their own remedy; of others the type is named, and how to see where they
     arose.
     """
+    begin_work()
     try:
         with steady_streams():
             return work()
@@ -311,5 +354,7 @@ def steady_streams() -> Iterator[None]:
 
 def unexpected(error: Exception, where: str = "--debug shows where") -> str:
     """An error that no one foresaw, in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0]}; a fault of the program ({where}), please report it"

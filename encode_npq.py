@@ -30,6 +30,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":
+    from command_line import tell_early_ends
+
+    tell_early_ends()
+
 import numpy as np
 from tqdm import tqdm
 

@@ -22,6 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from command_line import tell_early_ends
+
+    tell_early_ends()
+
 import numpy as np
 import soundfile
 import torch

@@ -33,14 +33,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    from command_line import tell_early_ends
 
-    def leave_imports(*_: object) -> None:
-        """On Ctrl-C in the seconds that the imports below take."""
-        os.write(2, b"! interrupted before anything was done; the same command starts again\n")
-        os._exit(128 + signal.SIGINT)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
-        signal.signal(signal.SIGINT, leave_imports)
+    tell_early_ends()
 
 import numpy as np
 import torch
@@ -55,6 +50,7 @@ from command_line import (
     FlagParser,
     UsageError,
     at_least,
+    begin_work,
     fraction,
     fraction_or_one,
     in_words,
@@ -1086,6 +1082,7 @@ def tell_out_of_memory(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Join, parse, lock the folder, train; errors become one message and an exit code."""
+    begin_work()
     world, flags = World(), None
     try:
         world = join()
@@ -1168,6 +1165,4 @@ def fail(world: World, code: int, message: str) -> int:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is leave_imports:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     leave(main())

@@ -88,7 +88,7 @@ USES = [
     ("--tag a\nb", 2, "--tag: expected at most 100 letters"),
     ("--compile=3", 2, "takes no value, found '3'"),
     ("--maxsteps 3", 2, "did you mean --max-steps?"),
-    ("rubbish", 2, "quote a glob or a path with blanks"),
+    ("rubbish", 2, "a glob or a path with blanks in quotes"),
     ("--save_dir {p}/file", 1, "name another folder"),
     ("--save_dir {p}/file/below", 1, "name another folder"),
     ("--save_dir=", 2, "--save_dir: expected a path, found ''"),
@@ -231,3 +231,13 @@ def test_help_is_as_wide_as_the_terminal(columns):
     done = run("--help", capture_output=True, env={"COLUMNS": str(columns)})
     lines = done.stdout[done.stdout.index("data:") :].splitlines()
     assert max(len(line) for line in lines if not line.startswith("  --")) <= columns
+
+
+@pytest.mark.parametrize("door", ["train_rvq", "encode_npq", "sample_rvq", "ckpt_doctor"])
+def test_a_python_without_the_packages_is_told_in_a_line(door):
+    command = [sys.executable, "-S", str(ROOT / f"{door}.py"), "--help"]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("! the package ")
+    assert "pip install -r requirements.txt" in line
