@@ -70,7 +70,6 @@ COMMAND_FLAGS: tuple[str, ...] = ("save_dir", "resume", "no_resume", "init_from"
 COMMAND_FLAGS += ("allow_data_change", "effective_batch", "plan", "memory_gb", "device_tflops")
 COMMAND_FLAGS += ("mfu", "debug")
 
-
 ALONE = World()
 
 

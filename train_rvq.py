@@ -249,9 +249,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
     if is_shared(flags.resume or ""):
         parser.error(f"--resume {flags.resume}: weights alone begin a new run; use --init-from")
     for flag in ("--save_dir", "--resume", "--init-from", "--val-list", "--eval-outdir"):
-        if (
-            vars(flags)[flag[2:].replace("-", "_")] == ""
-        ):  # of a shell's variable that was never set
+        given = vars(flags)[flag[2:].replace("-", "_")]
+        if given == "":  # of a shell's variable that was never set
             parser.error(f"{flag}: expected a path, found ''; name one or leave it out")
     if flags.eta_min > flags.lr:
         parser.error(
