@@ -193,7 +193,7 @@ def _verdict(story: Story) -> str:
     best = story.best
     if best is None:
         return "Curves and sound come with the first validation that has a finite val."
-    where = f"epoch {best['epoch']}"
+    where = f"epoch {best.get('epoch', '?')}"
     if story.since_best == 0:
         return f"The best so far, in {where}."
     stuck = ": it no longer falls" if story.is_stuck else ""
@@ -229,7 +229,8 @@ def _facts(story: Story) -> list[tuple[str, str]]:
 
 def _frame(story: Story) -> Frame:
     rows = [*story.steps, *story.epochs]
-    epochs: Points = [(r["step"], float(r["epoch"])) for r in rows if isinstance(r["epoch"], int)]
+    known = [(r["step"], r.get("epoch")) for r in rows]
+    epochs: Points = [(step, float(epoch)) for step, epoch in known if isinstance(epoch, int)]
     return Frame(0, max((r["step"] for r in rows), default=1), epochs)
 
 

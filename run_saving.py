@@ -1,8 +1,10 @@
 """A run to its files and back: saving beside training, quarantine, restoring.
 
-save(run, is_best=True)              # begins; an unsound state goes to quarantine instead
-check_save(run)                      # reports it once it is on the disk
-restore(state, checkpoint, path, world)
+    save(run, is_best=True)            # begins; an unsound state goes to quarantine instead
+    check_save(run)                    # reports it once it is on the disk
+    restore(state, checkpoint, path, world)
+
+Training goes on while a copy is written; one save is in flight at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpointing import (
-    CheckpointError,
-    library_versions,
-    rng_state,
-    set_rng_state,
-)
+from checkpointing import CheckpointError, library_versions, rng_state, set_rng_state
 from command_line import in_words
 from optimizer import state_tensors
 from parallel import World, local
 from run_state import Progress, Run, Saving, TrainState
 from sharing import export_weights
-from stability import (
-    not_finite,
-)
+from stability import not_finite
 
 MAX_FAILED_SAVES = 3
 

@@ -49,10 +49,7 @@ from run_files import RunFiles, find_run, load_latest, run_name
 from run_saving import load_weights, restore
 from run_state import Progress, Run, StopRequest, TrainState
 from sharing import load_parts
-from stability import (
-    Ema,
-    Guard,
-)
+from stability import Ema, Guard
 
 # Flags that may differ from machine to machine: paths and the like.
 MACHINE_FLAGS: tuple[str, ...] = ("data", "val_list", "save_dir", "resume", "init_from")

@@ -29,18 +29,11 @@ from torch.utils.data import DataLoader
 from checkpointing import BackgroundSaver
 from losses import Losses
 from model import CodesTransformer
-from npq_dataset import (
-    EpochOrder,
-    WindowDataset,
-)
+from npq_dataset import EpochOrder, WindowDataset
 from parallel import World
 from reporting import Console, MetricsLog
 from run_files import RunFiles
-from stability import (
-    Ema,
-    Guard,
-    Ladder,
-)
+from stability import Ema, Guard, Ladder
 
 
 @dataclass

@@ -111,12 +111,13 @@ def test_steps_that_a_rollback_or_a_restart_took_back_are_not_drawn_but_events_s
     [
         [],
         [{"event": "step"}, {"event": "epoch", "step": 3, "epoch": 1}, {}],
+        [{"event": "step", "step": 3}, {"event": "epoch", "step": 4, "val": 4.0}],
         [START, epoch_row(20, None)],
         [START, step_row(10, loss=None, grad_norm=None)],
         [{**START, "model": None, "data": None, "flags": None}, epoch_row(20, 4.0)],
         [{"event": "start", "step": 0, "flags": {}}, epoch_row(20, 1e300)],
     ],
-    ids=["nothing", "half rows", "no val", "no loss", "older rows", "a huge val"],
+    ids=["nothing", "half rows", "no epochs", "no val", "no loss", "older rows", "a huge val"],
 )
 def test_every_run_has_a_page(rows):
     page = page_of(rows)
