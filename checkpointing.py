@@ -87,18 +87,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that can be made again, whole or not at all, without waiting for the disk.
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Write a file whole or not at all. `durable` waits for the disk: it survives a power cut.
 
     Raises:
         OSError: `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
 
 
 def size_of(value: Any) -> int:

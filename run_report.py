@@ -134,7 +134,8 @@ def write_report(files: RunFiles, samples: Path) -> Path:
         OSError: no metrics, or no page can be written; an older page is as it was.
     """
     story = story_of(read_metrics(files.metrics))
-    replace_file(files.report, as_html(story, files, samples).encode())
+    page = as_html(story, files, samples).encode()
+    replace_file(files.report, page, durable=False)  # it can be made again
     return files.report
 
 

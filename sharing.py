@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from checkpointing import TEMPORARY_SUFFIX, CheckpointError, load_checkpoint, sync_folder
+from checkpointing import CheckpointError, load_checkpoint, replace_file
 
 SUFFIX = ".safetensors"
 FORMAT = "rvq-weights"
@@ -84,7 +84,7 @@ def export_weights(
         )
     metadata = _metadata_of(checkpoint)
     metadata["sha256"] = _digest(metadata, weights)
-    _write_whole(path, to_bytes(weights, metadata))
+    replace_file(path, to_bytes(weights, metadata), durable=True)
     tell(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     _write_card(path.with_suffix(".md"), model_card(checkpoint, path.name), tell)
     return path
@@ -141,20 +141,6 @@ def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: a name must never point at unwritten data
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 # --- the model card ------------------------------------------------------------------------------
@@ -266,7 +252,8 @@ def _write_card(path: Path, text: str, tell: Callable[[str], object]) -> None:
         tell(f"kept {path}, which is edited or not ours; remove it to have it written anew")
         return
     content = text.encode(errors="replace")  # a file's name need not be text
-    _write_whole(path, content + STAMP % hashlib.sha256(content).hexdigest().encode())
+    stamp = STAMP % hashlib.sha256(content).hexdigest().encode()
+    replace_file(path, content + stamp, durable=True)
     tell(f"wrote {path}; fill in what it marks as TODO")
 
 
