@@ -1,11 +1,12 @@
 """README, --help and code say the same: flags, defaults, exit codes, files, commands, pictures.
 
-python tests/test_readme.py        # writes the tables of flags into README.md anew
+python tests/test_readme.py        # writes docs/flags.md anew
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,8 @@ from run_files import RunFiles
 
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"
+FLAGS = ROOT / "docs" / "flags.md"
+SCRIPTS = [ROOT / f"{name}.py" for name in DOORS]
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -48,30 +51,33 @@ def default_of(action: argparse.Action) -> str:
     return "on" if action.default is True else str(action.default)
 
 
-def table_of(door: str) -> str:
-    """Every flag of a door by group, as Markdown."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
+def row(*cells: str) -> str:
+    """A line of a Markdown table; a bar within a cell does not end it."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def table_of(door: str) -> list[str]:
+    """Every flag of a command by group, as lines of a Markdown table."""
+    lines = [row("flag", "default", "meaning"), "|---|---|---|"]
     for group in DOORS[door].build_parser()._action_groups:
         actions = [a for a in group._group_actions if a.dest != "help"]
         if actions and group.title not in ("options", "positional arguments"):
-            lines.append(f"| **{group.title}** | | |")
-        for action in actions:
-            cells = (f"`{name_of(action)}`", default_of(action), action.help or "")
-            lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")
-    return "\n".join(lines)
+            lines.append(row(f"**{group.title}**", "", ""))
+        lines += [row(f"`{name_of(a)}`", default_of(a), a.help or "") for a in actions]
+    return lines
 
 
-MARKS = "<!-- flags of {0} -->\n", "\n<!-- end of flags of {0} -->"
-
-
-def with_tables(text: str) -> str:
-    """A README with the tables of flags that the code has now."""
+def flags_page() -> str:
+    """docs/flags.md as the parsers have it now."""
+    lines = [
+        "# Every flag",
+        "",
+        "Names of several words may be written with `-` or `_`. `--[no-]x` is a switch, off without a",
+        "default unless its meaning says otherwise. `--help` of each command says the same.",
+    ]
     for door in DOORS:
-        first, last = (re.escape(mark.format(door)) for mark in MARKS)
-        assert re.search(first, text), f"README has no {MARKS[0].format(door)}"
-        table = table_of(door)
-        text = re.sub(f"({first}).*?({last})", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)
-    return text
+        lines += ["", f"## {door}.py", "", *table_of(door)]
+    return "\n".join(lines) + "\n"
 
 
 def readme() -> str:
@@ -81,9 +87,24 @@ def readme() -> str:
 # --- flags ---------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_flags_are_those_of_the_parsers():
-    """`PYTHONPATH=. python tests/test_readme.py` mends it."""
-    assert readme() == with_tables(readme())
+def test_the_page_of_flags_is_that_of_the_parsers():
+    expected = flags_page()
+    assert FLAGS.read_text(encoding="utf-8") == expected, "`python tests/test_readme.py` mends it"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_tells_the_flags_of_the_page_and_no_other(door, monkeypatch):
+    """By what a user sees, which the page is not made from: names, meanings and defaults."""
+    monkeypatch.setenv("COLUMNS", "80")
+    told = DOORS[door].build_parser().format_help()
+    page = FLAGS.read_text(encoding="utf-8").partition(f"\n## {door}.py\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+?)` \| (.*?) ?\| (.+) \|$", page, re.M)
+    flags = {name.split()[0] for name, _, _ in rows if name.startswith("-")}
+    assert flags == set(re.findall(r"^  (--\S+)", told, re.M))
+    in_a_line = " ".join(told.split())
+    for name, default, meaning in rows:
+        end = f"{meaning} ({default})" if default else meaning
+        assert end.replace("\\|", "|") in in_a_line, name
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -108,19 +129,23 @@ def test_help_is_at_most_80_columns(door, columns, monkeypatch):
 
 
 def commands(path: Path) -> list[str]:
-    """Every command of this project in a document's code blocks, continued lines joined."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M)
-    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    """Every command of this project in a document's code blocks or a command's docstring."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        blocks = re.findall(r"^    +(.*)", ast.get_docstring(ast.parse(text)) or "", re.M)
+    else:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()  # continued lines joined
     starts = re.compile(
         r"^(?:\$ )?(?:torchrun .*?|python )(?:train_rvq|encode_npq|sample_rvq|ckpt_)"
     )
     return [line.removeprefix("$ ") for line in lines if starts.match(line) and "..." not in line]
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
-def test_every_command_in_the_documents_parses(path):
+@pytest.mark.parametrize("path", [*DOCS, *SCRIPTS], ids=lambda p: p.name)
+def test_every_command_in_documents_and_docstrings_parses(path):
     found = commands(path)
-    assert found or path.name in ("CONTRIBUTING.md",)
+    assert bool(found) == (path.name not in ("CONTRIBUTING.md", "flags.md"))
     for command in found:
         words = shlex.split(command, comments=True)
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -189,4 +214,4 @@ def test_defaults_in_prose_are_those_of_the_parser():
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(readme()), encoding="utf-8")
+    FLAGS.write_text(flags_page(), encoding="utf-8")
