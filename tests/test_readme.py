@@ -72,8 +72,8 @@ def flags_page() -> str:
     lines = [
         "# Every flag",
         "",
-        "Names of several words may be written with `-` or `_`. `--[no-]x` is a switch, off without a",
-        "default unless its meaning says otherwise. `--help` of each command says the same.",
+        "Names of several words may be written with `-` or `_`. `--[no-]x` is a switch: off",
+        "without default unless its meaning says otherwise. `--help` of a command says the same.",
     ]
     for door in DOORS:
         lines += ["", f"## {door}.py", "", *table_of(door)]
