@@ -59,10 +59,12 @@ def save(
     archive: bool = False,
     ring: bool = False,
     spare: bool = False,
+    is_sound: bool = False,
 ) -> str | None:
     """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
 
     The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
+    `is_sound`: `unsound` has found nothing and the tensors are still those; else it is asked here.
     A failing disk is survived: three failures in a row, of saves that are not spare, raise OSError
     here or in `check_save`.
     """
@@ -72,7 +74,7 @@ def save(
     started = time.perf_counter()
     run.last_save = started
     run.stop.save = False
-    if (reason := unsound(run)) is not None:  # asked of the state itself, before it is copied
+    if not is_sound and (reason := unsound(run)) is not None:
         quarantine(run, reason)
         return reason
     if ring:

@@ -863,21 +863,23 @@ def snapshot(run: Run) -> None:
 def close_epoch(run: Run, *, complete: bool) -> bool:
     """Validate if due, report, keep `latest`, `best` and archives; False when a signal cut in."""
     p, flags = run.state.progress, run.flags
-    if (reason := unsound(run)) is not None:  # before an epoch is counted that must be repeated
-        quarantine(run, reason)
-        roll_back(run, reason)
-        return True
     started = time.perf_counter()
     epoch = p.epoch + 1
     is_last = run.is_finished() or (complete and epoch >= flags.epochs)
-    is_best = False
+    result = None
     if is_last or validation_due(run, complete=complete):
         result = evaluate(run)
         if result is None:
             return False
-        p.validated_step, p.validated_seconds = p.step, p.seconds
         check_save(run, wait=True)  # if it fails, the best value is not what it was
-        is_best = result.val < p.best_val  # never true for NaN
+    # Asked after all that takes long, and before an epoch is counted that must be repeated.
+    if (reason := unsound(run)) is not None:
+        quarantine(run, reason)
+        roll_back(run, reason)
+        return True
+    is_best = result is not None and result.val < p.best_val  # never true for NaN
+    if result is not None:
+        p.validated_step, p.validated_seconds = p.step, p.seconds
         if is_best:
             p.best_val, p.best_epoch = result.val, epoch
         report_epoch(run, result, is_best=is_best, evaluation_seconds=time.perf_counter() - started)
@@ -887,7 +889,7 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.ladder.keep_due(p.step, p.schedule_steps)
-    save(run, is_best=is_best, archive=archive, ring=ring)
+    save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
         write_samples(run)
     if p.validated_step == p.step:
