@@ -28,24 +28,32 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
-    from command_line import tell_early_ends
+    from cli.command_line import tell_early_ends
 
     tell_early_ends()
 
 from tqdm import tqdm
 
-from ckpt_compare import compare, comparison_lines
-from ckpt_diagnosis import Diagnosis, Verdict, diagnose
-from ckpt_page import as_html
-from ckpt_probe import probe
-from ckpt_reader import summarize
-from ckpt_report import as_csv, as_json, terminal_lines
-from ckpt_run import History, Run
-from ckpt_summary import FILE_KINDS, Problem, Summary, kind_of
-from command_line import FlagParser, UsageError, at_least, exit_code_of, has_colour, problem, say
+from cli.command_line import (
+    FlagParser,
+    UsageError,
+    at_least,
+    exit_code_of,
+    has_colour,
+    problem,
+    say,
+)
+from doctor.diagnosis import Diagnosis, Verdict, diagnose
+from doctor.examined_run import History, Run
+from doctor.probe import probe
+from doctor.reading.reader import summarize
+from doctor.reading.summary import FILE_KINDS, Problem, Summary, kind_of
+from doctor.report.compare import compare, comparison_lines
+from doctor.report.page import as_html
+from doctor.report.terminal import as_csv, as_json, terminal_lines
 from npq_dataset import BadFilesError
-from npq_format import NpqError
-from reporting import read_metrics
+from run_folder.metrics import read_metrics
+from sound.npq_format import NpqError
 
 
 class ExitCode(enum.IntEnum):

@@ -31,16 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
-    from command_line import tell_early_ends
+    from cli.command_line import tell_early_ends
 
     tell_early_ends()
 
 import numpy as np
 from tqdm import tqdm
 
-import npq_format as npq
-from codec import CodecError, load_codec, read_audio, resample, write_wav
-from command_line import (
+from cli.command_line import (
     EXIT_DONE,
     EXIT_FAILED,
     FlagParser,
@@ -52,9 +50,11 @@ from command_line import (
     say,
     unexpected,
 )
+from sound import npq_format as npq
+from sound.codec import CodecError, load_codec, read_audio, resample, write_wav
 
 if TYPE_CHECKING:
-    from codec import Codec, Waveform
+    from sound.codec import Codec, Waveform
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 SILENCE = 1e-4  # peak of -80 dBFS: below it there is only dither

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (
+from layers.kernels import (
     NORM_EPS,
     PackedLinear,
     Rope,
@@ -48,7 +48,7 @@ from kernels import (
     rotated_heads,
     squared_relu,
 )
-from losses import Losses, linear_cross_entropy
+from layers.loss import Losses, linear_cross_entropy
 
 PATTERNS = ("parallel", "delay", "depth")
 ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
@@ -240,7 +240,7 @@ class CodesTransformer(nn.Module):
         z_loss: float = 0.0,
         weights: Tensor | None = None,
     ) -> Losses:
-        """Losses of codes [B, T, K] under the pattern's order; weights [K] as `losses.py` has them.
+        """Losses of codes [B, T, K] under the pattern's order; weights [K] as in `layers/loss.py`.
 
         In training the depth transformer sees a share `depth_share` of the frames, drawn anew each
         time: an unbiased estimate at a fraction of its cost.

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from npq_format import (
+from sound.npq_format import (
     CODE_DTYPES,
     FRAME_RATE_TOLERANCE,
     NpqError,

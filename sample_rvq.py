@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    from command_line import tell_early_ends
+    from cli.command_line import tell_early_ends
 
     tell_early_ends()
 
@@ -32,10 +32,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from checkpointing import CheckpointError
-from code_statistics import compare, describe, read_excerpts
-from codec import AudioError, Codec, CodecError, load_codec, read_audio, resample, write_wav
-from command_line import (
+from cli.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     FlagParser,
@@ -50,10 +47,13 @@ from command_line import (
 )
 from model import CodesTransformer, ModelConfig
 from npq_dataset import BadFilesError, Spans, WindowDataset, find_npq_files, scan_corpus
-from npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
-from planning import is_out_of_memory
-from sampling import Draw, generate
-from sharing import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
+from run_folder.checkpoint import CheckpointError
+from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
+from sound.codec import AudioError, Codec, CodecError, load_codec, read_audio, resample, write_wav
+from sound.npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
+from sound.sampling import Draw, generate
+from training.code_statistics import compare, describe, read_excerpts
+from training.planning import is_out_of_memory
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
 NEEDED = {"ema", "architecture", "data", "flags"}

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    from command_line import tell_early_ends
+    from cli.command_line import tell_early_ends
 
     tell_early_ends()
 
@@ -41,9 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpointing import CheckpointError, load_checkpoint, rng_kept, save_checkpoint
-from code_statistics import compare, describe, flat, read_excerpts
-from command_line import (
+from cli.command_line import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_USAGE,
@@ -62,14 +60,26 @@ from command_line import (
 )
 from model import PATTERNS, CodesTransformer
 from npq_dataset import BadFilesError
-from npq_format import NpqError, map_codes, read_header, write_npq
-from parallel import ParallelError, World, is_loss_of_peer, join, leave
-from planning import PlanError, is_out_of_memory
-from reporting import Console, epoch_lines, number, perplexity, step_line
-from run_files import FolderLock, find_run, load_latest
-from run_report import write_report
-from run_saving import check_save, checkpoint_of, finish_save, quarantine, restore, save, unsound
-from run_setup import (
+from pages.run_page import write_report
+from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept, save_checkpoint
+from run_folder.files import FolderLock, find_run, load_latest
+from run_folder.metrics import Console, epoch_lines, number, perplexity, step_line
+from run_folder.shared_weights import is_shared
+from sound.npq_format import NpqError, map_codes, read_header, write_npq
+from sound.sampling import Draw, generate
+from training.code_statistics import compare, describe, flat, read_excerpts
+from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
+from training.planning import PlanError, is_out_of_memory
+from training.saving import (
+    check_save,
+    checkpoint_of,
+    finish_save,
+    quarantine,
+    restore,
+    save,
+    unsound,
+)
+from training.setup import (
     ALONE,
     blocks_of,
     check_windows,
@@ -80,10 +90,8 @@ from run_setup import (
     set_up,
     settle_flags,
 )
-from run_state import Run
-from sampling import Draw, generate
-from sharing import is_shared
-from stability import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
+from training.stability import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
+from training.state import Run
 
 EXIT_GUARD = 3  # stopped by the guard
 
@@ -517,7 +525,10 @@ def write_samples(run: Run) -> None:
     try:
         path = draw_sample(run, weights, stop_on_signal)
         codes = map_codes(read_header(path)).astype(np.int64)
-        from codec import load_codec, write_wav  # training runs where no codec can be imported
+        from sound.codec import (  # training runs where no codec can be imported
+            load_codec,
+            write_wav,
+        )
 
         codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
         waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])

@@ -22,8 +22,8 @@ import torch
 from measuring import in_turn, print_table, ratios, seconds_of, spread
 from save_stall import state_of
 
-from checkpointing import BackgroundSaver, load_checkpoint, size_of
-from run_files import RunFiles
+from run_folder.checkpoint import BackgroundSaver, load_checkpoint, size_of
+from run_folder.files import RunFiles
 
 SAVES = ("save, in the background", "save, in its way", "torch.save and fsync")
 WRITTEN, READ = "limit: the bytes written and synced", "limit: the bytes read"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from codec import CHUNK_FRAMES, Codec, load_codec, read_audio, resample
+from sound.codec import CHUNK_FRAMES, Codec, load_codec, read_audio, resample
 
 WHOLE = 1 << 40  # frames: one chunk, however long the file is
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from npq_dataset import MAX_OPEN_FILES, WindowDataset, find_npq_files, scan_corpus, split_corpus
-from npq_format import map_codes, read_header
+from sound.npq_format import map_codes, read_header
 
 CTX, CODEBOOKS, VOCAB, BATCH = 512, 9, 1024, 32
 RATE = 44_100 / 512  # frames per second

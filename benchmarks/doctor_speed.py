@@ -24,8 +24,8 @@ from measuring import in_turn, print_table, ratios, seconds_of, spread
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpointing import save_checkpoint  # noqa: E402
 from model import CodesTransformer, ModelConfig  # noqa: E402
+from run_folder.checkpoint import save_checkpoint  # noqa: E402
 
 
 def main() -> None:

@@ -31,14 +31,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpointing import (
+from run_folder.checkpoint import (
     REQUIRED_KEYS,
     CheckpointError,
     load_checkpoint,
     rng_state,
     save_checkpoint,
 )
-from npq_format import NpqError, check_codes, map_codes, read_header, write_npq
+from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 
 SLOWEST = 5.0  # seconds that one example may take
 BOUNDARIES = [0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**20, 2**20 + 1, 2**31 - 1]

@@ -26,12 +26,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import run_saving  # noqa: E402
-import run_setup  # noqa: E402
-import run_state  # noqa: E402
 import train_rvq  # noqa: E402
-from reporting import Console  # noqa: E402
-from stability import keep_interval  # noqa: E402
+from run_folder.metrics import Console  # noqa: E402
+from training import saving as run_saving  # noqa: E402
+from training import setup as run_setup  # noqa: E402
+from training import state as run_state  # noqa: E402
+from training.stability import keep_interval  # noqa: E402
 
 BLOCK = 10  # steps
 

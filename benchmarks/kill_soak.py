@@ -35,8 +35,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rvq
-from checkpointing import CheckpointError, load_checkpoint
-from run_files import RunFiles
+from run_folder.checkpoint import CheckpointError, load_checkpoint
+from run_folder.files import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = shlex.split(

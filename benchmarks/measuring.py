@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import run_setup
-import run_state
 import train_rvq
-from npq_format import write_npq
-from reporting import Console
+from run_folder.metrics import Console
+from sound.npq_format import write_npq
+from training import setup as run_setup
+from training import state as run_state
 
 PEERS = "not installed: pip install -r requirements-bench.txt"
 

@@ -25,13 +25,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
-import run_files
-import run_saving
-import run_setup
 import train_rvq
-from memory_prediction import FIXED, KEPT
-from npq_format import write_npq
-from reporting import Console
+from run_folder import files as run_files
+from run_folder.metrics import Console
+from sound.npq_format import write_npq
+from training import saving as run_saving
+from training import setup as run_setup
+from training.memory_prediction import FIXED, KEPT
 
 SMALL = "--d_model 256 --layers 6 --heads 4 --ctx 256"
 WIDE = "--d_model 512 --layers 8 --heads 8 --ctx 512"

@@ -20,9 +20,9 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reporting import MetricsLog
-from run_files import RunFiles
-from run_report import write_report
+from pages.run_page import write_report
+from run_folder.files import RunFiles
+from run_folder.metrics import MetricsLog
 
 EPOCHS, STEPS, SAMPLES = 250, 1740, 4
 

@@ -21,13 +21,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from code_statistics import Excerpts, Figure, compare, read_excerpts  # noqa: E402
 from model import CodesTransformer, ModelConfig  # noqa: E402
 from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus  # noqa: E402
-from npq_format import map_codes, read_header  # noqa: E402
-from optimizer import parameter_groups  # noqa: E402
-from sampling import Draw, generate  # noqa: E402
+from sound.npq_format import map_codes, read_header  # noqa: E402
+from sound.sampling import Draw, generate  # noqa: E402
 from train_rvq import lr_at_step  # noqa: E402
+from training.code_statistics import Excerpts, Figure, compare, read_excerpts  # noqa: E402
+from training.optimizer import parameter_groups  # noqa: E402
 
 CTX, BATCH, LR = 128, 8, 3e-3
 

@@ -23,7 +23,7 @@ import torch
 from measuring import PEERS, in_turn, print_table, ratios, seconds_of, spread
 
 from model import PATTERNS, CodesTransformer, ModelConfig
-from sampling import Draw, generate
+from sound.sampling import Draw, generate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

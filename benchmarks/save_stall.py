@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpointing
-from checkpointing import REQUIRED_KEYS, BackgroundSaver, load_checkpoint, size_of
-from run_files import RunFiles
+from run_folder import checkpoint as checkpointing
+from run_folder.checkpoint import REQUIRED_KEYS, BackgroundSaver, load_checkpoint, size_of
+from run_folder.files import RunFiles
 
 
 class Cost(NamedTuple):

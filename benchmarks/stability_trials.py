@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from make_codes import FRAMES_PER_NOTE, NOTES, make_tune  # noqa: E402
 
 from model import CodesTransformer, ModelConfig  # noqa: E402
-from optimizer import parameter_groups  # noqa: E402
 from train_rvq import lr_at_step  # noqa: E402
+from training.optimizer import parameter_groups  # noqa: E402
 
 K, V, CTX, BATCH, VAL = 4, 64, 32, 8, 32
 LR, EVENT, LENGTH = 3e-3, 0.4, 0.15  # the event's start and length as shares of the run

@@ -18,8 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import kernels
-from losses import linear_cross_entropy
+from layers import kernels
+from layers.loss import linear_cross_entropy
 from model import ModelConfig, rotary_angles, rotate
 
 K, V, FRAMES, WIDTH = 9, 1024, 2048, 512

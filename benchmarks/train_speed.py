@@ -27,8 +27,8 @@ from measuring import PEERS, in_turn, print_table, ratios, seconds_of, spread
 from plain_gpt import PlainGPT
 from torch import Tensor
 
-import run_state
 import train_rvq
+from training import state as run_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

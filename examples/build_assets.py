@@ -42,13 +42,13 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from codec import Codec, load_codec  # noqa: E402
-from npq_format import map_codes, read_header, write_npq  # noqa: E402
+from sound.codec import Codec, load_codec  # noqa: E402
+from sound.npq_format import map_codes, read_header, write_npq  # noqa: E402
 
 SAMPLE_RATE, HOP = 44_100, 512
 FRAME_RATE = SAMPLE_RATE / HOP  # 86.13 frames per second, and the demo's unit of frequency in Hz
 CODEBOOKS, VOCAB = 9, 1024
-CHUNK_FRAMES = 256  # short chunks stay in a CPU's caches: three times the speed of codec.py's own
+CHUNK_FRAMES = 256  # short chunks stay in a CPU's caches: three times the speed of sound/codec.py
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint16]  # [T, K]

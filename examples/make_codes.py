@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from npq_format import write_npq
+from sound.npq_format import write_npq
 
 NOTES = 16
 FRAMES_PER_NOTE = 8

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from make_codes import make_tune  # noqa: E402
 
-from npq_format import map_codes, read_header, write_npq  # noqa: E402
+from sound.npq_format import map_codes, read_header, write_npq  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 

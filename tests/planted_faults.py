@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from make_codes import make_tune
 
-import run_saving
-import run_state
 import train_rvq
-from checkpointing import save_checkpoint
-from npq_format import write_npq
-from optimizer import MUON_FACTOR
-from stability import Ema, Guard
+from run_folder.checkpoint import save_checkpoint
+from sound.npq_format import write_npq
+from training import saving as run_saving
+from training import state as run_state
+from training.optimizer import MUON_FACTOR
+from training.stability import Ema, Guard
 
 Checkpoint = dict[str, Any]
 

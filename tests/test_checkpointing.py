@@ -1,4 +1,4 @@
-"""checkpointing.py and run_files.py: killed saves, full disks, flipped bits, upkeep, the lock."""
+"""checkpoint.py and files.py of run_folder: killed saves, full disks, flipped bits, the lock."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-import run_files
-from checkpointing import (
+from run_folder import files as run_files
+from run_folder.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     REQUIRED_KEYS,
@@ -44,7 +44,7 @@ from checkpointing import (
     size_of,
     verify_file,
 )
-from run_files import FolderLock, RunFiles, find_run, load_latest, run_name
+from run_folder.files import FolderLock, RunFiles, find_run, load_latest, run_name
 
 NAME = run_name(4, "t")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import content_of
 
-from ckpt_checks_files import check_keys, check_steps
-from ckpt_reader import summarize
-from ckpt_run import History, Run
+from doctor.checks.files import check_keys, check_steps
+from doctor.examined_run import History, Run
+from doctor.reading.reader import summarize
 
 
 @pytest.mark.parametrize("step", [None, "x", 10**30, -5])

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from conftest import content_of
 
-from ckpt_checks_motion import check_average, check_displacement
-from ckpt_reader import summarize
-from ckpt_run import History, Run
+from doctor.checks.displacement import check_average, check_displacement
+from doctor.examined_run import History, Run
+from doctor.reading.reader import summarize
 
 
 def two_files(

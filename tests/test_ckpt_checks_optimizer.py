@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from conftest import content_of
 
-from ckpt_checks_optimizer import check_moments
-from ckpt_optimizer import moment_bound
-from ckpt_reader import summarize
-from ckpt_run import History, Run
+from doctor.checks.optimizer import check_moments
+from doctor.examined_run import History, Run
+from doctor.reading.optimizer_state import moment_bound
+from doctor.reading.reader import summarize
 
 
 def test_the_bound_is_that_of_the_tensors_own_group(good):

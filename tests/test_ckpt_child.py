@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-import ckpt_child
-from ckpt_child import in_child
+from doctor.reading import child as ckpt_child
+from doctor.reading.child import in_child
 
 
 def grow_memory(path: str, tell: Any) -> None:

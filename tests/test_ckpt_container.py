@@ -22,9 +22,9 @@ import torch
 from planted_faults import cut_off, flip_a_bit
 from torch import nn
 
-from ckpt_container import pickle_globals
-from ckpt_reader import summarize
-from ckpt_summary import Summary
+from doctor.reading.container import pickle_globals
+from doctor.reading.reader import summarize
+from doctor.reading.summary import Summary
 
 
 def entries_of(path: Path) -> dict[str, bytes]:

@@ -25,12 +25,12 @@ from make_codes import make_tune
 from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
-from checkpointing import load_checkpoint, save_checkpoint
-from ckpt_checks_metrics import check_learning_rate
 from ckpt_doctor import ExitCode, build_parser
-from ckpt_run import History, Run, scheduled_lr
-from ckpt_summary import Summary
-from npq_format import write_npq
+from doctor.checks.metrics import check_learning_rate
+from doctor.examined_run import History, Run, scheduled_lr
+from doctor.reading.summary import Summary
+from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from sound.npq_format import write_npq
 
 EPOCHS = 8
 ADAMW = ("--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel")

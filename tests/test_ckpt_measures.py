@@ -12,9 +12,9 @@ import torch
 from conftest import content_of
 from torch import nn
 
-import ckpt_measures
-from ckpt_reader import summarize
-from ckpt_summary import Parameter
+from doctor.reading import measures as ckpt_measures
+from doctor.reading.reader import summarize
+from doctor.reading.summary import Parameter
 
 # --- odd contents ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from conftest import content_of
 
-from ckpt_reader import summarize
+from doctor.reading.reader import summarize
 
 
 def test_keys_and_shapes_that_do_not_fit(good):

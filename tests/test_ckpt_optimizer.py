@@ -11,8 +11,8 @@ import torch
 from conftest import content_of
 from torch import nn
 
-from ckpt_optimizer import moment_bound, newton_schulz_gain
-from ckpt_reader import summarize
+from doctor.reading.optimizer_state import moment_bound, newton_schulz_gain
+from doctor.reading.reader import summarize
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import content_of
 
-from ckpt_probe import probe
-from ckpt_reader import summarize
+from doctor.probe import probe
+from doctor.reading.reader import summarize
 
 
 def spoiled(good: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

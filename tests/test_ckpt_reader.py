@@ -16,9 +16,9 @@ import torch
 from conftest import content_of
 from torch import nn
 
-import ckpt_child
-from ckpt_child import in_child
-from ckpt_reader import read_summary, summarize
+from doctor.reading import child as ckpt_child
+from doctor.reading.child import in_child
+from doctor.reading.reader import read_summary, summarize
 
 
 def test_a_real_checkpoint_is_described(good):

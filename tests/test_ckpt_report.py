@@ -1,4 +1,4 @@
-"""ckpt_report.py: four forms of one diagnosis, for tired eyes, programs and hostile names."""
+"""doctor/report: four forms of one diagnosis, for tired eyes, programs and hostile names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from charts import Axis, Chart, Line, fit_axis, thinned
-from ckpt_diagnosis import Diagnosis, Verdict, diagnose
-from ckpt_findings import Cause, Finding, Level
-from ckpt_page import as_html
-from ckpt_report import as_csv, as_json, terminal_lines
-from ckpt_run import History, Run
-from ckpt_summary import Parameter, Problem, Summary
-from command_line import printable
+from cli.command_line import printable
+from doctor.diagnosis import Diagnosis, Verdict, diagnose
+from doctor.examined_run import History, Run
+from doctor.findings import Cause, Finding, Level
+from doctor.reading.summary import Parameter, Problem, Summary
+from doctor.report.page import as_html
+from doctor.report.terminal import as_csv, as_json, terminal_lines
+from pages.charts import Axis, Chart, Line, fit_axis, thinned
 
 HOSTILE = "<script>alert(1)<!--\x1b[31m\n\u202e\udce9\"'.pt"
 COMMAND = "python train_rvq.py --resume 'a b.pt' --save_dir " + "long/" * 30

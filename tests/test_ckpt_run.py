@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt_run import History
+from doctor.examined_run import History
 
 
 @pytest.mark.parametrize("epoch", [10**400, 1 << 53, -(10**30), 1.5, "2", None, True, [1]])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ckpt_summary import as_count, as_number, as_whole, kind_of, place_of
+from doctor.reading.summary import as_count, as_number, as_whole, kind_of, place_of
 
 
 def test_old_names_sort_as_a_forward_pass_meets_them():

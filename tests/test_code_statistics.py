@@ -1,4 +1,4 @@
-"""code_statistics.py: counting beside a slow reference, and what the figures tell apart."""
+"""Statistics of codes: counting beside a slow reference, and what the figures tell apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code_statistics import (
+from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus
+from sound.npq_format import write_npq
+from training.code_statistics import (
     COARSE,
     FINE,
     MAX_EXCERPTS,
@@ -25,8 +27,6 @@ from code_statistics import (
     repeats,
     tables,
 )
-from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus
-from npq_format import write_npq
 
 NOTES, HELD, V, K = 24, 6, 200, 3
 

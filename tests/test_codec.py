@@ -1,4 +1,4 @@
-"""codec.py with the real DAC class: tiny random weights, and the bundled demo codec."""
+"""sound/codec.py with the real DAC class: tiny random weights, and the bundled demo codec."""
 
 import http.server
 import pickle
@@ -15,10 +15,18 @@ import soundfile
 import torch
 from torch.package import PackageExporter, PackageImporter
 
-import codec as codec_module
-from codec import AudioError, CodecError, load_codec, read_audio, read_weights, resample, write_wav
+from sound import codec as codec_module
+from sound.codec import (
+    AudioError,
+    CodecError,
+    load_codec,
+    read_audio,
+    read_weights,
+    resample,
+    write_wav,
+)
 
-ROOT = Path(codec_module.__file__).parent
+ROOT = Path(codec_module.__file__).parent.parent
 RATE, HOP, K, V = 8000, 40, 6, 64  # of the tiny DAC
 
 
@@ -266,7 +274,7 @@ def test_official_weights_are_downloaded_once_and_whole(cache, tiny_path, monkey
 def test_dac_is_imported_although_torchaudio_is_broken(tmp_path, tiny_path):
     (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open')")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from codec import load_codec\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from sound.codec import load_codec\n"
         "assert not {'torch', 'dac'} & sys.modules.keys(), 'imported before they are needed'\n"
         "print(load_codec(sys.argv[2]).num_codebooks, 'torchaudio' in sys.modules)"
     )

@@ -17,9 +17,9 @@ import torch
 from test_codec import HOP, RATE, K, V, music, save_tiny_dac
 
 import encode_npq
-from codec import load_codec, read_audio, resample
 from encode_npq import SilentError, main, to_loudness
-from npq_format import map_codes, read_header, write_npq
+from sound.codec import load_codec, read_audio, resample
+from sound.npq_format import map_codes, read_header, write_npq
 
 DOOR = Path(encode_npq.__file__)
 

@@ -31,8 +31,8 @@ from fuzz_files import (
     with_pickle,
 )
 
-from checkpointing import load_checkpoint
-from npq_format import NpqError, read_header
+from run_folder.checkpoint import load_checkpoint
+from sound.npq_format import NpqError, read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of odd pickles
 EXAMPLES = pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=pytest.mark.slow)])

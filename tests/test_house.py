@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shlex
 import subprocess
@@ -12,22 +13,26 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "kernels": 0, "npq_format": 0, "checkpointing": 0, "codec": 0, "optimizer": 0,
-    "parallel": 0, "command_line": 0,
-    "losses": 1, "npq_dataset": 1, "sharing": 1,
-    "model": 2, "stability": 2, "reporting": 2, "code_statistics": 2,
-    "sampling": 3, "memory_prediction": 3, "planning": 4,
-    "run_files": 1, "run_state": 4, "run_saving": 5, "run_report": 5, "run_setup": 6,
-    "ckpt_summary": 3,
-    "ckpt_child": 4, "ckpt_container": 4, "ckpt_optimizer": 4, "ckpt_findings": 4, "ckpt_run": 4,
-    "ckpt_misfits": 5, "ckpt_measures": 5, "ckpt_probe": 5,
-    "ckpt_checks_files": 5, "ckpt_checks_optimizer": 5, "ckpt_checks_motion": 5,
-    "ckpt_checks_layers": 5, "ckpt_checks_metrics": 5,
-    "ckpt_reader": 6, "ckpt_compare": 6, "ckpt_checks": 6, "ckpt_diagnosis": 7,
-    "page": 1, "charts": 2, "ckpt_report": 8, "ckpt_pictures": 9, "ckpt_page": 10,
-    "train_rvq": 11, "sample_rvq": 11, "encode_npq": 11, "ckpt_doctor": 11,
+    "cli": 0, "layers": 0,
+    "model": 1, "run_folder": 1,
+    "sound": 2, "pages": 2,
+    "npq_dataset": 3,
+    "training": 4,
+    "doctor": 5,
+    "train_rvq": 6, "encode_npq": 6, "sample_rvq": 6, "ckpt_doctor": 6,
 }  # fmt: skip
-SOURCES = sorted(ROOT.glob("*.py"))
+COMMANDS = [name for name, floor in FLOORS.items() if floor == 6]
+BESIDE = ("tests/", "benchmarks/", "examples/")
+TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+SOURCES = [ROOT / f for f in TRACKED.stdout.split() if not f.startswith(BESIDE)]
+
+
+def module_of(path) -> str:
+    """Dotted name of a source file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def imports_of(path) -> set[str]:
@@ -36,33 +41,64 @@ def imports_of(path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return names & FLOORS.keys()
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_imports_point_down(path):
-    floor = FLOORS[path.stem]
-    for name in imports_of(path):
-        assert FLOORS[name] < floor, f"{path.name} (floor {floor}) imports {name}"
+def room(module: str) -> str:
+    """The folder or top file that a module belongs to."""
+    return module.partition(".")[0]
 
 
-def test_the_checkpoint_file_knows_no_model_and_training_no_codec_at_import():
-    assert not imports_of(ROOT / "checkpointing.py")
+def test_every_source_file_stands_in_a_room():
+    assert len(SOURCES) > 40
+    assert {room(name) for name in MODULES} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    for imported in imports_of(MODULES[name]):
+        if room(imported) != room(name):
+            assert FLOORS[room(imported)] < FLOORS[room(name)], f"{name} imports {imported}"
+            assert room(imported) not in COMMANDS, f"{name} imports a command"
+
+
+def test_no_circle_of_imports():
+    graph = {name: imports_of(path) for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_the_checkpoint_file_knows_nothing_of_ours_and_the_doctor_only_the_schedule():
+    assert not imports_of(MODULES["run_folder.checkpoint"])
+    for name in MODULES:
+        if room(name) in ("doctor", "ckpt_doctor"):
+            from_training = {m for m in imports_of(MODULES[name]) if room(m) == "training"}
+            assert from_training <= {"training", "training.schedule"}, name
+
+
+def test_training_imports_no_codec():
     script = "import sys, train_rvq; assert 'dac' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_starts_from_another_folder(name, tmp_path):
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
 def test_one_place_calls_torch_save_and_load():
     for path in SOURCES:
-        if path.stem not in ("checkpointing", "codec"):
+        if module_of(path) not in ("run_folder.checkpoint", "sound.codec"):
             assert not re.search(r"torch\.(save|load)\(", path.read_text()), path.name
         for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
             assert "weights_only=True" in call, path.name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_functions_fit_on_a_screen(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name != "build_parser":

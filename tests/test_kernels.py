@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch.autograd import gradcheck
 
-import kernels
-from kernels import blocked_attention, dropout, rms_norm, rotated_heads, squared_relu
+from layers import kernels
+from layers.kernels import blocked_attention, dropout, rms_norm, rotated_heads, squared_relu
 
 
 def exact(*shape: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_sdpa_wrapper_survives_every_api(before, printed):
 import sys, torch
 {before}
 sys.path.insert(0, {str(ROOT)!r})
-import kernels
+from layers import kernels
 q = torch.randn(1, 2, 5, 4)
 future = torch.ones(5, 5).triu(1).bool()
 expected = (q @ q.mT / 2).masked_fill(future, -torch.inf).softmax(-1) @ q

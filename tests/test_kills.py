@@ -24,7 +24,7 @@ from conftest import (
 )
 from test_train_rvq import comparable
 
-from checkpointing import load_checkpoint
+from run_folder.checkpoint import load_checkpoint
 
 
 def flags_of(tunes: Path, save_dir: Path, workers: int, epochs: int = 8) -> list[str | Path]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import LOGITS_AT_ONCE
+from layers.loss import LOGITS_AT_ONCE
 from model import (
     ABSENT,
     PATTERNS,

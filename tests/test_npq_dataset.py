@@ -34,7 +34,7 @@ from npq_dataset import (
     scan_corpus,
     split_corpus,
 )
-from npq_format import NpqError, map_codes, read_header
+from sound.npq_format import NpqError, map_codes, read_header
 
 # --- finding and scanning ------------------------------------------------------------------------
 

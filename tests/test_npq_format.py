@@ -1,4 +1,4 @@
-"""npq_format.py: bytes packed by hand, every broken header, writes that fail or are killed."""
+"""The .npq format: bytes packed by hand, every broken header, writes that fail or are killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npq_format import NpqError, check_codes, map_codes, read_header, write_npq
+from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 
 RATE = 86.2  # frames per second
 LETTER, DTYPE = "BHI", ("<u1", "<u2", "<u4")  # by the file's dtype_code

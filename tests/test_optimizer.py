@@ -1,4 +1,4 @@
-"""optimizer.py: groups, Muon beside AdamW, its state; and the trainer's runs with each of them."""
+"""The optimizer: groups, Muon beside AdamW, its state; and the trainer's runs with each of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from test_train_rvq import comparable, make_run, train
 
 import sample_rvq
 import train_rvq
-from checkpointing import load_checkpoint, save_checkpoint
 from model import PATTERNS, CodesTransformer, ModelConfig
-from npq_format import map_codes, read_header
-from optimizer import (
+from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from sound.npq_format import map_codes, read_header
+from train_rvq import lr_at_step
+from training.optimizer import (
     ADAMW_FACTOR,
     HEAD_WIDTH,
     MUON_FACTOR,
@@ -30,8 +31,7 @@ from optimizer import (
     parameter_groups,
     state_tensors,
 )
-from run_saving import unsound
-from train_rvq import lr_at_step
+from training.saving import unsound
 
 SMALL = ModelConfig((16,) * 3, d_model=32, layers=2, heads=2, dropout=0.0)
 

@@ -1,4 +1,4 @@
-"""parallel.py: runs under torchrun, as real processes over gloo, against one process."""
+"""training/parallel.py: runs under torchrun, as real processes over gloo, against one process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 
 import train_rvq
-from checkpointing import load_checkpoint
-from command_line import UsageError
+from cli.command_line import UsageError
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
-from optimizer import newton_schulz
-from parallel import EveryNth, World
-from run_setup import check_shardable, pick_amp_dtype
+from run_folder.checkpoint import load_checkpoint
 from train_rvq import noise_seed, parse_flags
+from training.optimizer import newton_schulz
+from training.parallel import EveryNth, World
+from training.setup import check_shardable, pick_amp_dtype
 
 # The defaults: Muon, dropout 0.1, pattern depth, bf16. Sums of gradients round in another order,
 # and Muon's iteration in bf16 makes of that a few 1e-5 in the loss; without either it is 1e-6.

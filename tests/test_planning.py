@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, TINY, rows, run_trainer
 
-from checkpointing import load_checkpoint
-from memory_prediction import GIB, Memory
 from model import CodesTransformer, ModelConfig
-from parallel import World
-from planning import checkpoints_kept, largest_batch, what_to_change
-from run_files import RING_SIZE
-from run_setup import plan_of
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import RING_SIZE
 from train_rvq import parse_flags
+from training.memory_prediction import GIB, Memory
+from training.parallel import World
+from training.planning import checkpoints_kept, largest_batch, what_to_change
+from training.setup import plan_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plan_accuracy

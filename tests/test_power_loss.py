@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import pytest
 from test_train_rvq import make_run
 
-import run_saving
 import train_rvq
-from checkpointing import CheckpointError, load_checkpoint
-from run_files import RunFiles, load_latest
+from run_folder.checkpoint import CheckpointError, load_checkpoint
+from run_folder.files import RunFiles, load_latest
+from training import saving as run_saving
 
 UNSYNCED = ("empty", "cut", "zeros")
 

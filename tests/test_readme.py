@@ -16,12 +16,12 @@ from conftest import ROOT
 
 import ckpt_doctor
 import encode_npq
-import run_setup
 import sample_rvq
 import train_rvq
-from checkpointing import REQUIRED_KEYS
-from command_line import EXIT_INTERRUPTED, has_default
-from run_files import RunFiles
+from cli.command_line import EXIT_INTERRUPTED, has_default
+from run_folder.checkpoint import REQUIRED_KEYS
+from run_folder.files import RunFiles
+from training import setup as run_setup
 
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"

@@ -1,4 +1,4 @@
-"""reporting.py: figures that mean something, lines off a terminal, metrics that survive."""
+"""Console and metrics: figures that mean something, lines off a terminal, metrics that survive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from reporting import HISTORY_ROWS, Console, MetricsLog, duration, number, perplexity
+from run_folder.metrics import HISTORY_ROWS, Console, MetricsLog, duration, number, perplexity
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 710.0])
@@ -81,7 +81,7 @@ def test_tensorboard_files_appear(tmp_path):
 BAR = """
 import sys
 sys.path.insert(0, {root!r})
-from reporting import Console
+from run_folder.metrics import Console
 console = Console()
 console.start_epoch(1, 3, 0, 10)
 for _ in range(10):

@@ -20,16 +20,23 @@ from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
 from make_codes import make_tune
 from test_train_rvq import comparable, make_run
 
-import run_saving
-import stability
 import train_rvq
-from checkpointing import load_checkpoint
-from losses import Losses
+from layers.loss import Losses
 from npq_dataset import EpochOrder
-from npq_format import write_npq
-from run_files import QUARANTINE_SIZE, RING_SIZE, RunFiles
-from run_state import Run
-from stability import FORGIVEN_AFTER, MAX_ROLLBACKS, Guard, Ladder, keep_interval, not_finite
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import QUARANTINE_SIZE, RING_SIZE, RunFiles
+from sound.npq_format import write_npq
+from training import saving as run_saving
+from training import stability
+from training.stability import (
+    FORGIVEN_AFTER,
+    MAX_ROLLBACKS,
+    Guard,
+    Ladder,
+    keep_interval,
+    not_finite,
+)
+from training.state import Run
 
 FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
 FAST += ("--archive-every", "0", "--log-lr-steps", "100", "--save-every-minutes", "0")
@@ -544,7 +551,7 @@ POISONED = """
 import math, os, signal, sys
 sys.path[:0] = [{root!r}]
 import train_rvq
-from losses import Losses
+from layers.loss import Losses
 real = train_rvq.set_up
 
 def set_up(*args):

@@ -1,4 +1,4 @@
-"""run_report.py: a page made of real metrics and sound, opened in a real browser."""
+"""pages/run_page.py: a page made of real metrics and sound, opened in a real browser."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import soundfile
 from conftest import TINY, run_trainer, start_trainer, wait_for
 
-from reporting import read_metrics
-from run_files import RunFiles
-from run_report import SPECTRUM_HZ, SPECTRUM_ROWS, as_html, spectrogram, story_of, write_report
+from pages.run_page import SPECTRUM_HZ, SPECTRUM_ROWS, as_html, spectrogram, story_of, write_report
+from run_folder.files import RunFiles
+from run_folder.metrics import read_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = '<script>alert(1)</script>"\x1b[31m\n'

@@ -19,11 +19,11 @@ from test_train_rvq import comparable, train
 
 import sample_rvq
 import train_rvq
-from checkpointing import load_checkpoint
-from code_statistics import compare, describe, flat, read_excerpts
 from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus, split_corpus
-from npq_format import map_codes, read_header, write_npq
-from sharing import export_weights
+from run_folder.checkpoint import load_checkpoint
+from run_folder.shared_weights import export_weights
+from sound.npq_format import map_codes, read_header, write_npq
+from training.code_statistics import compare, describe, flat, read_excerpts
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 

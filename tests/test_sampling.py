@@ -1,4 +1,4 @@
-"""sampling.py and the model's cache: cached equals uncached, draws follow their limits."""
+"""sound/sampling.py and the model's cache: cached equals uncached, draws follow their limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model import (
     rotate,
     shift,
 )
-from sampling import Draw, generate, packed_copy
+from sound.sampling import Draw, generate, packed_copy
 
 ANY = Draw.of(3)
 

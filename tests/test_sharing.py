@@ -18,10 +18,17 @@ from conftest import ROOT, TINY, assert_same_tensors, run_trainer, wait_for
 from safetensors.torch import load_file, save_file
 from test_train_rvq import train
 
-import sharing
-from checkpointing import WEIGHTS_KEYS, CheckpointError, load_checkpoint
 from model import CodesTransformer, ModelConfig
-from sharing import FORMAT, SHARED_FLAGS, SHARED_KEYS, export_weights, load_parts, model_card
+from run_folder import shared_weights as sharing
+from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, load_checkpoint
+from run_folder.shared_weights import (
+    FORMAT,
+    SHARED_FLAGS,
+    SHARED_KEYS,
+    export_weights,
+    load_parts,
+    model_card,
+)
 from train_rvq import build_parser
 
 SMALL = {  # the least that can be shared
@@ -345,7 +352,8 @@ def test_a_part_that_is_never_shared_is_told(shared):
 
 
 def test_no_model_is_needed():
-    script = "import sys, sharing; assert not {'model', 'dac', 'npq_dataset'} & set(sys.modules)"
+    imports = "import sys, run_folder.shared_weights"
+    script = f"{imports}; assert not {{'model', 'dac', 'npq_dataset'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 

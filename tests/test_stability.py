@@ -1,4 +1,4 @@
-"""stability.py: a guard that fires when it should, and only then; averaged weights."""
+"""training/stability.py: a guard that fires when it should, and only then; averaged weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from stability import WARM_UP, Ema, Guard
+from training.stability import WARM_UP, Ema, Guard
 
 VOCAB = (1024,) * 9
 CE = [4.5] * 9

@@ -23,21 +23,21 @@ import pytest
 import torch
 from conftest import TINY, assert_same_tensors, rows, run_trainer
 
-import command_line
-import run_saving
-import run_setup
 import train_rvq
-from checkpointing import load_checkpoint, save_checkpoint
-from losses import Losses
+from cli import command_line
+from layers.loss import Losses
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
-from npq_format import map_codes, read_header, write_npq
-from optimizer import parameter_groups
-from reporting import Console
-from run_files import FolderLock
-from run_setup import codebook_weights, set_up
-from run_state import Run
+from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from run_folder.files import FolderLock
+from run_folder.metrics import Console
+from sound.npq_format import map_codes, read_header, write_npq
 from train_rvq import backward, lr_at_step, parse_flags, update
+from training import saving as run_saving
+from training import setup as run_setup
+from training.optimizer import parameter_groups
+from training.setup import codebook_weights, set_up
+from training.state import Run
 
 FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
 CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds", "validated_seconds"}

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY, start_trainer, wait_for
 
 import train_rvq
-from npq_format import write_npq
+from sound.npq_format import write_npq
 
 MAIN = [sys.executable, str(ROOT / "train_rvq.py")]
 

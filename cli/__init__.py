@@ -1,0 +1,1 @@
+"""What the four commands do alike: flags, output, errors, exit codes."""

@@ -1,0 +1,1 @@
+"""Diagnosis of checkpoints and runs: reading, checks, verdict, report."""

@@ -1,0 +1,389 @@
+"""How far weights went, from file to file and from their average: G1 to G3.
+
+    findings = [*check_displacement(run), *check_average(run)]
+
+Tensors are compared with what the optimizer's steps allow and with their own past; the limits that
+are not provable are calibrated on healthy runs (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doctor.examined_run import Run, spread_of
+from doctor.findings import Cause, Finding, Level, in_file
+from doctor.reading.optimizer_state import moment_bound
+from doctor.reading.summary import NOISE_STEPS, Parameter, Summary
+
+
+def travel(lr: float, update_rms: float, steps: float, noise_steps: float = NOISE_STEPS) -> float:
+    """Distance that a tensor covers in so many steps when its gradients are noise.
+
+    Updates of lr * update_rms each, alike within `noise_steps`: a straight line at first, a random
+    walk after. Healthy tensors cover 0.2 to 4 of it.
+    """
+    return lr * update_rms * math.sqrt(steps * min(steps, noise_steps))
+
+
+@dataclass
+class _Past:
+    """Values of one quantity of one tensor that were judged healthy, as logarithms."""
+
+    logarithms: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.logarithms)
+
+    def add(self, value: float) -> None:
+        self.logarithms.append(math.log(value))
+
+    def centre(self) -> float:
+        return math.exp(float(np.median(self.logarithms)))
+
+    def z(self, value: float) -> float:
+        """Robust z of a value; floor of the deviation: a factor of 1.25."""
+        centre = float(np.median(self.logarithms))
+        return (math.log(value) - centre) / max(spread_of(self.logarithms), math.log(1.25))
+
+
+Judged = tuple[float, Finding]  # how far a tensor went, and what that says
+
+
+def _worst(found: list[Judged]) -> Finding:
+    """The finding of the tensor that went farthest; it says how many others there are."""
+    return max(found, key=lambda judged: judged[0])[1].with_others(len(found) - 1)
+
+
+# --- from file to file ---------------------------------------------------------------------------
+
+
+def check_displacement(run: Run) -> Iterator[Finding]:
+    """G1, G2: how far tensors moved between files, against the learning rate and their past.
+
+    After a leap a file is compared with the last good one too: where that shows no leap the file
+    between was bad alone; where a file only goes on from a bad one it is as bad.
+    """
+    pasts: dict[str, _Past] = {}
+    sound: list[Summary] = []
+    bad: tuple[Summary, str] | None = None  # and its worst tensor
+    for s in run.series:
+        exchanged = (cosine := _cosine(run, s)) is not None and cosine.exchanged
+        if not s.parameters or exchanged or any(p.bad.get("raw") for p in s.parameters):
+            continue
+        good = next((g for g in reversed(sound) if (g.step or 0) < (s.step or 0)), None)
+        finding = _leap(run, good, s, pasts) if good else None
+        if finding is None and bad and good and _follows(run, s, good, *bad):
+            text = f"goes on from {bad[0].name}, which had left its past"
+            finding = in_file(s, "G1", Level.SUSPECT, Cause.INSTABILITY, text, after=good.step)
+        if finding is None:
+            sound.append(s)
+            bad = None
+        else:
+            yield finding
+            bad = s, finding.where or (bad[1] if bad else "")
+
+
+def _follows(run: Run, s: Summary, good: Summary, bad: Summary, worst: str) -> bool:
+    """Whether a file goes on from a bad one, and not from the good one before that."""
+    if bad.step == s.step or _leap(run, bad, s, {}) is not None:
+        return False
+    samples = [
+        next((p.sample for p in file.parameters if p.name == worst), []) for file in (s, good, bad)
+    ]
+    if not all(samples):
+        return True
+    new, sound, lost = map(np.asarray, samples)
+    return float(np.square(new - lost).sum()) < float(np.square(new - sound).sum())
+
+
+def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
+    """The worst of the tensors that moved too far from a file to a later one; it names how many."""
+    if (b.step or 0) <= (a.step or 0):
+        return None
+    before = {p.name: p for p in a.parameters}
+    lr = run.mean_lr(a.step or 0, b.step or 0, b)
+    found: list[Judged] = []
+    for p in b.parameters:
+        old = before.get(p.name)
+        if p.sample and old is not None and old.shape == p.shape and not old.bad and not p.bad:
+            move = _Move(a, b, old, p, lr * p.lr_factor)
+            judged = _judge_move(move, pasts.setdefault(p.name, _Past()))
+            found += [judged] if judged else []
+    provable = [f for f in found if f[1].check == "G2"]
+    return _worst(provable or found) if found else None
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A tensor in two files, and the mean learning rate of its group on the way."""
+
+    earlier: Summary
+    later: Summary
+    old: Parameter
+    new: Parameter
+    lr: float
+
+    @property
+    def steps(self) -> int:
+        return (self.later.step or 0) - (self.earlier.step or 0)
+
+    def finding(self, check: str, level: Level, cause: Cause, text: str, **facts: Any) -> Finding:
+        """A finding in the later file."""
+        after, where = self.earlier.step, self.new.name
+        return in_file(self.later, check, level, cause, text, after=after, where=where, **facts)
+
+
+def _judge_move(move: _Move, past: _Past) -> Judged | None:
+    """What is wrong with a move; where nothing is, `past` takes it in."""
+    difference = np.subtract(move.new.sample, move.old.sample)
+    with np.errstate(over="ignore"):  # float64's own range: infinitely far is far
+        moved = float(np.sqrt(np.mean(difference**2)))
+    furthest = float(np.abs(difference).max())
+    furthest = max(furthest, abs(move.new.largest - move.old.largest))
+    return _beyond_reach(move, furthest) or _off_pace(move, moved, past)
+
+
+def _beyond_reach(move: _Move, furthest: float) -> Judged | None:
+    """G2: an element that moved farther than the optimizer can take it, whatever the gradients."""
+    old, new = move.old, move.new
+    bound = new.step_bound if new.optimizer else moment_bound(0.9, 0.999)
+    decay = move.later.optimizer.get("weight_decay", 0.0)
+    # Of the largest lr on the way: the mean times a factor that covers warm-up and cosine.
+    reach = 2 * move.lr * move.steps * (bound + decay * max(old.largest, new.largest))
+    if not (math.isfinite(reach) and furthest > 1.1 * reach + 1e-6):
+        return None
+    text = f"{new.name} moved by up to {furthest:.3g} in {move.steps} steps"
+    text += (
+        f"; {new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g} at most"
+        if reach
+        else ", without a learning rate: lr was 0 all the way"
+    )
+    return furthest / reach if reach else math.inf, move.finding(
+        "G2", Level.DIVERGED, Cause.INSTABILITY, text, value=furthest, baseline=reach
+    )
+
+
+def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
+    """G1: a distance (RMS) that noise does not explain, or none at all."""
+    old, new, lr, steps = move.old, move.new, move.lr, move.steps
+    update = np.nanmax([old.update_rms, new.update_rms, 0.0])
+    usual = travel(lr, update, steps, new.noise_steps)
+    if not usual or not math.isfinite(usual) or new.numel < 512:
+        return None
+    if moved == 0:
+        text = f"{new.name} has not moved at all in {steps} steps"
+        return 1.0, move.finding("G1", Level.SUSPECT, Cause.OPTIMIZER, text, value=0.0)
+    pace, n = moved / usual, len(past)
+    straight = lr * update * steps / usual  # the pace of a straight line
+    leap = pace > 2 * straight if new.optimizer == "Muon" else pace > max(3 * straight, 6)
+    if not leap and not (n >= 3 and _bursts(pace, past)):
+        past.add(pace)
+        return None
+    grown = new.rms / max(old.rms, 1e-12) - 1
+    text = (
+        f"{new.name} moved {pace:.1f} times what noise at lr {lr:.2g} explains in {steps} "
+        f"steps, RMS {old.rms:.3g} -> {new.rms:.3g} ({grown:+.0%})"
+    )
+    if n >= 3:
+        text += f", before {past.centre():.2g} (z {past.z(pace):.0f})"
+    baseline = past.centre() if n >= 3 else straight
+    return pace, move.finding(
+        "G1", Level.SUSPECT, Cause.INSTABILITY, text, value=pace, baseline=baseline, n=n
+    )
+
+
+def _bursts(pace: float, past: _Past) -> bool:
+    """Healthy runs stay below 1.7 times the largest and 2.7 times the median of their past."""
+    grown = pace / past.centre() > 3.5 and math.log(pace / 2.2) > max(past.logarithms)
+    return grown and pace > 1
+
+
+# --- from the average ----------------------------------------------------------------------------
+
+
+def check_average(run: Run) -> Iterator[Finding]:
+    """G3: raw weights against their EMA, in size and in direction."""
+    pasts: dict[str, _Past] = {}
+    before: _Cosine | None = None
+    for s in run.series:
+        span = _ema_span(s)
+        if math.isnan(span):
+            continue
+        if s.ema_equals_raw and span > 1:
+            text = "the EMA equals the raw weights: it is not averaging, or one overwrote the other"
+            yield in_file(s, "G3", Level.SUSPECT, Cause.EMA, text)
+            continue
+        lr = _ema_lr(run, s, span)
+        judged = [
+            _judge_average(run, s, p, lr * p.lr_factor, span, pasts.setdefault(p.name, _Past()))
+            for p in s.measurable
+        ]
+        if found := [j for j in judged if j]:
+            yield _worst(found)
+        cosine = _cosine(run, s)
+        if cosine is not None:
+            yield from _judge_direction(run, s, cosine, before)
+            before = cosine
+
+
+def _ema_span(s: Summary) -> float:
+    """Steps over which the EMA averages, warm-up of its decay included; NaN where it is unknown."""
+    decay = s.flag("ema")
+    if s.style != "own" or not math.isfinite(decay) or not s.step:
+        return math.nan
+    return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
+
+
+def _ema_lr(run: Run, s: Summary, span: float) -> float:
+    """Mean learning rate of the updates that still count in the EMA."""
+    return run.mean_lr(max(0, round((s.step or 0) - 2 * span)), s.step or 0, s)
+
+
+def _judge_average(
+    run: Run, s: Summary, p: Parameter, lr: float, span: float, past: _Past
+) -> Judged | None:
+    """What is wrong with a tensor's distance from its EMA; where nothing is, `past` takes it in."""
+    usual = travel(lr, p.update_rms, span, p.noise_steps)
+    if not usual or not math.isfinite(usual) or not math.isfinite(p.ema_distance):
+        return None
+    apart, n = p.ema_distance / usual, len(past)
+    straight = lr * p.update_rms * span / usual
+    far = apart > 2 * straight if p.optimizer == "Muon" else apart > max(3 * straight, 5)
+    burst = n >= 3 and apart > 4 * past.centre() and past.z(apart) > 6 and apart > 2
+    near = n >= 3 and apart < past.centre() / 20 and apart < 0.02
+    if not (far or burst or near):
+        if apart > 0:
+            past.add(apart)
+        return None
+    text = (
+        f"{p.name} is {'near' if near else 'far from'} its EMA: they differ by RMS "
+        f"{p.ema_distance:.2g}, it has {p.rms:.2g}; {apart:.3g} times what {span:.0f} steps at lr "
+        f"{lr:.2g} explain"
+    )
+    before = run.previous(s)
+    return apart, in_file(
+        s, "G3", Level.SUSPECT, Cause.EMA, text, after=before.step if before else None,
+        where=p.name, value=apart, baseline=past.centre() if n >= 3 else math.nan, n=n,
+    )  # fmt: skip
+
+
+# --- the way to the average ----------------------------------------------------------------------
+
+
+class _Cosine(NamedTuple):
+    """Between raw minus EMA, the sum of the latest updates, and the way that the optimizer goes.
+
+    It is about `_usual_cosine`, of which healthy runs have 0.24 to 0.82; n elements that have
+    nothing to do with each other have 0 +- 1 / sqrt(n).
+    """
+
+    mean: float  # over the tensors, in units of what is usual
+    z: float  # that a mean of 1 would have
+    lost: float  # share of the tensors whose own cosine may be 0
+    lr: float
+    tensors: int
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether raw and EMA stand in each other's place."""
+        return self.mean < -0.1 and -self.mean * self.z > 8
+
+
+ORTHOGONAL = 0.65  # cosine between Muon's momentum and what orthogonalising makes of it
+
+
+def _usual_cosine(p: Parameter, span: float) -> float:
+    """Of noise: the part of a span of updates that the newest, which are alike, make up."""
+    alike = math.sqrt(min(1.0, p.noise_steps / span))
+    return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
+
+
+def _cosine(run: Run, s: Summary, method: str = "") -> _Cosine | None:
+    """Of all tensors or one optimizer's; None where it says nothing.
+
+    That is late in a schedule, when the sum is of older, larger updates.
+    """
+    span = _ema_span(s)
+    if math.isnan(span):
+        return None
+    measured = [
+        (p.update_cos, _usual_cosine(p, span), math.sqrt(p.numel))
+        for p in s.measurable
+        if math.isfinite(p.update_cos) and method in ("", p.optimizer)
+    ]
+    lr = s.optimizer.get("lr", 0.0)
+    if len(measured) < 3 or not lr > 0.12 * _ema_lr(run, s, span):
+        return None
+    expected = sum(usual * root for _, usual, root in measured)
+    return _Cosine(
+        mean=sum(cos * root for cos, _, root in measured) / expected,
+        z=expected / math.sqrt(len(measured)),
+        lost=sum(cos * root < 3 for cos, _, root in measured) / len(measured),
+        lr=lr,
+        tensors=len(measured),
+    )
+
+
+def _judge_direction(
+    run: Run, s: Summary, now: _Cosine, before: _Cosine | None
+) -> Iterator[Finding]:
+    """Whether the optimizer goes the way that the latest updates went, at the file before too."""
+    facts = {"value": now.mean, "baseline": before.mean if before else 0.5, "n": now.tensors}
+    fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
+    if now.exchanged:
+        text = (
+            f"{_method(s)}'s steps lead from the raw weights towards the EMA and not away from it "
+            f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
+        )
+        yield in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
+    elif (muon := _cosine(run, s, "Muon")) and muon.mean < 0.08 and muon.z > 30:
+        facts |= {"value": muon.mean, "n": muon.tensors}
+        text = (
+            f"Muon's momentum has nothing to do with the latest updates of its {muon.tensors} "
+            "tensors: it is of other tensors, another state or another run"
+        )
+        yield in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
+    elif (now.mean < 0.08 and now.z > 30) or fell:
+        text = (
+            f"{_method(s)}'s moments of {now.lost:.0%} of the tensors have nothing to do with "
+            "the latest updates: they are of another tensor, another state or another run"
+        )
+        yield in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
+    elif now.mean > 0.25:
+        yield from _lost_directions(s, now.mean)
+
+
+def _method(s: Summary) -> str:
+    """Name of the optimizer for a sentence."""
+    return str(s.optimizer.get("method") or "Adam")
+
+
+def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
+    """Single tensors whose moments are not theirs, where those of the others are.
+
+    Foreign moments have a cosine of 0 +- 1 / sqrt(n), of which three are allowed for: chance alone
+    exceeds them once in a thousand.
+    """
+    measured, span = s.measurable, _ema_span(s)
+    expected = {p.name: mean * _usual_cosine(p, span) for p in measured}
+    lost = [
+        p
+        for p in measured
+        if p.update_cos < max(0.05 * expected[p.name], 3 / math.sqrt(p.numel))
+        and expected[p.name] * math.sqrt(p.numel) > 12
+    ]
+    if lost:
+        text = (
+            f"{lost[0].optimizer or 'Adam'}'s moments of {lost[0].name} have nothing to do with "
+            "its latest updates"
+        )
+        finding = in_file(
+            s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, where=lost[0].name,
+            value=lost[0].update_cos, baseline=expected[lost[0].name], n=len(measured),
+        )  # fmt: skip
+        yield finding.with_others(len(lost) - 1)

@@ -1,0 +1,115 @@
+"""What is wrong with a file by itself: I1 to I4 and F1.
+
+    findings = [*check_container(run), *check_keys(run), *check_steps(run), *check_finite(run)]
+
+None of it is a matter of degree: what is found here is wrong whatever the run was like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from doctor.examined_run import Run
+from doctor.findings import Cause, Finding, Level, in_file
+from doctor.reading.summary import ProblemKind, Summary
+
+LEVEL_OF: dict[ProblemKind, Level] = {
+    "missing": Level.CORRUPT,
+    "unsafe": Level.UNSAFE,
+    "corrupt": Level.CORRUPT,
+    "foreign": Level.INCOMPATIBLE,
+}
+
+
+def check_container(run: Run) -> Iterator[Finding]:
+    """I1, I2: what could not be read, and why."""
+    for s in run.summaries:
+        if s.problem is None:
+            continue
+        check = "I2" if s.problem.kind == "unsafe" else "I1"
+        yield in_file(s, check, LEVEL_OF[s.problem.kind], Cause.FILE, s.problem.text)
+
+
+def check_keys(run: Run) -> Iterator[Finding]:
+    """I3: keys and shapes against the architecture and among each other."""
+    for s in run.readable:
+        if s.misfits:
+            more = f" and {len(s.misfits) - 3} more" if len(s.misfits) > 3 else ""
+            text = "; ".join(s.misfits[:3]) + more
+            yield in_file(s, "I3", Level.INCOMPATIBLE, Cause.FILE, text)
+
+
+def check_steps(run: Run) -> Iterator[Finding]:
+    """I4: epoch in the name, Adam's own count of steps, files of one moment that differ."""
+    for s in run.readable:
+        yield from _check_name(s)
+        yield from _check_adams_count(s)
+    yield from _check_copies(run)
+
+
+def _check_name(s: Summary) -> Iterator[Finding]:
+    if s.name_epoch is None or s.epoch is None or s.style != "own":
+        return
+    held = s.progress.get("best_epoch") if s.kind == "best archive" else s.epoch
+    if held != s.name_epoch:
+        text = f"its name says epoch {s.name_epoch}, it holds epoch {held}"
+        yield in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
+
+
+def _check_adams_count(s: Summary) -> Iterator[Finding]:
+    counts = sorted({p.adam_step for p in s.parameters if math.isfinite(p.adam_step)})
+    if len(counts) > 1:
+        text = f"Adam has taken {counts[0]:.0f} to {counts[-1]:.0f} steps on its tensors"
+        yield in_file(s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text)
+    elif counts and s.style == "own" and s.step not in (None, counts[0]):
+        text = f"Adam has taken {counts[0]:.0f} steps, the run {s.step}"
+        yield in_file(
+            s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text, value=counts[0], baseline=s.step
+        )
+
+
+def _check_copies(run: Run) -> Iterator[Finding]:
+    """Files of one step and second must be copies; where they differ the few are suspect."""
+    moments: dict[tuple[int, float], Counter[int]] = {}
+    for s in run.readable:
+        if s.style == "own" and s.step:
+            moments.setdefault(s.moment[:2], Counter())[s.moment[2]] += 1
+    for s in run.readable:
+        contents = moments.get(s.moment[:2], Counter())
+        if len(contents) > 1 and contents[s.moment[2]] <= contents.total() / 2:
+            text = f"differs from another file of the same moment, step {s.step}"
+            yield in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
+
+
+PART_NAMES = {
+    "raw": "weights",
+    "ema": "EMA",
+    "m": "first moments",
+    "v": "second moments",
+    "momentum": "Muon's momentum",
+}
+
+
+def check_finite(run: Run) -> Iterator[Finding]:
+    """F1: NaN and Inf, the first bad tensor in network order."""
+    for s in run.readable:
+        bad = [p for p in s.parameters if p.bad]
+        if not bad:
+            continue
+        parts = sorted({part for p in bad for part in p.bad}, key=list(PART_NAMES).index)
+        first = min((p for p in bad if parts[0] in p.bad), key=lambda p: p.place)
+        total = sum(sum(p.bad.values()) for p in bad)
+        text = (
+            f"{total} values are NaN or Inf in {', '.join(PART_NAMES[p] for p in parts)}; first in "
+            f"the network: {first.name}"
+        )
+        cause = Cause.INSTABILITY if "raw" in parts else Cause.OPTIMIZER
+        if parts == ["ema"]:
+            cause = Cause.EMA
+        yield in_file(s, "F1", Level.DEAD, cause, text, where=first.name, value=total)
+    for s in run.readable:
+        if s.scale is not None and not math.isfinite(s.scale):
+            text = f"GradScaler's scale is {s.scale}"
+            yield in_file(s, "F1", Level.DEAD, Cause.SCALER, text, value=s.scale)

@@ -1,0 +1,335 @@
+"""How training went: learning rate, losses, gradients, and models at work: S1, S2, H1 to H4, P1.
+
+    findings = [*check_learning_rate(run), *check_validation(run), *check_probe(run)]
+
+Losses are nats per code, k numbers codebooks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from doctor.examined_run import History, Run, finite_number, scheduled_lr, spread_of
+from doctor.findings import Cause, Finding, Level, in_file
+from doctor.reading.summary import Summary
+
+# --- learning rate, best value -------------------------------------------------------------------
+
+
+def check_learning_rate(run: Run) -> Iterator[Finding]:
+    """S1: the saved and the logged learning rate against the schedule."""
+    for s in run.readable:
+        planned = scheduled_lr(s, s.step or 0)
+        if not s.step or not math.isfinite(planned) or s.kind in ("panic", "quarantine"):
+            continue
+        groups = s.optimizer.get("groups") or [{"lr": s.optimizer.get("lr", math.nan)}]
+        off = [f for g in groups if (f := _judge_lr(s, g, planned * g.get("lr_factor", 1.0)))]
+        if off:
+            yield max(off, key=lambda f: (f.level, abs(f.value - f.baseline)))
+    yield from _check_logged_lr(run)
+    yield from _check_saved_lr(run)
+
+
+def _judge_lr(s: Summary, group: dict[str, Any], planned: float) -> Finding | None:
+    """A group's saved learning rate against the planned one, in which its factor is counted."""
+    lr = group["lr"]
+    recovers = s.counter("lr_scale", 1.0) != s.counter("lr_goal", 1.0)
+    if not abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
+        return None
+    level = Level.SUSPECT if lr > 1.5 * planned or lr < planned / 1.5 else Level.WARN
+    text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
+    if len(s.optimizer.get("groups", [])) > 1 and (factor := group.get("lr_factor", 1.0)) != 1:
+        text += f" ({group['method']}'s group at {factor:g} times the run's)"
+    return in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
+
+
+class _Course:
+    """How a learning rate went: its highest, and the lowest that it fell to from there."""
+
+    def __init__(self) -> None:
+        self.peak, self.lowest = 0.0, math.inf
+
+    def rises_again(self, lr: float) -> bool:
+        return self.lowest < 0.9 * self.peak and lr > 1.1 * self.lowest
+
+    def add(self, lr: float) -> None:
+        if lr < self.peak:
+            self.lowest = min(self.lowest, lr)
+        self.peak = max(self.peak, lr)
+
+
+def _check_logged_lr(run: Run) -> Iterator[Finding]:
+    """Within one process lr rises in the warm-up alone; a restart may raise it by its flags."""
+    planned = 0.0  # --lr of the process; 0 where it did not tell
+    course = _Course()
+    for row in run.history.rows:
+        if row["event"] in ("start", "resume", "rollback"):
+            course = _Course()  # after a rollback, which cuts it, lr comes back step by step
+        if row["event"] in ("start", "resume"):
+            before, planned = planned, finite_number(row["flags"].get("lr")) or 0.0
+            if before and planned > 3 * before:
+                yield _raised_lr(row["step"], before, planned)
+        lr = row.get("lr")
+        if row["event"] != "step" or not isinstance(lr, float):
+            continue
+        above = lr > 1.05 * (planned or math.inf)
+        if above or course.rises_again(lr):
+            limit = planned if above else course.lowest
+            what = "the flags allow" if above else "it had fallen to"
+            text = f"lr {lr:.3g} at step {row['step']}, {what} {limit:.3g}"
+            yield Finding(
+                "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=row["step"], value=lr,
+                baseline=limit, after=_row_before(run.history, row["step"]),
+            )  # fmt: skip
+            return
+        course.add(lr)
+
+
+def _raised_lr(step: int, before: float, asked: float) -> Finding:
+    text = f"a restart raised --lr from {before:g} to {asked:g} at step {step}"
+    return Finding(
+        "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=step + 1, after=step, value=asked,
+        baseline=before,
+    )  # fmt: skip
+
+
+def _row_before(history: History, step: int) -> int | None:
+    """Step of the last row before a step."""
+    earlier = [r["step"] for r in history.steps if r["step"] < step]
+    return earlier[-1] if earlier else None
+
+
+def _check_saved_lr(run: Run) -> Iterator[Finding]:
+    """Files of the older script carry no schedule: lr that rises after it had fallen."""
+    course, before = _Course(), None
+    for s in run.series:
+        lr = s.optimizer.get("lr", math.nan)
+        epochs = s.flag("epochs", 0.0)
+        if s.style == "own" or not math.isfinite(lr):
+            continue
+        if course.rises_again(lr):
+            text = f"lr rose to {lr:.3g} after it had fallen to {course.lowest:.3g}"
+            if epochs and s.epoch is not None and s.epoch > epochs:
+                text += f"; epoch {s.epoch} lies beyond the plan of {epochs:g}"
+            yield in_file(
+                s, "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, value=lr,
+                baseline=course.lowest, after=before,
+            )  # fmt: skip
+        course.add(lr)
+        before = s.step
+
+
+def check_best(run: Run) -> Iterator[Finding]:
+    """S2: the best value can only fall."""
+    best, before = math.inf, None
+    for s in run.series:
+        if math.isfinite(s.best_val):
+            if s.best_val > best + 1e-9:
+                text = f"best val is {s.best_val:.4f}, an earlier file has {best:.4f}"
+                yield in_file(
+                    s, "S2", Level.WARN, Cause.FILE, text, value=s.best_val, baseline=best,
+                    after=before,
+                )  # fmt: skip
+            best = min(best, s.best_val)
+        before = s.step
+
+
+# --- losses and gradients ------------------------------------------------------------------------
+
+
+def check_guessing(run: Run) -> Iterator[Finding]:
+    """H1: a codebook predicted worse than by guessing."""
+    sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
+    if _overfits(run.history):
+        return
+    before = None
+    for row in run.history.epochs:
+        values = row.get("val_per_codebook") or []
+        for k, (value, size) in enumerate(zip(values, sizes, strict=False)):
+            limit = math.log(max(size, 2)) + 0.1
+            if value is None or value > limit:
+                said = "not finite" if value is None else f"{value:.3f}"
+                text = f"val CE of codebook {k} is {said}, guessing gives {limit - 0.1:.3f}"
+                yield Finding(
+                    "H1", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=before,
+                    where=f"codebook {k}", value=value if value is not None else math.inf,
+                    baseline=limit - 0.1,
+                )  # fmt: skip
+                return
+        before = row["step"]
+
+
+def check_validation(run: Run) -> Iterator[Finding]:
+    """H2, H4: val well above its best, twice in a row: overfitting or instability."""
+    epochs = [r for r in run.history.epochs if isinstance(r.get("val"), float)]
+    if len(epochs) < 4:
+        return
+    vals = [r["val"] for r in epochs]
+    overfits = _overfits(run.history)
+    margin = 0.1 if overfits else max(0.1, 6 * spread_of(np.diff(vals)) / math.sqrt(2))
+    best, rise = _best_and_rise(vals, margin)
+    if rise is None:
+        return
+    lowest, at = vals[best], epochs[best]["step"]
+    if overfits:
+        text = (
+            f"val {vals[-1]:.3f} has left its best {lowest:.3f} of step {at} smoothly while train "
+            "still falls: overfitting, not instability"
+        )
+        yield Finding(
+            "H4", Level.OVERFIT, Cause.OVERFITTING, text, step=epochs[best + 1]["step"], after=at,
+            value=vals[-1], baseline=lowest, n=len(vals),
+        )  # fmt: skip
+        return
+    text = f"val {vals[rise]:.3f} is {vals[rise] - lowest:.2f} above its best {lowest:.3f}"
+    yield Finding(
+        "H2", Level.SUSPECT, Cause.INSTABILITY, text, step=epochs[rise]["step"],
+        after=epochs[rise - 1]["step"], value=vals[rise], baseline=lowest, n=rise,
+    )  # fmt: skip
+
+
+def _best_and_rise(vals: list[float], margin: float) -> tuple[int, int | None]:
+    """Positions of the first value that, like the next, is far above the best; and of that best."""
+    best = 0
+    for i, value in enumerate(vals):
+        if min(value, vals[min(i + 1, len(vals) - 1)]) > vals[best] + margin:
+            return best, i
+        if value < vals[best]:
+            best = i
+    return best, None
+
+
+def _overfits(history: History) -> bool:
+    """Whether val rises smoothly over the last third while train falls."""
+    rows = [
+        r for r in history.epochs
+        if isinstance(r.get("val"), float) and isinstance(r.get("train"), float)
+    ]  # fmt: skip
+    vals = [r["val"] for r in rows]
+    if len(rows) < 5:
+        return False
+    low = int(np.argmin(vals))
+    after = rows[low:]
+    if len(after) < 4 or after[-1]["val"] < vals[low] + 0.1:
+        return False
+    rises = np.diff([r["val"] for r in after])
+    train_falls = after[-1]["train"] <= after[0]["train"]
+    # A blow-up is a jump; overfitting spreads its rise over many validations.
+    smooth = rises.max() < 0.6 * rises[rises > 0].sum() and (rises > 0).mean() >= 0.6
+    return bool(train_falls and smooth)
+
+
+def check_steps_of_training(run: Run) -> Iterator[Finding]:
+    """H3: losses and gradient norms that leave their past, steps that the guard refused."""
+    yield from _check_losses(run)
+    yield from _check_gradient_norms(run)
+    yield from _check_refusals(run)
+
+
+def _check_losses(run: Run) -> Iterator[Finding]:
+    """The first loss that jumps away from the forty before it, and stays for three steps."""
+    rows = run.history.steps
+    losses = [r.get("loss") for r in rows]
+    for i, row in enumerate(rows):
+        past = [x for x in losses[max(0, i - 40) : i] if isinstance(x, float)]
+        if len(past) < 8:
+            continue
+        value, after = losses[i], rows[i - 1]["step"]
+        centre = float(np.median(past))
+        spread = max(spread_of(past), 0.02 * centre)
+        stays = all(not isinstance(x, float) or x > centre + 6 * spread for x in losses[i : i + 3])
+        if not isinstance(value, float) or (value > centre + 8 * spread and stays):
+            said = f"{value:.3f}" if isinstance(value, float) else "not finite"
+            text = f"loss jumps to {said} at step {row['step']} from about {centre:.3f}, and stays"
+            yield Finding(
+                "H3", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=after,
+                value=value if isinstance(value, float) else math.inf, baseline=centre, n=len(past),
+            )  # fmt: skip
+            return
+
+
+def _check_gradient_norms(run: Run) -> Iterator[Finding]:
+    """The first of three in a row that are ten times what the sixty before it were."""
+    rows = [r for r in run.history.steps if isinstance(r.get("grad_norm"), float)]
+    norms = [r["grad_norm"] for r in rows]
+    for i in range(12, len(rows)):
+        centre = float(np.median(norms[max(0, i - 60) : i]))
+        if min(norms[i : i + 3]) > 10 * centre and i + 3 <= len(norms):
+            text = (
+                f"gradient norm rises to {norms[i]:.3g} at step {rows[i]['step']} and stays there"
+            )
+            yield Finding(
+                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=rows[i]["step"],
+                after=rows[i - 1]["step"], value=norms[i], baseline=centre, n=min(i, 60),
+            )  # fmt: skip
+            return
+
+
+def _check_refusals(run: Run) -> Iterator[Finding]:
+    """Rollbacks, quarantines, and steps that the guard refused for more than an overflow."""
+    skips, total = run.history.of("skip"), max([1, *(r["step"] for r in run.history.rows)])
+    bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
+    for event in ("rollback", "quarantine"):
+        for row in run.history.of(event)[:1]:
+            first = min([r["step"] for r in bad] or [row["step"]])
+            text = f"{event} at step {row['step']}: {str(row.get('reason'))[:100]}"
+            yield Finding(
+                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=row["step"], after=first - 1,
+                value=len(bad),
+            )  # fmt: skip
+    if len(bad) >= 10 and len(bad) > 0.01 * total:
+        text = f"the guard refused {len(bad)} of {total} steps, first at step {bad[0]['step']}"
+        yield Finding(
+            "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=bad[0]["step"],
+            after=bad[0]["step"] - 1, value=len(bad) / total, baseline=0.01,
+        )  # fmt: skip
+
+
+# --- models at work ------------------------------------------------------------------------------
+
+
+def check_probe(run: Run) -> Iterator[Finding]:
+    """P1: models run on real windows: against guessing, and against the files before."""
+    best: dict[str, float] = {}
+    activations: dict[str, float] = {}
+    for s in (s for s in run.readable if s.path in run.probes):
+        answer = run.probes[s.path]
+        if not isinstance(answer, dict):
+            yield in_file(s, "P1", Level.WARN, Cause.FILE, f"the probe failed: {answer.text}")
+            continue
+        for part, figures in answer.items():
+            yield from _judge_losses(s, part, figures["ce"], best)
+            largest, before = max(figures["activations"]), activations.get(part)
+            if before is not None and largest > 5 * before:
+                text = f"activations of the {part} model reach {largest:.3g}, before {before:.3g}"
+                yield in_file(
+                    s, "P1", Level.SUSPECT, Cause.INSTABILITY, text, value=largest, baseline=before
+                )
+            activations[part] = min(largest, before or math.inf)
+
+
+def _judge_losses(
+    s: Summary, part: str, losses: list[float], best: dict[str, float]
+) -> Iterator[Finding]:
+    """Losses [K] of a file's raw or EMA weights against guessing and the best mean so far."""
+    weights = "raw weights" if part == "raw" else "EMA"
+    cause = Cause.INSTABILITY if part == "raw" else Cause.EMA
+    for k, (ce, size) in enumerate(zip(losses, s.vocab_sizes, strict=True)):
+        if not ce <= math.log(size) + 0.1:
+            text = f"{weights}: CE of codebook {k} is {ce:.3f}, guessing gives {math.log(size):.3f}"
+            yield in_file(
+                s, "P1", Level.DIVERGED, cause, text, where=f"codebook {k}", value=ce,
+                baseline=math.log(size),
+            )  # fmt: skip
+            return
+    mean_ce, known = float(np.mean(losses)), best.get(part, math.inf)
+    if mean_ce > known + max(0.1, 0.1 * known):
+        text = (
+            f"{weights}: CE {mean_ce:.3f} on the probe's windows, an earlier file has {known:.3f}"
+        )
+        yield in_file(s, "P1", Level.SUSPECT, cause, text, value=mean_ce, baseline=known)
+    best[part] = min(known, mean_ce)

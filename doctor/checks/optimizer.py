@@ -1,0 +1,164 @@
+"""What is wrong with an optimizer's state: F2, F3 and O1 to O4.
+
+    findings = [*check_moments(run), *check_momentum(run), *check_updates(run), *check_scale(run)]
+
+Moments that no gradients can make are proof; the size of a step is held against its own past.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from doctor.examined_run import Run, finite_number
+from doctor.findings import Cause, Finding, Level, in_file
+from doctor.reading.summary import Parameter, Summary
+
+
+def check_moments(run: Run) -> Iterator[Finding]:
+    """F2, F3: what no sequence of gradients can produce."""
+    for s in run.readable:
+        negative = [p for p in s.parameters if p.v_negative]
+        if negative:
+            p = negative[0]
+            text = f"{p.v_negative} second moments of {p.name} are negative"
+            yield in_file(s, "F2", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+        over = [p for p in s.parameters if p.m_over_bound]
+        if over:
+            p = max(over, key=lambda p: p.m_over_bound)
+            text = (
+                f"{p.m_over_bound} elements of {p.name} have abs(m) > {p.step_bound:.3g} sqrt(v), "
+                f"which no gradients can make ({len(over)} tensors)"
+            )
+            yield in_file(s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+
+
+def check_momentum(run: Run) -> Iterator[Finding]:
+    """F3, O2 of Muon: momentum that clipped gradients cannot make, that left its past, or is lost.
+
+    torch's Muon keeps a running mean of gradients, so none is longer than the longest of them.
+    """
+    clip, past = _largest_clip(run), list[float]()
+    for s in run.series:
+        trained = [p for p in s.parameters if p.optimizer == "Muon" and math.isfinite(p.m_rms)]
+        if not trained or any(p.bad.get("momentum") for p in trained) or (s.step or 0) < 10:
+            continue
+        if still := [p for p in trained if p.m_rms == 0]:
+            text = f"no gradient ever reached {still[0].name}, or its momentum was cleared"
+            finding = in_file(
+                s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=still[0].name, value=0.0
+            )
+            yield finding.with_others(len(still) - 1)
+            continue
+        longest = max(trained, key=_momentum_norm)
+        norm = math.hypot(*map(_momentum_norm, trained))
+        if norm > 1.01 * clip:
+            text = (
+                f"Muon's momentum has norm {norm:.3g}, most of it in {longest.name}; gradients "
+                f"clipped to {clip:g} cannot make it"
+            )
+            yield in_file(
+                s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=longest.name, value=norm,
+                baseline=clip,
+            )  # fmt: skip
+        else:
+            yield from _judge_momentum(run, s, norm, past)
+
+
+def _momentum_norm(p: Parameter) -> float:
+    return p.m_rms * math.sqrt(p.numel)
+
+
+def _largest_clip(run: Run) -> float:
+    """Largest --grad-clip of the run's starts; infinite where one did not clip or did not tell."""
+    flags = [s.flags for s in run.readable if s.style == "own"]
+    flags += [r["flags"] for r in run.history.rows if r["event"] in ("start", "resume")]
+    clips = [finite_number(f.get("grad_clip")) or math.inf for f in flags]
+    return max(clips, default=math.inf)
+
+
+def _judge_momentum(run: Run, s: Summary, norm: float, past: list[float]) -> Iterator[Finding]:
+    """Against the norms of the latest gradients, of which healthy runs have 0.01 to 0.08."""
+    near = [
+        r["grad_norm"] for r in run.history.steps
+        if isinstance(r.get("grad_norm"), float) and -40 < r["step"] - (s.step or 0) <= 0
+    ]  # fmt: skip
+    usual = float(np.median(near)) if near else 1.0
+    share, n = norm / max(usual, 1e-30), len(past)
+    centre = float(np.median(past)) if past else share
+    limit = 8 if near else 30
+    if n >= 3 and not 1 / limit < share / centre < limit:
+        text = f"Muon's momentum has norm {norm:.2g}, {share / centre:.2g} times what it had before"
+        text += f", at gradients of norm {usual:.2g}" if near else ""
+        yield in_file(
+            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, value=share, baseline=centre, n=n
+        )
+    else:
+        past.append(share)
+
+
+def check_updates(run: Run) -> Iterator[Finding]:
+    """O1, O2, O3: the step that Adam takes; of Muon, whose step has one size, O3 alone."""
+    pasts: dict[str, list[float]] = {}
+    for s in run.series:
+        for p in s.measurable:
+            yield from _check_update(s, p, pasts.setdefault(p.name, []))
+    yield from _check_step_size(run)
+
+
+def _check_step_size(run: Run) -> Iterator[Finding]:
+    """O3: a step that is large beside the tensor that it changes, the worst of each file."""
+    for s in run.series:
+        lr = s.optimizer.get("lr", math.nan)
+        large = [(lr * p.lr_factor * p.update_rms / p.rms, p) for p in s.measurable if p.rms > 1e-2]
+        worst = max(large, key=lambda pair: pair[0], default=None)
+        if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
+            text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
+            yield in_file(
+                s, "O3", Level.WARN, Cause.LEARNING_RATE, text, where=worst[1].name, value=worst[0]
+            )
+
+
+def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Finding]:
+    """O1, O2: the RMS of Adam's step before lr, against `past`, which healthy values join."""
+    if p.optimizer == "Muon" or not math.isfinite(p.update_rms) or p.adam_step < 10:
+        return
+    if p.v_zero == 1.0:
+        text = f"no gradient ever reached {p.name}, or its moments were cleared"
+        yield in_file(s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=0.0)
+        return
+    usual = float(np.median(past)) if past else 0.229
+    # Rows of an embedding that are never drawn have no moments and take no steps.
+    rms = p.update_rms / math.sqrt(max(1 - p.v_zero, 1e-3))
+    text = ""
+    # A tensor that is pushed one way step after step comes near 1, and does so early in a run.
+    if rms > 0.6 and len(past) >= 3 and rms > 2.5 * usual:
+        text = f"RMS of Adam's step on {p.name} is {rms:.2f}; noise alone gives 0.23"
+    elif rms < 0.03 and rms < usual / 4:
+        text = f"RMS of Adam's step on {p.name} is {rms:.3f}: it hardly moves"
+    if text:
+        yield in_file(
+            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=rms,
+            baseline=usual, n=len(past),
+        )  # fmt: skip
+    else:
+        past.append(rms)
+    if p.v_tiny > 0.01:
+        text = f"{p.v_tiny:.0%} of {p.name}'s second moments lie below eps: eps sets their step"
+        yield in_file(s, "O1", Level.WARN, Cause.OPTIMIZER, text, where=p.name, value=p.v_tiny)
+
+
+def _peak_lr(run: Run, summary: Summary) -> float:
+    saved = [s.optimizer.get("lr", math.nan) for s in run.readable]
+    return max([summary.flag("lr", 0.0), *[x for x in saved if math.isfinite(x)]])
+
+
+def check_scale(run: Run) -> Iterator[Finding]:
+    """O4: a loss scale that has collapsed: below 128 small gradients vanish in fp16."""
+    for s in run.readable:
+        if s.scale is None or not math.isfinite(s.scale) or s.scale >= 128:
+            continue
+        text = f"GradScaler's scale is down to {s.scale:g}: fp16 gradients overflow at every scale"
+        yield in_file(s, "O4", Level.SUSPECT, Cause.SCALER, text, value=s.scale)

@@ -1,0 +1,301 @@
+"""From findings to a verdict, the last healthy checkpoint, and the command that goes on from it.
+
+    diagnosis = diagnose(Run(name, summaries, History(rows)))
+    diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
+
+The gravest finding makes the verdict, the first in time the cause and the onset; a file that no
+grave finding touches, from before any trouble in the metrics, is where to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import os
+import re
+import shlex
+from dataclasses import dataclass
+
+from doctor.checks.registry import CHECKS
+from doctor.examined_run import Run
+from doctor.findings import Cause, Finding, Level
+from doctor.reading.summary import Summary
+
+
+class Verdict(enum.Enum):
+    """What became of a run."""
+
+    HEALTHY = "HEALTHY"
+    SUSPECT = "SUSPECT"
+    OVERFITTING = "OVERFITTING"
+    CORRUPT = "CORRUPT"
+    UNSAFE = "UNSAFE"
+    DIVERGED = "DIVERGED"
+    DEAD = "DEAD"
+    NOTHING = "NOTHING USABLE"
+
+
+VERDICT_OF = {
+    Level.SUSPECT: Verdict.SUSPECT,
+    Level.OVERFIT: Verdict.OVERFITTING,
+    Level.DIVERGED: Verdict.DIVERGED,
+    Level.DEAD: Verdict.DEAD,
+    Level.INCOMPATIBLE: Verdict.CORRUPT,
+    Level.CORRUPT: Verdict.CORRUPT,
+    Level.UNSAFE: Verdict.UNSAFE,
+}
+# What became of the weights matters more than a file that can be replaced by its neighbour.
+GRAVITY = list(Verdict)
+FILE_CHECKS = ("I1", "I2", "I3", "I4", "S2")  # of one file, and not of the run that wrote it
+
+
+@dataclass
+class Diagnosis:
+    """All that a report shows of one run."""
+
+    run: Run
+    verdict: Verdict
+    headline: str  # goes on after the verdict's word
+    findings: list[Finding]  # by step; those of files without a step first
+    first_sign: Finding | None
+    onset: tuple[int | None, int | None]  # last step known good, first step known bad
+    last_healthy: Summary | None
+    command: str | None
+    remedy: str  # what the command changes and why, or what to do where there is none
+
+    def state_of(self, summary: Summary) -> Level:
+        """How bad a file is: the worst finding in it or in a copy; INFO where there is none."""
+        return max((f.level for f in self.findings_of(summary)), default=Level.INFO)
+
+    def findings_of(self, summary: Summary) -> list[Finding]:
+        """Findings in a file and in the copies of it that the run keeps under other names."""
+        copies = copies_of(self.run, summary)
+        return [
+            f for f in self.findings
+            if f.path == summary.path or (f.path in copies and f.check not in FILE_CHECKS)
+        ]  # fmt: skip
+
+
+def copies_of(run: Run, summary: Summary) -> set[str]:
+    """Paths of the files that hold the same state of the run, this one included."""
+    if summary.problem is not None or not summary.parameters:
+        return {summary.path}
+    return {s.path for s in run.readable if s.moment == summary.moment}
+
+
+def diagnose(run: Run) -> Diagnosis:
+    """Run every check and draw the conclusions."""
+    findings = [f for check in CHECKS for f in check(run)]
+    findings = _forgive_what_healed(run, findings)
+    findings.sort(key=lambda f: (-1 if f.step is None else f.step, -f.level))
+    grave = [f for f in findings if f.level >= Level.SUSPECT]
+    trouble = [f for f in grave if not _is_of_a_file(f) and f.step is not None]
+    first_sign = min(trouble, key=_first_known, default=None)
+    verdict = max((VERDICT_OF[f.level] for f in grave), key=GRAVITY.index, default=Verdict.HEALTHY)
+    if not run.readable:
+        verdict = Verdict.NOTHING
+    onset = _onset(run, first_sign)
+    healthy = _last_healthy(run, findings, trouble)
+    cause = _cause(grave, first_sign)
+    command, remedy = _way_on(run, verdict, cause, healthy, findings)
+    headline = _headline(run, verdict, grave, onset, cause)
+    return Diagnosis(run, verdict, headline, findings, first_sign, onset, healthy, command, remedy)
+
+
+def _is_of_a_file(finding: Finding) -> bool:
+    return finding.check in FILE_CHECKS and finding.cause is Cause.FILE
+
+
+def _first_known(finding: Finding) -> tuple[int, int]:
+    return (finding.step or 0, -finding.level)
+
+
+def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
+    """Warnings instead: signs of instability before a new best val, and files set aside as bad."""
+    best_at = [
+        r["step"] for i, r in enumerate(run.history.epochs)
+        if isinstance(r.get("val"), float)
+        and all(r["val"] < (q.get("val") or math.inf) for q in run.history.epochs[:i])
+    ]  # fmt: skip
+    healed = max(best_at, default=-1)
+    aside = {s.path for s in run.readable if s.kind in ("panic", "quarantine")}
+
+    def softened(f: Finding) -> Finding:
+        if f.level < Level.SUSPECT:
+            return f
+        if f.path in aside:
+            why = "the trainer itself set this file aside"
+        elif f.check in ("H1", "H2", "H3") and f.step is not None and f.step < healed:
+            why = "val healed since"
+        else:
+            return f
+        return dataclasses.replace(f, level=Level.WARN, text=f"{f.text}; {why}")
+
+    return [softened(f) for f in findings]
+
+
+def _onset(run: Run, first: Finding | None) -> tuple[int | None, int | None]:
+    if first is None or first.step is None:
+        return None, None
+    before = [s.step for s in run.series if s.step is not None and s.step < first.step]
+    known = [x for x in (first.after, max(before, default=None)) if x is not None]
+    return (max(known) if known else None), first.step
+
+
+def _last_healthy(run: Run, findings: list[Finding], trouble: list[Finding]) -> Summary | None:
+    """The newest file without a grave finding that was saved before any trouble in the metrics."""
+    bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.path}
+    sick = {f.path for f in findings if f.level >= Level.SUSPECT and not _is_of_a_file(f)}
+    bad |= {copy for s in run.readable if s.path in sick for copy in copies_of(run, s)}
+    events = [f for f in trouble if f.path is None]
+    limit = min(((f.after if f.after is not None else (f.step or 1) - 1) for f in events),
+                default=math.inf)  # fmt: skip
+    good = [
+        s for s in run.readable
+        if s.path not in bad and s.step is not None and s.step <= limit
+        and s.kind not in ("panic", "quarantine") and s.style in ("own", "old")
+    ]  # fmt: skip
+    by_kind = ("latest", "archive", "previous", "ring", "best", "best archive", "other")
+    return max(good, key=lambda s: (s.step or 0, -by_kind.index(s.kind)), default=None)
+
+
+def _cause(grave: list[Finding], first: Finding | None) -> Cause | None:
+    """Of the first sign; a learning rate that was wrong by then explains an instability."""
+    if first is None:
+        return grave[0].cause if grave else None
+    if any(f.cause is Cause.LEARNING_RATE and (f.step or 0) <= (first.step or 0) for f in grave):
+        return Cause.LEARNING_RATE
+    same_step = [f for f in grave if f.step == first.step and f.path]
+    order = (Cause.SCALER, Cause.EMA, Cause.OPTIMIZER)
+    if first.cause is Cause.INSTABILITY or not same_step:
+        return first.cause
+    return next((c for c in order if any(f.cause is c for f in same_step)), first.cause)
+
+
+def _headline(
+    run: Run,
+    verdict: Verdict,
+    grave: list[Finding],
+    onset: tuple[int | None, int | None],
+    cause: Cause | None,
+) -> str:
+    files = {f.path for f in grave if f.path}
+    if verdict is Verdict.NOTHING:
+        return f"none of {len(run.summaries)} files can be read"
+    if verdict is Verdict.HEALTHY:
+        count, moments = len(run.summaries), len(run.series)
+        return (
+            f"{count} file{'s' * (count != 1)} of {moments} moment{'s' * (moments != 1)} of the "
+            "run, no grave finding"
+        )
+    if onset[1] is None:
+        return f"{len(files)} of {len(run.summaries)} files"
+    when = f"between {_moment(run, onset[0])} and {_moment(run, onset[1])}"
+    if onset[0] is None:
+        when = f"by {_moment(run, onset[1])}"
+    return f"{when}; cause: {cause.value}" if cause else when
+
+
+def _moment(run: Run, step: int | None) -> str:
+    """`step 498000 (epoch 346)`."""
+    if step is None:
+        return "the start"
+    known: list[tuple[int, int]] = [
+        (s.step, s.epoch) for s in run.series if s.step is not None and s.epoch is not None
+    ]
+    rows = run.history.steps + run.history.epochs
+    known += [(r["step"], r["epoch"]) for r in rows if isinstance(r.get("epoch"), int)]
+    near = min(known, key=lambda pair: abs(pair[0] - step), default=None)
+    return f"step {step}" + (f" (epoch {near[1]})" if near else "")
+
+
+# --- the way on ----------------------------------------------------------------------------------
+
+
+def _way_on(
+    run: Run,
+    verdict: Verdict,
+    cause: Cause | None,
+    healthy: Summary | None,
+    findings: list[Finding],
+) -> tuple[str | None, str]:
+    if verdict is Verdict.NOTHING:
+        return None, "No file can be read: restore a backup, or start anew with --no-resume."
+    if healthy is None:
+        return _from_average(run, findings)
+    if healthy.style != "own":
+        return None, (
+            f"{healthy.name} is of an older script, whose weights train_rvq.py cannot take over: "
+            "resume it there, at half the lr, or train anew here."
+        )
+    command = ["python", "train_rvq.py", "--resume", healthy.path, *_folder_flags(run, healthy)]
+    lr = healthy.flag("lr", 0.0)
+    if verdict is Verdict.HEALTHY:
+        return shlex.join(command), "Nothing is wrong; this goes on from the newest state."
+    if cause is Cause.OVERFITTING:
+        return _against_overfitting(run, command, healthy)
+    if cause is Cause.SCALER:
+        return shlex.join([*command, "--amp-dtype", "bf16"]), "bf16 needs no loss scale."
+    if cause is Cause.LEARNING_RATE and lr:
+        return (
+            shlex.join([*command, "--lr", f"{lr:g}", "--panic-lr-mul", "0.5"]),
+            "Goes back to before the learning rate left its plan, and follows the plan again.",
+        )
+    if cause is Cause.INSTABILITY and verdict in (Verdict.DIVERGED, Verdict.DEAD) and lr:
+        return (
+            shlex.join([*command, "--lr", f"{lr / 2:g}", "--panic-lr-mul", "0.5"]),
+            "Goes back to the last healthy state, at half the learning rate.",
+        )
+    return shlex.join(command), "Goes back to the newest file that nothing is wrong with."
+
+
+def _folder_flags(run: Run, summary: Summary) -> list[str]:
+    """Where the run's files lie, and its tag; all other flags travel in the checkpoint."""
+    folder = os.path.dirname(summary.path) or "."
+    tag = re.fullmatch(r"rvq_\d+cb_(.+)", os.path.basename(run.name))
+    return ["--save_dir", folder, *(["--tag", tag[1]] if tag else [])]
+
+
+def _from_average(run: Run, findings: list[Finding]) -> tuple[str | None, str]:
+    """Where raw weights are lost and the EMA is finite, its weights can start a new run."""
+    lost = {f.path for f in findings if f.check in FILE_CHECKS and f.level >= Level.SUSPECT}
+    for s in reversed(run.readable):
+        whole = s.style == "own" and s.path not in lost
+        if not whole or any(p.bad.get("ema") or math.isnan(p.ema_rms) for p in s.parameters):
+            continue
+        folder = os.path.dirname(s.path) or "."
+        command = [
+            *("python", "train_rvq.py", "--init-from", s.path),
+            *("--save_dir", os.path.join(folder, "from_ema"), *_run_flags(s)),
+        ]
+        return shlex.join(command), (
+            "No file is healthy, but this one's averaged weights are finite: a new run starts "
+            "from them. Listen to them first."
+        )
+    return None, "No healthy file is left: restore a backup, or start anew with --no-resume."
+
+
+def _run_flags(summary: Summary) -> list[str]:
+    """The saved run's flags that shape a new one."""
+    words: list[str] = []
+    for name in (
+        *("data", "ctx", "step", "batch", "accum", "epochs", "dropout", "weight_decay"),
+        *("optim", "schedule", "cooldown"),
+    ):
+        value = summary.flags.get(name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    lr = summary.flag("lr", 0.0)
+    return [*words, *(["--lr", f"{lr / 2:g}"] if lr else [])]
+
+
+def _against_overfitting(run: Run, command: list[str], healthy: Summary) -> tuple[str, str]:
+    dropout = min(0.5, healthy.flag("dropout", 0.0) + 0.1)
+    decay = 2 * healthy.flag("weight_decay", 0.02)
+    flags = ["--dropout", f"{dropout:g}", "--weight-decay", f"{decay:g}"]
+    return shlex.join([*command, *flags]), (
+        "Weights are sound, the data is learned by heart: add data, or go on from before the rise "
+        "with more dropout and weight decay. For sampling take the best file."
+    )

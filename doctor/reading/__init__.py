@@ -1,0 +1,1 @@
+"""From a hostile file to plain numbers."""

@@ -1,0 +1,155 @@
+"""Work on a hostile file in a child process that may do little and cannot harm its parent.
+
+    answer = in_child(work, "rvq_ckpts/rvq_9cb_latest.pt")   # of work(path, tell)
+    answer.text if isinstance(answer, Problem) else answer["figures"]
+
+The child may allocate little more than its file takes, write nothing and run for minutes, so a
+hostile or broken file costs one row of a report. What it hands back is JSON, never a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import os
+import resource
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from doctor.reading.summary import Problem, Unreadable
+from run_folder.checkpoint import CheckpointError
+
+SILENCE = 120.0  # seconds without a sign of life after which a child is given up
+
+
+def in_child(
+    work: Callable[..., Any],
+    path: str,
+    report: Callable[[int], None] = lambda _: None,
+    *arguments: Any,
+) -> Any | Problem:
+    """Run `work(path, tell, *arguments)` in a child with limits; its JSON answer or a Problem.
+
+    The child is forked: the parent never computes with tensors, so there are no threads to lose.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = pipe = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(pipe, work, path, *arguments), daemon=True)
+    sys.stdout.flush()
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(ours.close)
+        with ctrl_c_deferred():  # a child that is not yet known could not be ended
+            child.start()
+            at_end.callback(_end, child)
+        theirs.close()
+        return _answer(child, ours, report)
+
+
+def _answer(
+    child: multiprocessing.process.BaseProcess,
+    ours: multiprocessing.connection.Connection,
+    report: Callable[[int], None],
+) -> Any | Problem:
+    try:
+        while ours.poll(SILENCE):
+            message = json.loads(ours.recv_bytes())
+            if "bytes" in message:
+                report(message["bytes"])
+            elif "problem" in message:
+                return Problem(*message["problem"])
+            else:
+                return message["answer"]
+        return Problem("corrupt", f"not read within {SILENCE:.0f} seconds of silence; given up")
+    except EOFError:
+        child.join()
+        code = child.exitcode or 0
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Problem("corrupt", f"the process that read it died ({reason})")
+
+
+def _end(child: multiprocessing.process.BaseProcess) -> None:
+    child.kill()
+    child.join()
+
+
+@contextlib.contextmanager
+def ctrl_c_deferred() -> Iterator[None]:
+    """Let a SIGINT take effect at the block's end.
+
+    A signal mask would not do: another thread, such as a progress bar's, would take the signal and
+    raise it here all the same.
+    """
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting and callable(before):
+        before(signal.SIGINT, None)
+
+
+def _child(
+    pipe: tuple[multiprocessing.connection.Connection, multiprocessing.connection.Connection],
+    work: Callable[..., Any],
+    path: str,
+    *arguments: Any,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
+    ours, connection = pipe
+    ours.close()  # so that sending to a parent that is gone fails, and does not wait for ever
+
+    def tell(number_of_bytes: int) -> None:
+        connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
+
+    message = _work(work, path, tell, *arguments)
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _work(
+    work: Callable[..., Any], path: str, tell: Callable[[int], None], *arguments: Any
+) -> dict[str, Any]:
+    """The "answer" of the work, or its "problem"."""
+    warnings.simplefilter("ignore")  # of torch and NumPy, on what a file holds
+    try:
+        torch.set_num_threads(1)  # memory is the limit; threads would wait for each other
+        _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
+        return {"answer": work(path, tell, *arguments)}
+    except Unreadable as error:
+        problem = error.problem
+    except CheckpointError as error:
+        problem = Problem("corrupt", str(error).removeprefix(f"{path}: "))
+    except MemoryError:
+        problem = Problem("corrupt", "needs far more memory than its size; refused")
+    except Exception as error:  # a hostile file can make anything fail
+        first = (str(error).splitlines() or [""])[0]
+        problem = Problem("corrupt", f"{type(error).__name__}: {first}"[:300])
+    return {"problem": problem}
+
+
+def _limit_this_process(paths: list[str]) -> None:
+    """No files written, no core, memory by the files' size, minutes of computing."""
+    size = sum(map(os.path.getsize, paths))
+    with open("/proc/self/status") as file:
+        held = dict(line.split(":", 1) for line in file)
+    mapped, data = (int(held[name].split()[0]) << 10 for name in ("VmSize", "VmData"))
+    # Threads and torch's first use reserve address space without using it; a mapped file is data.
+    _lower(resource.RLIMIT_AS, mapped + 3 * size + (6 << 30))
+    _lower(resource.RLIMIT_DATA, data + 2 * size + (512 << 20))
+    _lower(resource.RLIMIT_CPU, 120 + size // 5_000_000)
+    _lower(resource.RLIMIT_FSIZE, 0)
+    _lower(resource.RLIMIT_CORE, 0)
+
+
+def _lower(limit: int, value: int) -> None:
+    _, hard = resource.getrlimit(limit)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, hard))

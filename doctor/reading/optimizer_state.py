@@ -1,0 +1,163 @@
+"""What the state dict of an optimizer says: settings, whose moments are whose, how far a step goes.
+
+    settings_of(content["optimizer"])["method"]                         # such as "Muon + AdamW"
+    members_of(content["optimizer"], content["model"])["head.weight"].state["exp_avg"]
+    moment_bound(0.9, 0.95)                                             # 1.165: abs(m) / sqrt(v)
+
+A param_group tells its optimizer by the settings that it has. The limits on steps hold whatever the
+gradients were; the sources stand with them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from doctor.reading.summary import Parameter, as_dict, as_list, as_number, as_whole
+
+
+class Member(NamedTuple):
+    """What an optimizer holds for one parameter: its param_group, and its moments by key."""
+
+    group: dict[str, Any]
+    state: dict[str, Any]
+
+
+def settings_of(state: Any) -> dict[str, Any]:
+    """Settings of the whole optimizer, as Summary.optimizer has them; none for no groups."""
+    groups = [group_settings(g) for g in groups_of(state)]
+    if not groups:
+        return {}
+    adam = next((g for g in groups if g["method"] != "Muon"), groups[0])
+    return {
+        "method": methods_of(state),
+        "lr": max(g["lr"] / g["lr_factor"] for g in groups),
+        "initial_lr": max(as_number(g.get("initial_lr")) for g in groups_of(state)),
+        "betas": adam["betas"],
+        "eps": adam["eps"],
+        "weight_decay": max(g["weight_decay"] for g in groups),
+        "groups": groups,
+    }
+
+
+def group_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the doctor needs of a param_group; the optimizer is told by the settings it has."""
+    betas = [as_number(b) for b in as_list(group.get("betas"))]
+    factor = as_number(group.get("lr_factor", 1.0))
+    return {
+        "method": method_of(group),
+        "lr": as_number(group.get("lr")),
+        "lr_factor": factor if 0 < factor < math.inf else 1.0,
+        "betas": betas if len(betas) == 2 else [],
+        "eps": as_number(group.get("eps")),
+        "momentum": as_number(group.get("momentum")),
+        "weight_decay": as_number(group.get("weight_decay")),
+        "tensors": len(as_list(group.get("params"))),
+    }
+
+
+def methods_of(state: Any) -> str:
+    """The optimizers of a state dict by name, such as "AdamW" or "Muon + AdamW"; "" for none."""
+    return " + ".join(dict.fromkeys(filter(None, map(method_of, groups_of(state)))))
+
+
+def method_of(group: dict[str, Any]) -> str:
+    """The optimizer of a param_group by the settings that it has; "" where it is not known."""
+    return "Muon" if "ns_steps" in group else "AdamW" if "betas" in group else ""
+
+
+def groups_of(state: Any) -> list[dict[str, Any]]:
+    """The param_groups of a state dict, as far as they are dictionaries."""
+    return [g for g in as_list(as_dict(state).get("param_groups")) if isinstance(g, dict)]
+
+
+def members_of(state: Any, model: dict[str, Any]) -> dict[str, Member]:
+    """Group and moments by parameter name; without names in the file, by the parameters' order."""
+    groups, moments = groups_of(state), as_dict(as_dict(state).get("state"))
+    group_of = {i: g for g in groups for i in as_list(g.get("params")) if isinstance(i, int)}
+    names = _names_of(groups)
+    if not names:
+        named = [n for n, t in model.items() if isinstance(t, Tensor) and t.is_floating_point()]
+        if len(group_of) == len(named):
+            names = dict(zip(sorted(group_of), named, strict=True))
+    return {
+        names[i]: Member(group_of.get(i, {}), s)
+        for i, s in moments.items()
+        if i in names and isinstance(s, dict)
+    }
+
+
+def _names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
+    """Names of parameters by their numbers, where the groups tell them."""
+    names: dict[int, str] = {}
+    for group in groups:
+        pairs = zip(as_list(group.get("params")), as_list(group.get("param_names")), strict=False)
+        names.update((i, n) for i, n in pairs if isinstance(i, int) and isinstance(n, str))
+    return names
+
+
+# --- how far a step can go -----------------------------------------------------------------------
+
+
+def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
+    """Note a parameter's optimizer, its share of the run's learning rate and how far a step goes.
+
+    The parameter's shape must be known. Adam's update is measured later, from its moments.
+    """
+    settings = group_settings(group)
+    parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
+    if parameter.optimizer == "Muon" and len(parameter.shape) == 2:
+        _describe_muon(parameter, group)
+    elif parameter.optimizer == "AdamW" and settings["betas"]:
+        parameter.step_bound = moment_bound(*settings["betas"])
+
+
+def moment_bound(beta1: float, beta2: float) -> float:
+    """Largest possible abs(m) / sqrt(v) of Adam, before bias correction (Cauchy-Schwarz).
+
+    m = (1 - b1) sum b1^i g_i and v = (1 - b2) sum b2^i g_i^2; writing b1^i = (b1 / sqrt b2)^i
+    sqrt(b2)^i gives m^2 <= v (1 - b1)^2 / ((1 - b2) (1 - b1^2 / b2)). Infinite if b1^2 >= b2.
+    """
+    if not 0 <= beta1 * beta1 < beta2 < 1:
+        return math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
+
+
+def newton_schulz_gain(coefficients: list[float], steps: int) -> float:
+    """Largest singular value that Muon's Newton-Schulz iteration leaves; 1.20 with torch's own.
+
+    It divides a matrix by its Frobenius norm, so that singular values lie in [0, 1], and takes each
+    to a s + b s^3 + c s^5, `steps` times (Jordan et al. 2024, "Muon"). Infinite for other settings.
+    """
+    if len(coefficients) != 3 or not 1 <= steps <= 20:
+        return math.inf
+    a, b, c = coefficients
+    s = np.linspace(0.0, 1.0, 10_001)
+    with np.errstate(all="ignore"):
+        for _ in range(steps):
+            s = a * s + b * s**3 + c * s**5
+        gain = float(np.abs(s).max())
+    return gain if math.isfinite(gain) else math.inf
+
+
+def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:
+    """How far a step of Muon goes: all that is known of it beforehand, whatever the gradients.
+
+    Orthogonalised, an update of shape [A, B] has min(A, B) singular values near 1, so RMS
+    1 / sqrt(max(A, B)), and no element above the largest of them; then `adjust_lr_fn` scales it by
+    the shape (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable", section 2.2).
+    """
+    rows, columns = parameter.shape
+    ratio = math.sqrt(max(1.0, rows / max(columns, 1)))
+    if group.get("adjust_lr_fn") == "match_rms_adamw":
+        ratio = 0.2 * math.sqrt(max(rows, columns))
+    coefficients = [as_number(c) for c in as_list(group.get("ns_coefficients"))]
+    gain = newton_schulz_gain(coefficients, as_whole(group.get("ns_steps")) or 0)
+    parameter.update_rms = ratio / math.sqrt(max(rows, columns, 1))
+    parameter.step_bound = ratio * gain
+    momentum = as_number(group.get("momentum"))
+    if 0 <= momentum < 1:
+        parameter.noise_steps = (1 + momentum) / (1 - momentum)

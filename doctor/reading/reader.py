@@ -1,0 +1,156 @@
+"""From a checkpoint file to its Summary, read in a child process; nothing that it holds is run.
+
+    summary = summarize("rvq_ckpts/rvq_9cb_latest.pt")
+    summary.problem          # why the file could not be read, or None
+
+The way of a file: opened safely, described by what it says of itself, searched for what does not
+fit, measured a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from doctor.reading.child import in_child
+from doctor.reading.container import forget_pages, open_safely
+from doctor.reading.measures import measure
+from doctor.reading.mismatches import misfits_of
+from doctor.reading.optimizer_state import Member, members_of, settings_of
+from doctor.reading.summary import (
+    Parameter,
+    Problem,
+    Rows,
+    Summary,
+    as_count,
+    as_dict,
+    as_list,
+    as_number,
+    as_text,
+    as_whole,
+    kind_of,
+    plain,
+)
+from run_folder.checkpoint import FORMAT
+
+
+def summarize(
+    path: str | os.PathLike[str], report: Callable[[int], None] = lambda _: None
+) -> Summary:
+    """Summary of a file, made by a child process; never raises for what a file holds.
+
+    `report` is told the bytes that were read so far, as the child goes on.
+    """
+    answer = in_child(_read_in_child, str(path), report)
+    if isinstance(answer, Problem):
+        summary = _blank(str(path))
+        summary.problem = answer
+        return summary
+    return _from_json(answer)
+
+
+def _read_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any]:
+    return dataclasses.asdict(read_summary(path, tell))
+
+
+def _from_json(answer: dict[str, Any]) -> Summary:
+    parameters = [
+        Parameter(**{**p, "rows": [Rows(**r) for r in p["rows"]]}) for p in answer.pop("parameters")
+    ]
+    return Summary(**answer, parameters=parameters)
+
+
+def _blank(path: str) -> Summary:
+    kind, name_epoch = kind_of(path)
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return Summary(path, kind, name_epoch)
+    return Summary(path, kind, name_epoch, facts.st_size, facts.st_mtime)
+
+
+def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Summary:
+    """Summary of a file, read in this process.
+
+    Raises:
+        Unreadable: the file is unsafe, or no checkpoint.
+        CheckpointError: the file is missing or damaged.
+    """
+    summary = _blank(path)
+    content = open_safely(path)
+    if content.get("format") == FORMAT:
+        _describe_own(summary, content)
+    else:
+        _describe_old(summary, content)
+    members = members_of(content.get("optimizer", content.get("opt")), content["model"])
+    summary.misfits = misfits_of(summary, content, members)
+    _measure_all(summary, content, members, tell)
+    moved = [p for p in summary.parameters if math.isfinite(p.ema_distance)]
+    summary.ema_equals_raw = bool(moved) and all(p.ema_distance == 0 for p in moved)
+    return summary
+
+
+def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
+    """What a file of this project says of itself."""
+    progress, architecture = as_dict(content.get("progress")), as_dict(content.get("architecture"))
+    summary.style = "own"
+    summary.step = as_count(progress.get("step"))
+    _describe_alike(summary, content, progress, architecture)
+    summary.architecture, summary.progress = plain(architecture), plain(progress)
+    summary.flags = plain(as_dict(content.get("flags")))
+    summary.history = plain([r for r in as_list(content.get("history")) if isinstance(r, dict)])
+    summary.optimizer = settings_of(content.get("optimizer"))
+
+
+def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
+    """The plain dictionary of the script that this project replaces, as far as it goes."""
+    known = {"opt", "global_step", "vocab_sizes", "cfg"} & set(content)
+    summary.style = "old" if known else "unknown"
+    summary.step = as_count(content.get("global_step"))
+    _describe_alike(summary, content, content, content)
+    cfg = content.get("cfg")
+    summary.flags = plain(vars(cfg) if isinstance(cfg, argparse.Namespace) else as_dict(cfg))
+    summary.optimizer = settings_of(content.get("opt", content.get("optimizer")))
+
+
+def _describe_alike(
+    summary: Summary,
+    content: dict[str, Any],
+    progress: dict[str, Any],
+    architecture: dict[str, Any],
+) -> None:
+    """What files of both styles tell under the same names, though not in the same place."""
+    summary.epoch = as_whole(progress.get("epoch"))
+    summary.best_val = as_number(progress.get("best_val"))
+    summary.vocab_sizes = [as_whole(v) or 0 for v in as_list(architecture.get("vocab_sizes"))]
+    summary.saved_at = as_text(content.get("saved_at"))
+    scaler = as_dict(content.get("scaler"))
+    summary.scale = as_number(scaler["scale"]) if "scale" in scaler else None
+
+
+def _measure_all(
+    summary: Summary,
+    content: dict[str, Any],
+    members: dict[str, Member],
+    tell: Callable[[int], None],
+) -> None:
+    """Fill in the parameters, by place, and tell the bytes read after each."""
+    averages = as_dict(content.get("ema"))
+    done = 0
+    for name, raw in content["model"].items():
+        if not (isinstance(name, str) and isinstance(raw, Tensor) and raw.is_floating_point()):
+            continue
+        ema, member = averages.get(name), members.get(name, Member({}, {}))
+        summary.parameters.append(measure(name, raw, ema, member, summary))
+        for tensor in (raw, ema, *member.state.values()):
+            if isinstance(tensor, Tensor):
+                forget_pages(tensor)
+                done += tensor.numel() * tensor.element_size()
+        tell(done)
+    summary.parameters.sort(key=lambda p: p.place)

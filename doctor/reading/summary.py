@@ -1,0 +1,287 @@
+"""One checkpoint file as plain data: what the doctor keeps of it, and nothing that can run.
+
+    summary.problem          # why the file could not be read, or None
+    summary.parameters[0]    # norms, counts and distances of one tensor, raw, EMA and moments
+    sorted(summary.parameters, key=lambda p: p.place)  # as a forward pass meets them
+
+reader.py makes a Summary of a file; the checks know files by it alone. Below it stand the names of
+tensors and files, and how a value of a file that nobody vouches for becomes plain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import numbers
+import os
+import re
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+MOST_VALUES = 5_000_000  # of flags, progress or history
+MOST_WHOLE = 1 << 53  # of steps and epochs: floats count no further, and NumPy not much
+NOISE_STEPS = 19.0  # over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
+
+ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]
+
+
+class Problem(NamedTuple):
+    """Why a file could not be read."""
+
+    kind: ProblemKind
+    text: str
+
+
+class Unreadable(Exception):
+    """A file that is not a checkpoint to be read, and why."""
+
+    def __init__(self, kind: ProblemKind, text: str) -> None:
+        self.problem = Problem(kind, text)
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of one codebook in an embedding or a head: norms [V], and how far they lean."""
+
+    codebook: int
+    median: float  # of the rows' norms
+    low: float  # that one row in twenty stays below
+    largest: float
+    zero: int  # rows of zeros
+    drift: float  # norm of the mean row, in units of the rows' root mean square norm
+
+
+@dataclasses.dataclass
+class Parameter:
+    """One tensor of the model with its average and its moments. NaN stands for "not there"."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    bad: dict[str, int]  # non-finite values in "raw", "ema", "m", "v" and Muon's "momentum"
+    optimizer: str = ""  # "AdamW" or "Muon"; "" where it is not known
+    lr_factor: float = 1.0  # its group's multiple of the run's learning rate
+    noise_steps: float = NOISE_STEPS  # over which its optimizer's updates stay alike
+    step_bound: float = math.inf  # farthest that a step can move an element, over lr
+    rms: float = math.nan
+    largest: float = math.nan
+    ema_rms: float = math.nan
+    ema_distance: float = math.nan  # RMS of raw - EMA
+    m_rms: float = math.nan  # of the first moment, which is Muon's momentum
+    v_root: float = math.nan  # root of the mean second moment
+    v_negative: int = 0
+    m_over_bound: int = 0  # elements where abs(m) > C sqrt(v), which no gradients can produce
+    v_zero: float = math.nan  # share of second moments that are zero: no gradient ever came
+    v_tiny: float = math.nan  # share, of those that are not, whose root is below eps
+    update_rms: float = math.nan  # of the optimizer's step before lr
+    update_cos: float = math.nan  # between raw - EMA and the way that Adam, or momentum, goes
+    adam_step: float = math.nan
+    stable_rank: float = math.nan  # squared Frobenius norm over squared spectral norm
+    sample: list[float] = dataclasses.field(default_factory=list)
+    rows: list[Rows] = dataclasses.field(default_factory=list)
+    logit_bounds: list[float] = dataclasses.field(default_factory=list)  # of each attention head
+
+    @property
+    def place(self) -> Place:
+        """Where in the network it stands."""
+        return place_of(self.name)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What the doctor knows of one file."""
+
+    path: str
+    kind: str  # latest, previous, best, archive, best archive, panic, quarantine, ring, other
+    name_epoch: int | None  # that the file's name tells
+    size: int = 0
+    modified: float = 0.0
+    problem: Problem | None = None
+    style: str = "unknown"  # "own", "old": of the script before this project, or "unknown"
+    step: int | None = None
+    epoch: int | None = None
+    saved_at: str = ""
+    best_val: float = math.nan
+    vocab_sizes: list[int] = dataclasses.field(default_factory=list)
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    misfits: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
+    # "method", such as "Muon + AdamW", Adam's betas and eps, largest decay, and the run's "lr":
+    # a group's over its factor; "groups" have their own.
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: float | None = None  # of the GradScaler
+    ema_equals_raw: bool = False
+    parameters: list[Parameter] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return os.path.basename(self.path)
+
+    def flag(self, name: str, default: float = math.nan) -> float:
+        """A flag of the run as a number; the default where it is none."""
+        value = as_number(self.flags.get(name))
+        return default if math.isnan(value) else value
+
+    def counter(self, name: str, default: float = math.nan) -> float:
+        """A number of the run's progress; the default where it is none."""
+        value = as_number(self.progress.get(name))
+        return default if math.isnan(value) else value
+
+    @property
+    def measurable(self) -> list[Parameter]:
+        """Tensors of finite values that have enough of them for statistics."""
+        return [p for p in self.parameters if p.numel >= 512 and not p.bad]
+
+    @functools.cached_property
+    def moment(self) -> tuple[int, float, int]:
+        """Step, training seconds and content: equal for copies of one state of a run."""
+        content = tuple(
+            (p.name, p.rms, p.ema_rms, p.m_rms, p.v_root, *p.sample[:4]) for p in self.parameters
+        )
+        return self.step or 0, self.counter("seconds", 0.0), hash(repr(content))
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: sorts in the order in which a forward pass meets it."""
+
+    stage: int
+    layer: int
+    part: int
+    codebook: int
+    role: str
+
+
+BLOCK_PARTS = (
+    *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.out"),
+    *("norm2", "mlp.up", "mlp.down"),
+)
+OLD_PARTS = {"mlp.0": "mlp.up", "mlp.3": "mlp.down"}
+STAGES = (
+    *(("embed", "embeds"), ("bos",), ("pos",), ("blocks",), ("norm", "ln_f")),
+    *(("depth",), ("head", "heads")),
+)
+LAST = 1 << 30  # layer of what follows the blocks of a depth transformer
+
+
+def place_of(name: str) -> Place:
+    """Place of a parameter by its name, in this project's models and in the older script's.
+
+    What belongs to a depth transformer has the roles of the main one after `depth.`; a name that is
+    not known stands last, under a role of its own.
+    """
+    words = name.removeprefix("_orig_mod.").split(".")
+    if words[0] == "depth" and len(words) > 1:
+        inner = place_of(".".join(words[1:]))
+        layer = LAST if inner.role in ("norm", "head") else inner.layer
+        return Place(
+            STAGES.index(("depth",)), layer, inner.part, inner.codebook, f"depth.{inner.role}"
+        )
+    stage = next((i for i, names in enumerate(STAGES) if words[0] in names), len(STAGES))
+    kind = ".bias" if words[-1] == "bias" else ""
+    if words[0] == "blocks" and len(words) > 2 and words[1].isdigit():
+        part_name = ".".join(words[2:-1])
+        part_name = OLD_PARTS.get(part_name, part_name)
+        part = BLOCK_PARTS.index(part_name) if part_name in BLOCK_PARTS else len(BLOCK_PARTS)
+        return Place(stage, int(words[1]), part, -1, part_name + kind)
+    codebook = int(words[1]) if len(words) > 2 and words[1].isdigit() else -1
+    role = STAGES[stage][0] if stage < len(STAGES) else name
+    return Place(stage, -1, 0, codebook, role + kind)
+
+
+FILE_KINDS = (
+    (r".*_latest\.pt", "latest"),
+    (r".*_previous\.pt", "previous"),
+    (r".*_best_e\d+__.*\.pt", "best archive"),
+    (r".*_epoch_e\d+__.*\.pt", "archive"),
+    (r".*_best\.pt", "best"),
+    (r".*_panic_s\d+\.pt", "panic"),
+    (r".*_quarantine_s\d+\.pt", "quarantine"),
+    (r".*_ring_s\d+\.pt", "ring"),
+)
+
+
+def kind_of(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Kind of a checkpoint by its file name, and the epoch that the name tells."""
+    name = os.path.basename(path)
+    kind = next((k for pattern, k in FILE_KINDS if re.fullmatch(pattern, name)), "other")
+    told = re.search(r"_e(\d+)__", name)
+    return kind, int(told[1]) if told else None
+
+
+# --- values that nobody vouches for --------------------------------------------------------------
+
+
+def as_dict(value: Any) -> dict[Any, Any]:
+    """A dictionary; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, of a tuple too; an empty one for anything else."""
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def as_text(value: Any) -> str:
+    """A string; an empty one for anything else."""
+    return value if isinstance(value, str) else ""
+
+
+def as_number(value: Any) -> float:
+    """A number as float, NumPy's and a tensor of one element too; NaN for anything else."""
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        with contextlib.suppress(OverflowError, RuntimeError):  # too large; complex, meta
+            return float(value)
+    return math.nan
+
+
+def as_whole(value: Any) -> int | None:
+    """A number below MOST_WHOLE in size, without its fraction; None for anything else."""
+    real = as_number(value)
+    return int(real) if abs(real) < MOST_WHOLE else None
+
+
+def as_count(value: Any) -> int | None:
+    """A whole number that is not negative; None for anything else."""
+    whole = as_whole(value)
+    return whole if whole is not None and whole >= 0 else None
+
+
+def plain(value: Any) -> Any:
+    """JSON's types alone; numbers of other types as float, anything else as its type's name.
+
+    Raises:
+        Unreadable: more than MOST_VALUES, a shared container's counted wherever it is met.
+    """
+    count = 0
+
+    def walk(part: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES:
+            raise Unreadable("corrupt", f"flags or history of over {MOST_VALUES:,} values; refused")
+        if isinstance(part, dict):
+            return {str(k): walk(v) for k, v in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [walk(v) for v in part]
+        if isinstance(part, int) and part.bit_length() > 64:
+            return "(a huge number)"
+        if isinstance(part, (int, float, str, type(None))):
+            return part
+        number = as_number(part)
+        return f"({type(part).__name__})" if math.isnan(number) else number
+
+    return walk(value)

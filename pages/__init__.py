@@ -1,0 +1,1 @@
+"""The HTML pages: frame, style, charts, the page of a run."""

@@ -1,0 +1,403 @@
+"""The files that a run keeps in its folder: names, upkeep, search, and the lock.
+
+    files = RunFiles("rvq_ckpts", run_name(9, "base512"))
+    files.save(checkpoint, best_epoch=10, archive_epoch=10)
+    checkpoint, path, complaints = load_latest(files)
+
+What can be resumed is never overwritten or removed before something newer is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from run_folder.checkpoint import (
+    TEMPORARY_SUFFIX,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+    size_of,
+    sync_folder,
+    write_beside,
+)
+
+RING_SIZE = 4  # step checkpoints to roll back to
+QUARANTINE_SIZE = 3  # unsound states kept for diagnosis
+
+
+def run_name(num_codebooks: int, tag: str = "") -> str:
+    """`rvq_9cb` or `rvq_9cb_base512`: how every file of a run begins."""
+    return f"rvq_{num_codebooks}cb" + (f"_{tag}" if tag else "")
+
+
+class RunFiles:
+    """Names and upkeep of the files that one run keeps in its folder.
+
+    `latest` is replaced at each save and the one before it stays as `previous`; `best`, the dated
+    archives and the ring of step checkpoints that a run can roll back to are further links to the
+    same bytes where the file system has hard links.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
+        self.folder, self.name = Path(folder), name
+        self.latest = self.folder / f"{name}_latest.pt"
+        self.previous = self.folder / f"{name}_previous.pt"
+        self.best = self.folder / f"{name}_best.pt"
+        self.metrics = self.folder / f"{name}_metrics.jsonl"
+        self.report = self.folder / f"{name}_report.html"
+        self.weights = self.folder / f"{name}_best.safetensors"
+        self.card = self.weights.with_suffix(".md")
+        self.has_links = True  # until the file system shows that it has none
+
+    def panic_snapshot(self, step: int) -> Path:
+        """Where the state at a panic is kept for diagnosis."""
+        return self.folder / f"{self.name}_panic_s{step:08d}.pt"
+
+    def ring_file(self, step: int) -> Path:
+        """The step checkpoint of a step."""
+        return self.folder / f"{self.name}_ring_s{step:08d}.pt"
+
+    def ring_steps(self) -> list[int]:
+        """Steps of the ring's checkpoints, oldest first."""
+        return [step for step, _ in self._by_step("ring")]
+
+    def prune_ring(self, newest: int) -> None:
+        """Remove step checkpoints newer than a step, which are of another past, and old ones."""
+        ring = self._by_step("ring")
+        kept = [path for step, path in ring if step <= newest][-RING_SIZE:]
+        for _, path in ring:
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def remove_ring(self) -> None:
+        """Remove all step checkpoints, once a run has ended well."""
+        for _, path in self._by_step("ring"):
+            path.unlink(missing_ok=True)
+
+    def quarantine(self, checkpoint: dict[str, Any], step: int, reason: str) -> Path:
+        """Keep an unsound state apart, with the reason in it, and the newest few such files alone.
+
+        Raises:
+            OSError: as `save_checkpoint`.
+        """
+        path = self.folder / f"{self.name}_quarantine_s{step:08d}.pt"
+        save_checkpoint({**checkpoint, "quarantine": reason}, path)
+        others = sorted((p.stat().st_mtime, p) for _, p in self._by_step("quarantine") if p != path)
+        for _, old in others[: len(others) - QUARANTINE_SIZE + 1]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def _by_step(self, kind: str) -> list[tuple[int, Path]]:
+        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_s(\d+)\.pt")
+        found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
+        return sorted((int(m[1]), p) for m, p in found)
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        *,
+        best_epoch: int | None = None,
+        archive_epoch: int | None = None,
+        ring_step: int | None = None,
+        keep_archived: int = 20,
+        tell: Callable[[str], None] = print,
+    ) -> Path:
+        """Save as `latest`, and as asked as `best` and its archive, as an archive, in the ring.
+
+        `best` comes first: if a crash falls between, the resumed run finds the same best again,
+        whereas a `latest` that knows of a best value whose file is missing would never mend. The
+        step checkpoint likewise: `latest` counts on it, and one too many goes at the next start.
+        Then archives over `keep_archived` of each kind are removed, oldest first. Before it, as
+        many as the new file needs for its space; `tell` gets a line that names these.
+
+        Raises:
+            OSError: as `save_checkpoint`, or there is no space; `latest` is intact.
+        """
+        asked = [best_epoch, best_epoch, archive_epoch, ring_step]
+        names = len(asked) - asked.count(None) + self.latest.exists()
+        self.make_room(size_of(checkpoint) * (1 if self.has_links else 1 + names), tell)
+        temporary = write_beside(checkpoint, self.latest)
+        try:
+            if best_epoch is not None:
+                self._link(temporary, self.best)
+                self._link(temporary, self._archive("best", best_epoch))
+            if archive_epoch is not None:
+                self._link(temporary, self._archive("epoch", archive_epoch))
+            if ring_step is not None:
+                self._link(temporary, self.ring_file(ring_step))
+            if self.latest.exists():
+                self._link(self.latest, self.previous)
+            os.replace(temporary, self.latest)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(self.folder)
+        for kind in ("epoch", "best"):
+            for old in self.archives(kind)[:-keep_archived]:
+                old.unlink(missing_ok=True)
+        if ring_step is not None:
+            self.prune_ring(newest=ring_step)
+        return self.latest
+
+    def _link(self, source: Path, target: Path) -> None:
+        self.has_links = _replace_with_link(source, target) and self.has_links
+
+    def make_room(self, needed: int, tell: Callable[[str], None] = print) -> None:
+        """Remove the oldest archives, only as many as it takes to have `needed` bytes free.
+
+        An archive frees nothing while `latest`, `previous`, `best`, a step checkpoint or a file of
+        the user's is a link to the same bytes; such a one stays, and all stay where all together
+        free too little.
+
+        Raises:
+            OSError: ENOSPC with the figures; nothing was removed.
+        """
+        disk = shutil.disk_usage(self.folder)
+        if disk.free >= needed or disk.total == 0:  # some network folders do not say
+            return
+        doomed, freed = self._oldest_archives(needed - disk.free)
+        if disk.free + freed < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device: {megabytes(needed)} needed, {megabytes(disk.free)} free "
+                f"and {megabytes(freed)} in archives that could go; free some, or give --save_dir "
+                "on another disk",
+                str(self.folder),
+            )
+        for path in doomed:
+            path.unlink(missing_ok=True)
+        tell(
+            f"{self.folder}: {megabytes(disk.free)} free, {megabytes(needed)} needed; removed "
+            f"{len(doomed)} old archives ({megabytes(freed)}): {', '.join(p.name for p in doomed)}"
+        )
+
+    def _oldest_archives(self, wanted: int) -> tuple[list[Path], int]:
+        """Archives whose removal frees `wanted` bytes, or all there are, and what they free."""
+        links: dict[int, list[Path]] = {}  # of each inode, oldest first
+        for path in sorted(self.archives("epoch") + self.archives("best"), key=_age):
+            links.setdefault(path.stat().st_ino, []).append(path)
+        doomed: list[Path] = []
+        freed = 0
+        for paths in links.values():
+            status = paths[0].stat()
+            if freed < wanted and status.st_nlink == len(paths):
+                doomed += paths
+                freed += status.st_blocks * 512
+        return doomed, freed
+
+    def _archive(self, kind: str, epoch: int) -> Path:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = self.folder / f"{self.name}_{kind}_e{epoch:04d}__{stamp}.pt"
+        again = 1
+        while path.exists():  # two saves within a second, or the clock was set back
+            again += 1
+            path = path.with_name(f"{self.name}_{kind}_e{epoch:04d}__{stamp}-{again}.pt")
+        return path
+
+    def archives(self, kind: str) -> list[Path]:
+        """Archives of a kind ("epoch" or "best"), oldest epoch first."""
+        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_e(\d+)__([\d-]+)\.pt")
+        found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
+        return [p for _, p in sorted(found, key=lambda f: (int(f[0][1]), f[0][2]))]
+
+    def others(self) -> list[Path]:
+        """Checkpoints to offer when `latest` and `previous` are both unusable, newest first."""
+        ring = [path for _, path in reversed(self._by_step("ring"))]
+        archives = [*reversed(self.archives("epoch")), *reversed(self.archives("best"))]
+        return [*ring, *archives, self.best]
+
+    def all_files(self) -> list[Path]:
+        """Every file of the run that exists."""
+        named = [self.latest, self.previous, self.best, self.metrics, self.report]
+        named += [self.weights, self.card]
+        found = [p for p in named if os.path.lexists(p)]
+        found += self.archives("epoch") + self.archives("best")
+        for kind in ("ring", "quarantine", "panic"):
+            found += [path for _, path in self._by_step(kind)]
+        return found
+
+    def remove_leftovers(self) -> None:
+        """Remove half-written files of a save that was killed. Call with the lock held."""
+        for path in self.folder.glob(f".{self.name}_*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's files into a dated folder, so that a new run overwrites nothing."""
+        old = self.all_files()
+        if not old:
+            return None
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside = self.folder / f"{self.name}_before_{stamp}"
+        again = 1
+        while aside.exists():  # two new runs within a second
+            again += 1
+            aside = aside.with_name(f"{self.name}_before_{stamp}-{again}")
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        sync_folder(aside)
+        sync_folder(self.folder)
+        return aside
+
+
+def megabytes(count: float) -> str:
+    """`0.3 MB`, `512.0 MB`, `2.1 GB`; decimal."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _age(archive: Path) -> tuple[int, str]:
+    """Epoch and date of an archive, to sort both kinds into one line."""
+    match = re.search(r"_e(\d+)__([\d-]+)\.pt$", archive.name)
+    assert match is not None
+    return int(match[1]), match[2]
+
+
+def _replace_with_link(source: Path, target: Path) -> bool:
+    """Make `target` the same file as `source`, atomically; without hard links a copy, and False."""
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+    temporary.unlink(missing_ok=True)
+    linked = True
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            linked = False
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        # After a failure; and rename does nothing where both names are one file already.
+        temporary.unlink(missing_ok=True)
+    return linked
+
+
+def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) -> RunFiles | None:
+    """The run in a folder that a command with this tag goes on with, or None.
+
+    A tag matches its own run alone. Without a tag the untagged run is meant, or else the only
+    tagged one.
+
+    Raises:
+        CheckpointError: several runs match.
+    """
+    count = codebooks if codebooks is not None else r"\d+"
+    runs = {
+        m[1]: m[2] or ""
+        for p in Path(folder).glob("rvq_*.pt")
+        if (m := re.fullmatch(rf"(rvq_{count}cb(?:_(.+))?)_(?:latest|previous)\.pt", p.name))
+    }
+    matching = [n for n, t in runs.items() if t == tag] or ([] if tag else list(runs))
+    if len(matching) > 1:
+        raise CheckpointError(
+            f"{folder}: several runs could be resumed ({', '.join(sorted(matching))}); "
+            "name one with --tag or --resume, or start anew with --no-resume"
+        )
+    return RunFiles(folder, matching[0]) if matching else None
+
+
+def load_latest(
+    files: RunFiles, *, keep_damaged: bool = False
+) -> tuple[dict[str, Any], Path, list[str]]:
+    """Load `latest`, or `previous` when `latest` is damaged: checkpoint, its path, complaints.
+
+    A damaged `latest` is renamed, so that the next save does not rotate it over the good one, but
+    not with `keep_damaged`, where no save comes.
+
+    Raises:
+        CheckpointError: none loads; lists them and what else could be resumed. Touches nothing.
+    """
+    complaints: list[str] = []
+    for path in (files.latest, files.previous):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            complaints.append(str(error))
+            continue
+        if path == files.previous and os.path.lexists(files.latest) and not keep_damaged:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
+        return checkpoint, path, complaints
+    offers = [f"  --resume {p}" for p in files.others() if p.exists()]
+    ways = "resume as below, or start anew with" if offers else "no other one is there: start with"
+    raise CheckpointError(
+        "\n".join(
+            (
+                f"{files.folder}: neither latest nor previous of {files.name} can be loaded, "
+                f"nothing was changed; {ways} --no-resume",
+                *(f"  {c}" for c in complaints),
+                *offers,
+            )
+        )
+    )
+
+
+# --- one trainer per folder ----------------------------------------------------------------------
+
+
+class FolderLock:
+    """Holds a folder for one process; the kernel frees it however the process ends.
+
+    Raises:
+        CheckpointError: another process holds the folder; names it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        try:
+            _make_folder(self.path.parent)
+            self.file = open(self.path, "ab+", buffering=0)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.seek(0)
+            holder = self.file.read().decode(errors="replace").strip() or "another process"
+            self.file.close()
+            raise CheckpointError(
+                f"{self.path.parent}: in use by {holder}; wait for it, stop it, or give this run "
+                "another --save_dir"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"--save_dir {self.path.parent}: expected a folder to write in, found "
+                f"{error.strerror!r} at {error.filename or self.path}; name another folder"
+            ) from error
+        # A forked loader process outlives a killed trainer by seconds and must not hold the lock.
+        os.register_at_fork(after_in_child=self.file.close)
+        self.file.truncate(0)
+        command = " ".join(" ".join(sys.argv).split())[:200]
+        holder = f"process {os.getpid()} on {socket.gethostname()}: {command}\n"
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            self.file.write(holder.encode(errors="backslashreplace"))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):  # the disk may have become read-only
+            self.file.truncate(0)
+        self.file.close()
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, each of them there after a power cut too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)

@@ -1,0 +1,1 @@
+"""Audio and codes: audio files, codec, the .npq format, drawing codes."""

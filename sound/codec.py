@@ -1,0 +1,390 @@
+"""Waveform <-> codes with the Descript Audio Codec (DAC): the only file that knows DAC.
+
+    waveform, rate = read_audio("song.flac")              # [1, N] float32
+    codec = load_codec("44khz")                           # or 24khz, 16khz, demo, a path of weights
+    waveform = resample(waveform, rate, codec.sample_rate)
+    codes = codec.encode(torch.from_numpy(waveform))      # [1, T, K]
+    write_wav("back.wav", codec.decode(codes).numpy(), codec.sample_rate)
+
+B = batch, C = audio channels, N = audio samples, T = frames, K = codebooks. torch and dac are
+imported where they are used: both take seconds to import, and reading audio needs neither. The
+codec is that of Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN".
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import shutil
+import sys
+import types
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+import soxr
+
+if TYPE_CHECKING:
+    import torch
+
+    Waveform = np.ndarray[Any, np.dtype[np.float32]]
+
+# --- audio files ---------------------------------------------------------------------------------
+
+READ_BLOCK = 1 << 18  # audio samples a channel: a downmix never holds all of a stereo file
+STREAM_BYTES = 0x7FFF_F000  # a length from here on says that the writer did not know it
+
+
+class AudioError(ValueError):
+    """An audio file cannot be used: says which, what was expected and found, and what to do."""
+
+    def __init__(self, path: str | os.PathLike[str], expected: str, found: object) -> None:
+        super().__init__(
+            f"{path}: expected {expected}, found: {found}; mend or convert the file, or take it out"
+        )
+
+
+def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[Waveform, int]:
+    """Read all of a file: a float32 waveform [1, N], the mean of its channels, and its rate in Hz.
+
+    With `stereo` the waveform is [2, N]; a mono file then gives two equal channels. Formats are
+    those of libsndfile: wav, flac, ogg, opus, mp3, aiff and more.
+
+    Raises:
+        AudioError: not audio, cut off, empty, not finite, or `stereo` of more than two channels.
+    """
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
+            rate, promised, channels = file.samplerate, _frames_promised(file), file.channels
+            if stereo and channels > 2:
+                raise AudioError(path, "one or two channels", f"{channels} channels")
+            blocks = []
+            while len(block := file.read(READ_BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block if stereo else block.mean(axis=1, keepdims=True))
+    except (OSError, soundfile.SoundFileError) as error:
+        found = str(getattr(error, "error_string", error)).rstrip(".")
+        raise AudioError(path, "audio that libsndfile reads", found) from error
+    if not blocks:
+        raise AudioError(path, "at least one audio sample", "none")
+    waveform = np.ascontiguousarray(np.concatenate(blocks).T)
+    if waveform.shape[1] < promised - rate:  # the length in an mp3's header is not exact
+        found = f"an end after {waveform.shape[1] / rate:.1f} s"
+        raise AudioError(path, f"{promised / rate:.1f} s as its header says", found)
+    if not np.isfinite(waveform).all():
+        raise AudioError(path, "finite audio samples", "NaN or infinity")
+    return np.repeat(waveform, 2, axis=0) if stereo and channels == 1 else waveform, rate
+
+
+def _frames_promised(file: soundfile.SoundFile) -> int:
+    """Audio samples a channel that a file's header promises.
+
+    Of a cut .wav, .aiff or .au libsndfile counts what is there, and only its log tells what the
+    header said. A stream's header says as much as its field holds.
+    """
+    cut = re.search(
+        r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.M
+    )
+    if cut is None or int(cut[1]) >= STREAM_BYTES:
+        return int(file.frames)
+    return int(file.frames) * int(cut[1]) // max(1, int(cut[2]))
+
+
+def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
+    """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear."""
+    if rate == new_rate:
+        return waveform
+    return np.ascontiguousarray(soxr.resample(waveform.T, rate, new_rate, quality="VHQ").T)
+
+
+def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
+    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
+
+    Raises:
+        OSError, soundfile.SoundFileError: it cannot be written; `path` is as it was.
+    """
+    # Not named after the file, whose name may be as long as a name can be.
+    temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
+    try:
+        soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+DEMO_WEIGHTS = Path(__file__).parent.parent / "examples" / "tiny_dac.pth"
+DAC_RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download"
+OFFICIAL_WEIGHTS = {  # name -> file in the cache of `python -m dac download`, where it comes from
+    "44khz": ("weights_44khz_8kbps_0.0.1.pth", f"{DAC_RELEASES}/0.0.1/weights.pth"),
+    "24khz": ("weights_24khz_8kbps_0.0.4.pth", f"{DAC_RELEASES}/0.0.4/weights_24khz.pth"),
+    "16khz": ("weights_16khz_8kbps_0.0.5.pth", f"{DAC_RELEASES}/0.0.5/weights_16khz.pth"),
+}
+
+
+class CodecError(Exception):
+    """No codec: its weights are missing, refused or not DAC's, or the device is absent."""
+
+
+def find_weights(name: str) -> Path:
+    """Path of a codec's weights: an official model (downloaded if need be), `demo`, or a path.
+
+    Raises:
+        CodecError: no such name or file, or an official file is neither in the cache nor to be had.
+    """
+    if name == "demo":
+        return DEMO_WEIGHTS
+    if name in OFFICIAL_WEIGHTS:
+        file, address = OFFICIAL_WEIGHTS[name]
+        path = Path.home() / ".cache" / "descript" / "dac" / file
+        if not path.exists():
+            _download(address, path)
+        return path
+    if not Path(name).is_file():
+        names = ", ".join((*OFFICIAL_WEIGHTS, "demo"))
+        raise CodecError(f"codec {name!r}: expected {names} or the path of a weights file")
+    return Path(name)
+
+
+def _download(address: str, path: Path) -> None:
+    """Fetch weights to `path`, whole or not at all (dac's own download may leave half a file)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    print(f"downloading {address}", file=sys.stderr, flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(address, timeout=30) as reply, open(temporary, "wb") as file:
+            shutil.copyfileobj(reply, file)
+        if not zipfile.is_zipfile(temporary):  # a zip's directory stands at its end
+            raise OSError("the download broke off or is no weights file")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CodecError(
+            f"weights {path} are missing and could not be downloaded ({error}); "
+            f"fetch {address} on any machine and put it there as {path.name}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read {"state_dict", "metadata"} of a DAC, running nothing that the file brings along.
+
+    Never through `DAC.load`: it tries torch.package first, and opening one runs the code inside.
+
+    Raises:
+        CodecError: a torch.package, a pickle that holds more than tensors, or no DAC weights.
+    """
+    import torch
+
+    def refusal(found: object) -> CodecError:
+        expected = "plain weights, as DAC's `model.save(path, package=False)` writes them"
+        return CodecError(f"{path}: refused, nothing was run: expected {expected}, found {found}")
+
+    try:
+        with open(path, "rb") as file:
+            entries = zipfile.ZipFile(file).infolist()
+            if any(entry.filename.endswith("/.data/extern_modules") for entry in entries):
+                raise refusal("a torch.package, which brings code of its own")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise refusal("compressed entries, which torch never writes")
+            file.seek(0)
+            weights: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except CodecError:
+        raise
+    except Exception as error:  # a hostile pickle makes torch.load raise anything
+        raise refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(weights, dict) or not {"state_dict", "metadata"} <= weights.keys():
+        raise refusal("no state_dict and metadata")
+    return weights
+
+
+def _import_dac() -> Any:
+    """Import dac, also where torchaudio's wheel does not match torch's.
+
+    audiotools, beneath dac, imports torchaudio for effects that no codec needs, and a mismatched
+    wheel raises OSError (libc10_cuda.so). An empty module then stands in while dac is imported.
+    """
+    stand_in = types.ModuleType("torchaudio")
+    try:
+        import torchaudio  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = stand_in
+    try:
+        import dac
+    finally:
+        if sys.modules.get("torchaudio") is stand_in:
+            del sys.modules["torchaudio"]
+    return dac
+
+
+# --- the codec -----------------------------------------------------------------------------------
+
+CHUNK_FRAMES = 512  # 6 s at 44.1 kHz: decoding with the official model needs about 1 GB for it
+
+
+def load_codec(name: str, device: str = "cpu") -> Codec:
+    """Load `44khz`, `24khz`, `16khz`, `demo` or a path; device "best" is a GPU if there is one.
+
+    Raises:
+        CodecError: weights missing, refused or unfit, or the device is absent.
+    """
+    import torch
+
+    if device == "best":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = find_weights(name)
+    weights = read_weights(path)
+    dac_class = _import_dac().DAC
+    known = inspect.signature(dac_class).parameters
+    try:
+        kwargs = {k: v for k, v in weights["metadata"]["kwargs"].items() if k in known}
+        # On "meta" nothing is allocated or initialised; the file's tensors then take their places.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # dac uses torch's old weight_norm
+            model = dac_class(**kwargs)
+        model.load_state_dict(weights["state_dict"], assign=True)
+    except Exception as error:  # metadata may be anything
+        raise CodecError(f"{path}: these weights do not fit the DAC class: {error!r}") from error
+    try:
+        model = model.float().eval().requires_grad_(False).to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both for an absent device
+        raise CodecError(f"device {device!r}: {error}; pass another --device") from error
+    return Codec(model)
+
+
+class Codec:
+    """A DAC model that codes audio of any length in bounded memory.
+
+    A long waveform is coded in chunks, each with `context` frames of its neighbours on both sides,
+    which are cut off again. The context covers the receptive field and chunks start on frame
+    borders, so the result is that of coding the whole at once, up to float rounding, at the file's
+    ends too. (dac's own `compress` turns every layer's padding off and differs at the ends.)
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.sample_rate: int = int(model.sample_rate)  # Hz
+        self.hop_length: int = int(model.hop_length)  # audio samples per frame
+        self.num_codebooks: int = int(model.n_codebooks)
+        self.codebook_size: int = int(model.codebook_size)
+        # `delay` is half the receptive field of encoder and decoder together, in audio samples.
+        self.context: int = math.ceil(model.delay / self.hop_length)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.hop_length
+
+    def encode(
+        self,
+        waveform: torch.Tensor,
+        *,
+        codebooks: int | None = None,
+        chunk_frames: int = CHUNK_FRAMES,
+    ) -> torch.Tensor:
+        """Codes [B, T, K] of a waveform [B, N], or [T, K] of [N]; int64, on the CPU.
+
+        The waveform is float32 at `sample_rate`, its last frame is filled up with zeros: T is
+        ceil(N / hop_length). `codebooks` keeps the first so many. Memory beside the waveform and
+        the codes: one chunk's activations.
+
+        Raises:
+            ValueError: no audio, or more codebooks than the codec has.
+        """
+        import torch
+
+        if waveform.ndim == 1:
+            return self.encode(waveform[None], codebooks=codebooks, chunk_frames=chunk_frames)[0]
+        k, hop = codebooks or self.num_codebooks, self.hop_length
+        if waveform.ndim != 2 or waveform.shape[1] == 0 or k > self.num_codebooks:
+            raise ValueError(
+                f"expected a waveform [B, N] and at most {self.num_codebooks} codebooks, "
+                f"found {list(waveform.shape)} and {k}"
+            )
+        frames = math.ceil(waveform.shape[1] / hop)
+        codes = torch.empty(waveform.shape[0], frames, k, dtype=torch.int64)
+        for first, last, start, stop in self._chunks(frames, chunk_frames):
+            chunk = waveform[:, start * hop : stop * hop]
+            chunk = torch.nn.functional.pad(chunk, (0, (stop - start) * hop - chunk.shape[1]))
+            with torch.no_grad():
+                _, found, *_ = self.model.encode(chunk[:, None].to(self.model.device), k)
+            codes[:, first:last] = found.transpose(1, 2)[:, first - start : last - start]
+        return codes
+
+    def decode(self, codes: torch.Tensor, *, chunk_frames: int = CHUNK_FRAMES) -> torch.Tensor:
+        """Waveform [B, N] of codes [B, T, K], or [N] of [T, K]; float32, on the CPU.
+
+        N is T * hop_length. K may be less than the codec's: fewer codebooks, a coarser sound.
+
+        Raises:
+            ValueError: codes of another shape, or not in [0, codebook_size).
+        """
+        import torch
+
+        if codes.ndim == 2:
+            return self.decode(codes[None], chunk_frames=chunk_frames)[0]
+        expected = f"codes [B, T, 1 to {self.num_codebooks}] in [0, {self.codebook_size})"
+        if codes.ndim != 3 or codes.numel() == 0 or codes.shape[2] > self.num_codebooks:
+            raise ValueError(f"expected {expected}, found shape {list(codes.shape)}")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            found = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"expected {expected}, found {found}")
+        frames, hop = codes.shape[1], self.hop_length
+        waveform = torch.zeros(codes.shape[0], frames * hop)
+        for first, last, start, stop in self._chunks(frames, chunk_frames):
+            chunk = codes[:, start:stop].transpose(1, 2).long().to(self.model.device)
+            with torch.no_grad():
+                audio = self.model.decode(self.model.quantizer.from_codes(chunk)[0])[:, 0]
+            # With an odd stride (24 and 16 kHz) the last frame is 8 samples short; they stay zero.
+            kept = audio[:, (first - start) * hop : (last - start) * hop]
+            waveform[:, first * hop : first * hop + kept.shape[1]] = kept
+        return waveform
+
+    def encode_channels(
+        self, waveform: torch.Tensor, mid_codebooks: int | None = None, side_codebooks: int = 0
+    ) -> torch.Tensor:
+        """Codes [T, K] of a waveform [C, N]: mono, or with side codebooks mid/side, mid first.
+
+        mid = (left + right) / 2 and side = (left - right) / 2. Errors as `encode`.
+        """
+        import torch
+
+        if not side_codebooks:
+            return self.encode(waveform.mean(0), codebooks=mid_codebooks)
+        left, right = waveform
+        both = torch.stack(((left + right) / 2, (left - right) / 2))
+        mid, side = self.encode(
+            both, codebooks=mid_codebooks and max(mid_codebooks, side_codebooks)
+        )
+        return torch.cat((mid[:, :mid_codebooks], side[:, :side_codebooks]), dim=1)
+
+    def decode_channels(self, codes: torch.Tensor, side_codebooks: int = 0) -> torch.Tensor:
+        """Waveform [1, N] of codes [T, K], or [2, N] where the last columns are side codebooks.
+
+        Errors as `decode`.
+        """
+        import torch
+
+        mid = self.decode(codes[:, : codes.shape[1] - side_codebooks])
+        if not side_codebooks:
+            return mid[None]
+        side = self.decode(codes[:, codes.shape[1] - side_codebooks :])
+        return torch.stack((mid + side, mid - side))  # left, right
+
+    def _chunks(self, frames: int, chunk_frames: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield frames [first, last) to keep, of frames [start, stop) to code.
+
+        All windows are equally long, the first and last too: a short one may get a convolution
+        kernel that rounds otherwise, which flips a code where two entries are as good as level.
+        """
+        window = chunk_frames + 2 * self.context
+        for first in range(0, frames, chunk_frames):
+            start = max(0, min(first - self.context, frames - window))
+            yield first, min(first + chunk_frames, frames), start, min(start + window, frames)

@@ -1,0 +1,188 @@
+"""Drawing codes from a trained model, frame by frame, with a key-value cache.
+
+    draw = Draw.of(9, temperature=0.9, top_k=200)                   # the same for 9 codebooks
+    codes = generate(model, frames=1290, ctx=512, draw=draw)        # [1, 1290, 9]
+    more = generate(model, frames=1290, ctx=512, draw=draw, prompt=codes[0])
+
+B samples at once, T frames, K codebooks, V entries of the largest.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layers.kernels import PackedLinear, QuickNorm
+from model import ABSENT, CodesTransformer, KeyValueCache, ModelConfig, shift, unshift
+
+TO_DRAW = -2  # in the place of a code that is not known yet
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How codes are drawn from logits, for each codebook: [K] values each."""
+
+    temperature: tuple[float, ...]
+    top_k: tuple[int, ...]  # draw from the k likeliest; 0 = all
+    top_p: tuple[float, ...]  # draw from the likeliest that hold this much probability; 1 = all
+
+    @classmethod
+    def of(
+        cls,
+        num_codebooks: int,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+    ) -> Draw:
+        """Spread single values over the codebooks.
+
+        Raises:
+            ValueError: a list of neither 1 nor K values, temperature <= 0, top_k < 0, top_p not in
+                (0, 1].
+        """
+        spread: list[tuple[Any, ...]] = []
+        for name, value in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)):
+            values = list(value) if isinstance(value, Sequence) else [value]
+            if len(values) not in (1, num_codebooks):
+                raise ValueError(
+                    f"{name}: expected 1 or {num_codebooks} values, found {len(values)}"
+                )
+            spread.append(tuple(values * (num_codebooks // len(values))))
+        draw = cls(*spread)
+        if min(draw.temperature) <= 0 or min(draw.top_k) < 0:
+            raise ValueError("expected temperature > 0 and top-k >= 0")
+        if not all(0 < p <= 1 for p in draw.top_p):
+            raise ValueError("expected 0 < top-p <= 1")
+        return draw
+
+    def __call__(self, logits: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
+        """Logits [B, n, V] of codebooks `first` to first + n - 1 -> codes [B, n] int64.
+
+        On the same device, without a host read.
+        """
+        of = slice(first, first + logits.shape[1])
+        logits = self._temper(logits.float(), of)
+        if any(self.top_k[of]) or min(self.top_p[of]) < 1:
+            logits = self._narrow(logits, of)
+        # One uniform number per code, looked up in the summed probabilities. It is scaled by the
+        # last sum, which strays from 1, and kept off 0, so that an entry without probability is
+        # never hit.
+        summed = logits.softmax(-1).cumsum(-1)
+        uniform = torch.rand(logits.shape[:2], generator=generator, device=logits.device)
+        target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
+        return torch.searchsorted(summed, target)[..., 0]
+
+    def _temper(self, logits: Tensor, of: slice) -> Tensor:
+        temperature = set(self.temperature[of])
+        if len(temperature) == 1:
+            return logits / temperature.pop()
+        return logits / logits.new_tensor(self.temperature[of])[:, None]
+
+    def _narrow(self, logits: Tensor, of: slice) -> Tensor:
+        """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
+        vocab = logits.shape[-1]
+        limits = [min(k or vocab, vocab) for k in self.top_k[of]]
+        likeliest, order = logits.topk(max(limits))  # a whole sort takes far longer
+        last = torch.tensor(limits, device=logits.device)
+        share = torch.tensor(self.top_p[of], device=logits.device)
+        probabilities = (likeliest - logits.logsumexp(-1, keepdim=True)).exp()
+        before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
+        rank = torch.arange(max(limits), device=logits.device)
+        dropped = (rank >= last[:, None]) | ((before >= share[:, None]) & (share < 1)[:, None])
+        dropped[..., 0] = False  # the likeliest always stays
+        kept = likeliest.masked_fill(dropped, -torch.inf)
+        return torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
+
+
+@torch.inference_mode()
+def generate(
+    model: CodesTransformer,
+    frames: int,
+    *,
+    ctx: int,
+    draw: Draw,
+    seed: int = 0,
+    batch: int = 1,
+    prompt: Tensor | None = None,
+    compiled: bool = False,
+    dtype: torch.dtype | None = None,
+    on_frame: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Draw `frames` new frames after an optional prompt [T, K]; codes [B, frames, K] int64.
+
+    The model sees at most ctx frames, as in training. `compiled` compiles the one step of static
+    shape. Products are made in `dtype`, without it in that of the weights. `on_frame` is called
+    after each frame. The model is left in evaluation mode.
+
+    Raises:
+        ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
+    """
+    model.eval()
+    device, k, lag = model.bos.device, model.config.num_codebooks, model.config.lag
+    generator = torch.Generator(device).manual_seed(seed)
+    known = _known_columns(prompt, model.config, ctx).to(device)
+    if dtype is not None:
+        model = packed_copy(model, dtype, eager=not compiled)
+    # A CPU attends faster in float32: it has no products of one row in bfloat16.
+    kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
+    cache = KeyValueCache(model, batch=batch, ctx=ctx, dtype=kept, static=compiled)
+    # Compiled twice at most: before the cache is full, and after.
+    advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
+    start = known.shape[1] - lag
+    end = start + frames
+    columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
+    columns[:, :start] = known[:, :start]
+    state = model.prefill(columns[:, :start], cache)
+    for t in range(start, end + lag):
+        drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
+        if t < known.shape[1]:
+            drawn = torch.where(known[:, t] == TO_DRAW, drawn, known[:, t])
+        if t >= end:  # lower codebooks have ended
+            drawn = drawn.masked_fill(torch.arange(k, device=device) <= t - end, ABSENT)
+        columns[:, t] = drawn
+        on_frame()
+        if t + 1 < end + lag:
+            cache.begin(1)
+            state = advance(drawn, cache)
+    return unshift(columns, lag)[:, start:]
+
+
+def _known_columns(prompt: Tensor | None, config: ModelConfig, ctx: int) -> Tensor:
+    """Columns [1, T + lag, K] of a prompt's newest T <= ctx - 1 frames, as `shift` lays them out.
+
+    The last `lag` columns hold codes of the prompt beside some that are still TO_DRAW.
+    """
+    k, lag = config.num_codebooks, config.lag
+    if prompt is None:
+        prompt = torch.empty((0, k), dtype=torch.int64)
+    if prompt.shape[1:] != (k,) or (prompt >= torch.tensor(config.vocab_sizes)).any():
+        raise ValueError(
+            f"prompt: expected codes [T, {k}] below {config.vocab_sizes}, found "
+            f"{list(prompt.shape)} up to {prompt.max().item() if prompt.numel() else 0}"
+        )
+    prompt = prompt[max(0, len(prompt) - ctx + 1) :]
+    to_draw = prompt.new_full((lag, k), TO_DRAW)
+    return shift(torch.cat((prompt, to_draw))[None], lag)[:, : len(prompt) + lag]
+
+
+def packed_copy(
+    model: CodesTransformer, dtype: torch.dtype, *, eager: bool = True
+) -> CodesTransformer:
+    """A copy whose products are made in `dtype`, for few rows; it shares all other weights.
+
+    The compiler takes neither oneDNN's layout nor the quick norm: they come with `eager` alone.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    packed = copy.deepcopy(model, shared).eval()  # what the memo names is not copied
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parts = len(model.sizes) if model.depth and module is model.head else 1
+            packed.set_submodule(name, PackedLinear(module.weight, dtype, parts, eager=eager))
+        elif eager and isinstance(module, nn.RMSNorm) and model.embed.weight.is_cpu:
+            packed.set_submodule(name, QuickNorm(module))
+    return packed

@@ -1,0 +1,1 @@
+"""A run in progress: set-up, schedule, state, guard, rollback, optimizer, saving, planning."""

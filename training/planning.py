@@ -1,0 +1,420 @@
+"""What a run will take, before it begins: memory by part, hours, checkpoints on the disk.
+
+    plan = Plan(flags, config, torch.device("cuda"), torch.bfloat16, build)
+    print(plan.predict().parts, plan.predict(batch=2).total / GIB)
+    print(*plan.memory_lines(), sep="\n")
+
+A plan is made of a run's own flags; memory_prediction.py has it take a step without bytes. What
+`--plan` prints stands in the methods named `..._lines`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import CodesTransformer, ModelConfig
+from run_folder.files import RING_SIZE, megabytes
+from training.memory_prediction import (
+    FIXED,
+    GIB,
+    MARGIN,
+    Memory,
+    Step,
+    Trained,
+    gib,
+    predict_memory,
+)
+from training.parallel import World
+
+DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
+
+
+class PlanError(ValueError):
+    """What is asked for fits into no memory, or divides into no whole step."""
+
+
+@dataclass
+class Plan:
+    """What the steps and checkpoints of a run will take, by its flags; its device may be absent.
+
+    `build` makes what a step works on, of flags and architecture, on torch's default device.
+    """
+
+    flags: argparse.Namespace
+    config: ModelConfig
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    build: Callable[[argparse.Namespace, ModelConfig], Trained]
+    predicted: dict[Any, Memory] = dataclasses.field(default_factory=dict)  # by what was changed
+
+    # --- memory ----------------------------------------------------------------------------------
+
+    def predict(self, **changes: Any) -> Memory:
+        """Memory of a step with these flags, or with a few of them changed."""
+        changes = {"batch": self.flags.batch, "accum": self.flags.accum, **changes}
+        key = tuple(sorted(changes.items()))
+        if key not in self.predicted:
+            flags = argparse.Namespace(**{**vars(self.flags), **changes})
+            layers = changes.get("layers", self.config.layers)
+            step = self._step(flags, dataclasses.replace(self.config, layers=layers))
+            self.predicted[key] = predict_memory(step, self.device.type)
+        return self.predicted[key]
+
+    def _step(self, flags: argparse.Namespace, config: ModelConfig) -> Step:
+        return Step(
+            build=functools.partial(self.build, flags, config),
+            shape=(flags.batch, flags.ctx, config.num_codebooks),
+            losses={"label_smoothing": flags.label_smoothing, "z_loss": flags.z_loss},
+            accum=flags.accum,
+            amp_dtype=self.amp_dtype,
+        )
+
+    def room(self) -> float | None:
+        """Bytes that the process may take: --memory-gb, or what is free; None: unknown."""
+        if self.flags.memory_gb:
+            return float(self.flags.memory_gb * GIB)
+        return free_memory(self.device)
+
+    def settle_batch(self, explicit: dict[str, Any], world: World) -> list[str]:
+        """Make numbers of --batch auto and --effective-batch; says which, if memory chose.
+
+        Raises:
+            PlanError: nothing fits, or the numbers do not divide.
+        """
+        flags, lines = self.flags, []
+        effective = flags.effective_batch
+        if flags.batch == "auto":
+            effective = effective or DEFAULT_EFFECTIVE_BATCH
+            flags.batch, line = self._most_that_fit(effective, world)
+            lines.append(line)
+        elif effective and "accum" in explicit and "batch" not in explicit:
+            flags.batch = max(1, effective // flags.accum)
+        if effective:
+            if "accum" not in explicit:
+                flags.accum = max(1, effective // flags.batch)
+            if flags.batch * flags.accum != effective:
+                raise PlanError(
+                    f"--effective-batch {effective} is not --batch {flags.batch} x a whole "
+                    f"--accum; --batch can be one of {divisors(effective)}"
+                )
+        return lines
+
+    def _most_that_fit(self, effective: int, world: World) -> tuple[int, str]:
+        room = self.room()
+        if room is None:
+            raise PlanError(f"--batch auto: {self.device} is not here; say its --memory-gb")
+        batches = [b for b in divisors(effective) if effective // b % world.size == 0]
+        found = world.from_first(largest_batch(batches, effective, self.predict, room))
+        if found is None:
+            least = self.predict(batch=1, accum=effective).total
+            raise PlanError(
+                f"--batch auto: one window takes {gib(least)}, and {gib(room)} less {MARGIN:.0%} "
+                "are there; --plan --batch 1 says what to change"
+            )
+        batch, memory = found
+        return batch, (
+            f"batch    {batch} x accum {effective // batch} are the most that fit: "
+            f"{gib(memory.total)} of {gib(room)}, {MARGIN:.0%} left free"
+        )
+
+    def advice(self, layers: int | None = None) -> list[str]:
+        """Flags that take less memory, each with how much; a smaller model only of `layers`.
+
+        Never raises: it is asked for in the middle of another error.
+        """
+        flags = self.flags
+        try:
+            return what_to_change(
+                self.predict,
+                batch=flags.batch,
+                accum=flags.accum,
+                grad_checkpoint=flags.grad_checkpoint,
+                layers=layers,
+                room=self.room() or math.inf,
+            )
+        except Exception:  # no memory is left for it either
+            return ["half of --batch with twice --accum, or --grad-checkpoint"]
+
+    # --- time ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def model(self) -> CodesTransformer:
+        """Without weights."""
+        with torch.device("meta"):
+            return self.build(self.flags, self.config).model
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that an optimizer step uses."""
+        return int(self.flags.batch * self.flags.accum)
+
+    @property
+    def flops(self) -> float:
+        """Of an optimizer step: products and attention, forward and backward."""
+        ctx = self.flags.ctx
+        return float(self.model.flops_per_frame(ctx) * self.windows_per_step * ctx)
+
+    @functools.cached_property
+    def step_seconds(self) -> tuple[float, str]:
+        """Of an optimizer step, and how it is known; 0 and why not."""
+        flags, device = self.flags, self.device
+        if rate := flags.device_tflops:
+            at = f"at {rate:g} TFLOP/s x {flags.mfu:g} MFU (--device-tflops, --mfu)"
+            return self.flops / (rate * flags.mfu * 1e12), at
+        free = free_memory(device)
+        if free is None:
+            return 0.0, f"{device} is not here; give --device-tflops"
+        if self.predict().total > free:
+            return 0.0, f"a step does not fit into the {gib(free)} that are free here"
+        compiled = flags.compile or (flags.compile is None and device.type == "cuda")
+        mode = flags.compile_mode if compiled else None
+        seconds = time_step(self._step(flags, self.config), device, compile_mode=mode)
+        return seconds, f"measured on {device} with random codes"
+
+    def steps(self, windows: int) -> tuple[int, float]:
+        """In an epoch of so many training windows, and in all."""
+        flags = self.flags
+        per_epoch = windows // self.windows_per_step
+        total = min(flags.epochs * per_epoch, flags.max_steps or math.inf)
+        seconds, _ = self.step_seconds
+        if flags.max_seconds and seconds:
+            total = min(total, flags.max_seconds / seconds)
+        return per_epoch, total
+
+    # --- what is said ----------------------------------------------------------------------------
+
+    def step_lines(self) -> list[str]:
+        """Parameters and FLOPs."""
+        config, flags = self.config, self.flags
+        return [
+            f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads, "
+            f"{config.pattern}: {self.model.num_parameters() / 1e6:.2f} M parameters",
+            f"step     {self.windows_per_step} windows of {flags.ctx} frames (batch {flags.batch} "
+            f"x accum {flags.accum}), {self.flops / 1e12:.3g} TFLOP: products and attention, "
+            "forward and backward",
+        ]
+
+    def memory_lines(self, *, is_new: bool = True) -> list[str]:
+        """Memory by part, and what to change where it does not fit; of a new run the model too."""
+        memory, room = self.predict(), self.room()
+        where = f"memory   at a step's peak on {self.device.type}, predicted, without --compile:"
+        lines = memory.lines()
+        left = f"{MARGIN:.0%} of it left free"
+        if room is None:
+            lines.append(f"{self.device} is not here: --memory-gb says what it has to fit into")
+        elif memory.fits(room):
+            lines.append(f"fits into {gib(room)} with {left}")
+        else:
+            lines.append(f"too much for {gib(room)} with {left}; instead:")
+            lines += self.advice(layers=self.config.layers if is_new else None)
+        return [where, *(f"         {line}" for line in lines)]
+
+    def time_lines(self) -> list[str]:
+        """Of a step."""
+        seconds, how = self.step_seconds
+        return [
+            f"time     {seconds:.3g} s a step, {how}" if seconds else f"time     unknown: {how}"
+        ]
+
+    def run_lines(self, windows: int) -> list[str]:
+        """Steps and hours of training."""
+        (seconds, _), (per_epoch, total) = self.step_seconds, self.steps(windows)
+        hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
+        in_all = f", {total * seconds / 3600:.3g} hours of training steps" if seconds else ""
+        return [
+            f"epoch    {windows} windows, {per_epoch} steps{hours}",
+            f"run      {total:.0f} steps{in_all}",
+        ]
+
+    def disk_lines(self, windows: int) -> tuple[list[str], str | None]:
+        """What checkpoints take and what is free; apart from it, that it is too little."""
+        flags, size = self.flags, self.predict().checkpoint
+        epochs = int(flags.epochs)
+        if windows:
+            per_epoch, total = self.steps(windows)
+            epochs = math.ceil(total / per_epoch)
+        least, most = checkpoints_kept(
+            epochs,
+            archive_every=flags.archive_every,
+            keep_archived=flags.keep_archived,
+            validations=math.inf if flags.val_every_seconds else -(-epochs // flags.val_every),
+        )
+        folder = Path(flags.save_dir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        lines = [
+            f"disk     {megabytes(size)} a checkpoint: {megabytes(least * size)} without archives "
+            f"({least} files of different content), {megabytes(most * size)} at most ({most}); "
+            f"{megabytes(free)} free in {folder}"
+        ]
+        if free < least * size:
+            return lines, "too little disk: saves will fail; free some, or another --save_dir"
+        if free < most * size:
+            fits = (free // size - least) // 2
+            lines.append(
+                f"         old archives will go when it is full; --keep-archived {fits} fits"
+            )
+        return lines, None
+
+
+# --- what fits, and what to change ---------------------------------------------------------------
+
+Predict = Callable[..., Memory]  # of flags that differ from the run's
+
+
+def divisors(n: int) -> list[int]:
+    """Of n, in rising order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def largest_batch(
+    batches: Sequence[int], effective: int, predict: Predict, room: float, **changes: Any
+) -> tuple[int, Memory] | None:
+    """The last of some rising micro-batches of a step of `effective` windows that fits, or None.
+
+    Returns it with its prediction, under `changes` of other flags. Memory rises with the
+    micro-batch, so halving the candidates finds it.
+    """
+    low, high, found = 0, len(batches), None
+    while low < high:
+        middle = (low + high) // 2
+        batch = batches[middle]
+        memory = predict(batch=batch, accum=effective // batch, **changes)
+        if memory.fits(room):
+            low, found = middle + 1, (batch, memory)
+        else:
+            high = middle
+    return found
+
+
+def what_to_change(
+    predict: Predict,
+    *,
+    batch: int,
+    accum: int,
+    grad_checkpoint: bool,
+    layers: int | None,
+    room: float,
+) -> list[str]:
+    """Flags to copy that make the same step fit, each with what it takes.
+
+    First with all that stays equal but the time; a smaller model, of half of `layers` or less, only
+    where nothing else is enough, and not where `layers` is None.
+    """
+    effective = batch * accum
+    batches = [b for b in divisors(effective) if b < batch]
+    lines: list[str] = []
+    ways: list[tuple[dict[str, Any], list[int]]] = [({}, batches)]
+    if not grad_checkpoint:
+        ways.append(({"grad_checkpoint": True}, [*batches, batch]))
+    for changes, candidates in ways:
+        if found := largest_batch(candidates, effective, predict, room, **changes):
+            lines.append(_option(found[1], batch=found[0], accum=effective // found[0], **changes))
+    least = {"batch": 1, "accum": effective, "grad_checkpoint": True}
+    if not lines:
+        lines.append(_option(predict(**least), **least) + ", the least for this model")
+        while layers := (layers or 0) // 2:
+            smaller = predict(**least, layers=layers)
+            if smaller.fits(room):
+                lines.append(_option(smaller, **least, layers=layers) + ", another model")
+                break
+    return lines
+
+
+def _option(memory: Memory, **flags: Any) -> str:
+    names = {name: "--" + name.replace("_", "-") for name in flags}
+    said = [names[n] + ("" if value is True else f" {value}") for n, value in flags.items()]
+    return f"{' '.join(said)}: {gib(memory.total)}"
+
+
+# --- time, disk, and what a device has -----------------------------------------------------------
+
+
+def time_step(
+    step: Step, device: torch.device, *, compile_mode: str | None, seconds: float = 20.0
+) -> float:
+    """Seconds of an optimizer step on random codes, from a few micro-batches on the device itself.
+
+    One comes before the clock starts; then three, or as many as `seconds` allow, at least one.
+    Without a compile mode nothing is compiled.
+    """
+    with device:
+        trained, codes = step.build(), torch.randint(2, step.shape)
+        losses = step.loss_keywords()
+    dtype = step.amp_dtype
+    mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    forward: Any = trained.model.losses
+    if compile_mode is not None:
+        forward = torch.compile(forward, mode=compile_mode, fullgraph=True)
+
+    def micro_batch() -> None:
+        with mixed:
+            objective = forward(codes, **losses).objective
+        objective.backward()
+        objective.item()  # waits for the device
+
+    def update() -> None:
+        trained.optimizer.step()
+        trained.ema.update(1)
+        next(trained.model.parameters()).sum().item()
+
+    micro_batch()
+    update()
+    micro = _mean_seconds(micro_batch, 3, seconds)
+    return step.accum * micro + _mean_seconds(update, 1, seconds)
+
+
+def _mean_seconds(work: Callable[[], None], times: int, limit: float) -> float:
+    started, done = time.perf_counter(), 0
+    while done < times and (not done or time.perf_counter() - started < limit):
+        work()
+        done += 1
+    return (time.perf_counter() - started) / done
+
+
+def checkpoints_kept(
+    epochs: int, *, validations: float, archive_every: int, keep_archived: int
+) -> tuple[int, int]:
+    """Files of different content that a run holds at once: without archives, and at most.
+
+    `latest`, `previous`, `best`, the ring and the one being written cannot go. Every archive may be
+    of another moment; `best` is a link to the newest of the best ones. Without hard links there
+    are more.
+    """
+    without = 4 + RING_SIZE
+    epoch_archives = epochs // archive_every if archive_every else 0
+    best_archives = int(min(keep_archived, validations))
+    archives = min(keep_archived, epoch_archives) + best_archives - 1
+    return without, without + max(0, archives)
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that this process may take on a device, with what it has; None: it is not here."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
+        return float(torch.cuda.mem_get_info(device)[0] + own)
+    if device.type == "cpu":
+        lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", lines, re.M))
+        return 1024.0 * (int(sizes["MemAvailable"]) + int(sizes["VmRSS"]))
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the host's, did not suffice."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)

@@ -1,0 +1,242 @@
+"""A run to its files and back: saving beside training, quarantine, restoring.
+
+    save(run, is_best=True)            # begins; an unsound state goes to quarantine instead
+    check_save(run)                    # reports it once it is on the disk
+    restore(state, checkpoint, path, world)
+
+Training goes on while a copy is written; one save is in flight at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cli.command_line import in_words
+from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
+from run_folder.shared_weights import export_weights
+from training.optimizer import state_tensors
+from training.parallel import World, local
+from training.stability import not_finite
+from training.state import Progress, Run, Saving, TrainState
+
+MAX_FAILED_SAVES = 3
+
+
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    """Everything needed to resume: plain types and tensors only; every process must ask."""
+    state, whole = run.state, run.world.whole
+    state.progress.elapsed += time.perf_counter() - run.started
+    run.started = time.perf_counter()
+    return {
+        "model": whole(state.model.state_dict()),
+        "ema": whole(state.ema.state_dict()),
+        "optimizer": whole(state.optimizer.state_dict()),
+        "scaler": state.scaler.state_dict(),
+        "guard": state.guard.state_dict(),
+        "ladder": state.ladder.state_dict(),
+        "progress": dataclasses.asdict(state.progress),
+        "rng": rng_state(),
+        "architecture": state.model.config.to_dict(),
+        "flags": vars(run.flags),
+        "data": run.data,
+        "history": run.metrics.history,
+        "libraries": library_versions(),
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def save(
+    run: Run,
+    *,
+    is_best: bool = False,
+    archive: bool = False,
+    ring: bool = False,
+    spare: bool = False,
+    is_sound: bool = False,
+) -> str | None:
+    """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
+
+    The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
+    `is_sound`: `unsound` has found nothing and the tensors are still those; else it is asked here.
+    A failing disk is survived: three failures in a row, of saves that are not spare, raise OSError
+    here or in `check_save`.
+    """
+    began = time.perf_counter()
+    check_save(run, wait=True)
+    p = run.state.progress
+    started = time.perf_counter()
+    run.last_save = started
+    run.stop.save = False
+    if not is_sound and (reason := unsound(run)) is not None:
+        quarantine(run, reason)
+        return reason
+    if ring:
+        run.state.ladder.kept_step = p.step
+    checkpoint = checkpoint_of(run)
+    if not run.world.is_first:
+        return None
+    write = functools.partial(
+        write_files,
+        run,
+        best_epoch=p.best_epoch if is_best else None,
+        archive_epoch=p.epoch if archive else None,
+        ring_step=p.step if ring else None,
+    )
+    written = run.saver.start(checkpoint, write, is_copy=run.world.is_sharded)
+    stall = time.perf_counter() - began
+    run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
+    return None
+
+
+def write_files(run: Run, checkpoint: dict[str, Any], **names: int | None) -> Path:
+    """In the saving thread: the files of a save; of a best one the weights to share, if asked for.
+
+    Raises:
+        OSError: as `RunFiles.save`.
+    """
+    keep, tell = run.flags.keep_archived, run.console.problem
+    path = run.files.save(checkpoint, keep_archived=keep, tell=tell, **names)
+    if run.flags.export_safetensors and names["best_epoch"] is not None:
+        try:
+            export_weights(checkpoint, run.files.weights, tell=lambda _: None)
+        except (OSError, CheckpointError) as error:
+            tell(f"weights to share were not written, training goes on: {in_words(error)}")
+    return path
+
+
+def check_save(run: Run, *, wait: bool = False) -> Saving | None:
+    """Report the save in flight if it has ended, or wait for it; returns it if it failed.
+
+    Raises:
+        OSError: it failed, as did MAX_FAILED_SAVES in a row.
+    """
+    saving, p = run.saving, run.state.progress
+    if saving is None or not (wait or saving.written.done()):
+        return None
+    run.saving = None
+    try:
+        path = saving.written.result()
+    except OSError as error:
+        run.failed_saves += not saving.spare
+        left = "is still the last good one" if run.files.latest.exists() else "is not there"
+        run.console.problem(
+            f"save at step {saving.step} failed ({in_words(error)}); {run.files.latest} {left}"
+        )
+        if run.failed_saves >= MAX_FAILED_SAVES:
+            raise
+        p.best_val, p.best_epoch = run.best_on_disk  # the next validation may find one again
+        return saving
+    run.failed_saves = 0
+    run.best_on_disk = p.best_val, p.best_epoch
+    seconds = round(time.perf_counter() - saving.started, 3)
+    run.metrics.write(
+        "save",
+        step=saving.step,
+        epoch=saving.epoch,
+        file=path.name,
+        save_seconds=seconds,
+        stall_seconds=round(saving.stall, 4),
+    )
+    return None
+
+
+def finish_save(run: Run) -> None:
+    """At the end of a run: wait until the newest save is on the disk; if it fails, save again.
+
+    Raises:
+        OSError: MAX_FAILED_SAVES in a row failed.
+    """
+    p = run.state.progress
+    best = p.best_val, p.best_epoch
+    while True:
+        failed = check_save(run, wait=True)
+        if not any(run.world.largest(failed is not None)):
+            return
+        p.best_val, p.best_epoch = best
+        save(run, is_best=bool(failed and failed.is_best), archive=bool(failed and failed.archive))
+
+
+def unsound(run: Run) -> str | None:
+    """Why the state must not become a checkpoint to go on from, or None; one host sync."""
+    state = run.state
+    tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
+    tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
+    tensors |= dict(state_tensors(state.optimizer))
+    bad = not_finite({n: local(t) for n, t in tensors.items()})
+    return run.world.first(
+        f"{len(bad)} tensors are not finite, first {bad[0]}"
+        if bad
+        else state.guard.worse_than_guessing()
+    )
+
+
+def quarantine(run: Run, reason: str) -> None:
+    """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
+    p, checkpoint = run.state.progress, checkpoint_of(run)
+    if not run.world.is_first:
+        return
+    try:
+        name = run.files.quarantine(checkpoint, p.step, reason).name
+    except OSError as error:
+        name = f"nowhere ({in_words(error)})"
+    run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
+    run.console.problem(
+        f"the state at step {p.step} is unsound ({reason}); it went to {name}, and "
+        f"{run.files.latest} stays as it was"
+    )
+
+
+def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: World) -> None:
+    """Put a checkpoint's weights, moments, guard and counters into a state.
+
+    Weight decay and the like stay as the flags say; only the moments come from the file.
+
+    Raises:
+        CheckpointError: lists the tensors that do not fit.
+    """
+    load_weights(state.model, checkpoint["model"], path, world)
+    load_weights(state.ema.model, checkpoint["ema"], path, world)
+    own, saved = state.optimizer.state_dict(), checkpoint["optimizer"]
+    if [g["param_names"] for g in own["param_groups"]] != [
+        g.get("param_names") for g in saved["param_groups"]
+    ]:
+        raise CheckpointError(
+            f"{path}: its optimizer state is of another --optim or of other parameters; start from "
+            "its weights alone with --init-from"
+        )
+    for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
+        group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
+    moments = world.placed_moments(saved["state"], state.optimizer)
+    state.optimizer.load_state_dict({**own, "state": moments})
+    if checkpoint["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    state.guard.load_state_dict(checkpoint["guard"])
+    known = {f.name for f in dataclasses.fields(Progress)}
+    for name, value in checkpoint["progress"].items():
+        if name in known:
+            setattr(state.progress, name, value)
+    set_rng_state(checkpoint["rng"])
+
+
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, Tensor], path: str, world: World
+) -> None:
+    """Strict load; raises CheckpointError with the names and shapes that differ."""
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    saved = {name: tuple(p.shape) for name, p in weights.items()}
+    differing = sorted(n for n in own.keys() | saved.keys() if own.get(n) != saved.get(n))
+    if differing:
+        listed = ", ".join(f"{n} {saved.get(n)} -> {own.get(n)}" for n in differing[:6])
+        raise CheckpointError(
+            f"{path}: weights of another architecture ({len(differing)} differ: {listed}); "
+            "leave out --ignore-arch to take the saved one, or --no-resume to start anew"
+        )
+    for name, p in model.state_dict().items():
+        world.place(p, weights[name])

@@ -1,0 +1,692 @@
+"""From flags to a run that is ready to step: checkpoint, device, data, model, restored state.
+
+    flags, explicit = parse_flags(argv)
+    run = set_up(flags, explicit, Console())
+
+A resumed run keeps its saved flags, and over them those that were given; a banner tells each that
+differs. Its architecture stays, and its data must be what it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import functools
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from cli.command_line import UsageError
+from model import Block, CodesTransformer, ModelConfig
+from npq_dataset import (
+    Corpus,
+    EpochOrder,
+    Spans,
+    WindowDataset,
+    find_npq_files,
+    scan_corpus,
+    split_corpus,
+)
+from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, library_versions, load_checkpoint
+from run_folder.files import RunFiles, find_run, load_latest, run_name
+from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version, number
+from run_folder.shared_weights import load_parts
+from training.memory_prediction import gib
+from training.optimizer import build_optimizer
+from training.parallel import EveryNth, World
+from training.planning import Plan
+from training.saving import load_weights, restore
+from training.stability import Ema, Guard
+from training.state import Progress, Run, StopRequest, TrainState
+
+# Flags that may differ from machine to machine: paths and the like.
+MACHINE_FLAGS: tuple[str, ...] = ("data", "val_list", "save_dir", "resume", "init_from")
+MACHINE_FLAGS += ("eval_outdir", "eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
+# A resumed run keeps these.
+ARCHITECTURE_FLAGS: tuple[str, ...] = ("d_model", "layers", "heads", "codebooks", "qk_norm")
+ARCHITECTURE_FLAGS += ("pattern", "depth_layers")
+# Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
+LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
+LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
+# What a run did that was saved before a flag existed, where that is not the flag's default.
+BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
+# Flags that belong to one command and not to the run: never restored from a checkpoint.
+COMMAND_FLAGS: tuple[str, ...] = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch")
+COMMAND_FLAGS += ("allow_data_change", "effective_batch", "plan", "memory_gb", "device_tflops")
+COMMAND_FLAGS += ("mfu", "debug")
+
+ALONE = World()
+
+
+def set_up(
+    flags: argparse.Namespace, explicit: dict[str, Any], console: Console, world: World = ALONE
+) -> Run:
+    """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
+    checkpoint, source = find_checkpoint(flags, console, world)
+    flags = settle_flags(flags, explicit, checkpoint, console)
+    if not flags.data:
+        raise UsageError("--data: expected .npq files to train on, found none; name some")
+    if flags.tensorboard:
+        check_tensorboard()
+    device = pick_device(flags.device, world)
+    amp_dtype = pick_amp_dtype(flags, device)
+    tune_for(device)
+
+    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
+    with world.in_turn():
+        corpus, train_windows, val_windows, data = open_data(flags, console)
+    config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
+    console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
+    check_accum(flags.accum, world)
+    check_same(flags, data, world)
+    check_windows(flags, len(train_windows), len(val_windows), console)
+    check_size(flags, config, device)
+    order = EpochOrder(len(train_windows), batch=flags.batch, accum=flags.accum, seed=flags.seed)
+    shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, corpus.num_codebooks)
+    weights = torch.tensor(shares, device=device)
+    state = first_state(flags, config, initial, amp_dtype, device, world)
+    files = RunFiles(flags.save_dir, run_name(config.num_codebooks, flags.tag))
+    if checkpoint is not None:
+        restore(state, checkpoint, source, world)
+        state.ladder.load_state_dict(checkpoint.get("ladder", {}))
+        settle_data_change(flags, state, checkpoint["data"], data, source, console)
+        forget_another_level(flags, state.guard, saved_flags(checkpoint))
+    if world.is_first:
+        tidy(files, state, console, resumed=checkpoint is not None)
+    state.ladder.kept_step = world.from_first(state.ladder.kept_step)
+    order.detours = state.ladder.detours
+
+    written = files.metrics if world.is_first else None
+    run = Run(
+        flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
+        metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
+        losses=functools.partial(
+            state.model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
+            weights=weights,
+        ),
+        compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
+        weights=weights,
+        loader=build_loader(flags, train_windows, EveryNth(order, world), device), data=data,
+        stop=StopRequest(world),
+        best_on_disk=(state.progress.best_val, state.progress.best_epoch),
+    )  # fmt: skip
+    run.metrics.history = checkpoint["history"] if checkpoint is not None else []
+    settle_schedule(run, checkpoint)
+    announce(run, source, resumed=checkpoint is not None)
+    return run
+
+
+def check_windows(flags: argparse.Namespace, train: int, val: int, console: Console) -> None:
+    """Raise UsageError where training windows make no step; say where none validate."""
+    if not train and val:
+        raise UsageError(
+            "--val-list: expected some files, found all of the data; shorten it, so that others "
+            "are left to train on"
+        )
+    if train < flags.batch * flags.accum:
+        raise UsageError(
+            f"{train} training windows are fewer than one step's --batch {flags.batch} x --accum "
+            f"{flags.accum}; lower these, --ctx or --step, or add data"
+        )
+    if not val:
+        console.problem(
+            "no validation windows: val will be n/a and no best checkpoint is kept"
+            + ("; lower --ctx, or name files with --val-list" if flags.val_split else "")
+        )
+
+
+def check_size(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> None:
+    """Raise UsageError where the weights alone are more than this machine has memory.
+
+    They are made on its CPU, and Linux gives memory that it has not, and kills without a word.
+    """
+    with torch.device("meta"):
+        model = new_model(flags, config)
+    copies = 2 if device.type == "cpu" else 1  # with the EMA
+    needed = copies * sum(p.numel() * p.element_size() for p in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(
+            f"--d_model {config.d_model} x --layers {config.layers}: the weights alone take "
+            f"{gib(needed)}, this machine has {gib(there)}; lower these (--plan tells what fits)"
+        )
+
+
+def check_accum(accum: int, world: World) -> None:
+    """Raise UsageError where micro-batches cannot be dealt out evenly; name counts that can."""
+    if accum % world.size:
+        below = accum // world.size * world.size
+        near = [str(n) for n in (below, below + world.size) if n]
+        raise UsageError(
+            f"--accum {accum}: {world.size} processes cannot share so many micro-batches of a step "
+            f"evenly; use --accum {' or '.join(near)}"
+        )
+
+
+def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) -> None:
+    """See that every process has the same flags and data; raises ParallelError."""
+    facts = {f"--{n}": v for n, v in vars(flags).items() if n not in MACHINE_FLAGS}
+    remedy = "start every machine with the same command, over the same files"
+    world.check_same({**facts, **{f"data {n}": v for n, v in data.items()}}, remedy)
+
+
+def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool) -> None:
+    """Remove or set aside what an earlier run, or an earlier part of this one, has left."""
+    if resumed:
+        files.prune_ring(newest=state.progress.step)
+        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
+            state.ladder.kept_step = None
+    elif aside := files.set_aside():
+        console.line(f"An earlier run's files were moved to {aside}")
+    files.remove_leftovers()
+
+
+def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Fix the steps that lr falls over: for a cosine at the first start, for wsd at each.
+
+    Raises:
+        UsageError: a longer run would raise a cooling lr again.
+    """
+    p, flags = run.state.progress, run.flags
+    if checkpoint is not None and flags.schedule == "cosine":
+        return
+    longer = run.planned_steps > p.schedule_steps
+    if checkpoint is not None and flags.max_seconds and checkpoint["flags"].get("max_seconds"):
+        longer = flags.max_seconds > checkpoint["flags"]["max_seconds"]
+    if longer and p.cooling:
+        raise UsageError(
+            f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
+            "--resume the archive that was kept when it began, or --init-from for a new schedule"
+        )
+    p.schedule_steps = run.planned_steps
+
+
+def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
+    """Let the guard learn anew where flags move loss or gradient norm to another level."""
+    now = vars(flags)
+    if any(now[name] != saved.get(name, now[name]) for name in LEVEL_FLAGS):
+        guard.forget()
+
+
+def announce(run: Run, source: str, *, resumed: bool) -> None:
+    """Start-up details, and the first metrics row of this process."""
+    p, model, flags = run.state.progress, run.state.model, run.flags
+    config = model.config
+    precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
+    flops = model.flops_per_frame(flags.ctx)
+    run.console.detail(f"vocab    {list(config.vocab_sizes)}")
+    run.console.detail(
+        f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads: "
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained frame"
+    )
+    run.console.detail(f"device   {run.device}, {precision}" + parallel_words(run))
+    run.console.detail(
+        f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "
+        f"{flags.accum}), {run.planned_steps} in all"
+        + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
+    )
+    if flags.num_workers > (cores := len(os.sched_getaffinity(0))):
+        run.console.detail(f"note     --num_workers {flags.num_workers} on {cores} cores")
+    if flags.init_from and not resumed:
+        run.console.line(f"weights  EMA weights of {flags.init_from}")
+    run.metrics.write(
+        "resume" if resumed else "start",
+        step=p.step,
+        epoch=p.epoch + 1,
+        source=source,
+        command=shlex.join(["python", *sys.argv]),
+        planned_steps=run.planned_steps,
+        flags=vars(flags),
+        model={**config.to_dict(), "parameters": model.num_parameters()},
+        data={**run.data["size"], "frame_rate": run.data["frame_rate"]},
+        device=f"{device_name(run.device)}, {precision}" + parallel_words(run),
+        libraries=library_versions(),
+        code=code_version(Path(__file__).parent.parent),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """`cuda: NVIDIA H100`, `cpu, 16 threads`."""
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+
+
+def parallel_words(run: Run) -> str:
+    """`, 4 processes (ddp)`, or nothing for one."""
+    return f", {run.world.size} processes ({run.flags.parallel})" if run.world.size > 1 else ""
+
+
+# --- checkpoint and flags -------------------------------------------------------------------------
+
+
+def find_checkpoint(
+    flags: argparse.Namespace, console: Console, world: World
+) -> tuple[dict[str, Any] | None, str]:
+    """The checkpoint to resume from and where it came from, or None for a new run.
+
+    Rank 0 reads it for all.
+    """
+    found = read_checkpoint(flags, console) if world.is_first else (None, "")
+    return world.share(found[0]), world.from_first(found[1])
+
+
+def read_checkpoint(
+    flags: argparse.Namespace, console: Console
+) -> tuple[dict[str, Any] | None, str]:
+    """The same, from this machine's disk."""
+    if flags.resume:
+        return load_checkpoint(flags.resume), flags.resume
+    if flags.no_resume:
+        return None, ""
+    files = find_run(flags.save_dir, flags.tag, flags.codebooks)
+    if files is None:
+        return None, ""
+    checkpoint, path, complaints = load_latest(files)
+    for complaint in complaints:
+        console.problem(f"falling back to {path}: {complaint}")
+    return checkpoint, str(path)
+
+
+def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's flags, and what its run did by flags that its version did not have."""
+    return {**BEFORE_THE_FLAG, **checkpoint["flags"]}
+
+
+def settle_flags(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    checkpoint: dict[str, Any] | None,
+    console: Console,
+) -> argparse.Namespace:
+    """Those of the run, new or resumed, with a number for --step."""
+    if checkpoint is not None:
+        flags = merge_flags(flags, explicit, checkpoint, console)
+    flags.step = flags.step or max(1, flags.ctx // 2)
+    return flags
+
+
+def merge_flags(
+    flags: argparse.Namespace,
+    explicit: dict[str, Any],
+    checkpoint: dict[str, Any],
+    console: Console,
+) -> argparse.Namespace:
+    """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
+    saved, progress = saved_flags(checkpoint), checkpoint["progress"]
+    if explicit.get("batch") == "auto":  # picked once: another number would be another run
+        explicit = {name: value for name, value in explicit.items() if name != "batch"}
+    merged = dict(vars(flags))
+    merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
+    merged.update(explicit)
+    merged["quiet"] = flags.quiet
+    console.line(
+        f"Resuming at step {progress['step']}, epoch {progress['epoch'] + 1}, "
+        f"best val {number(progress['best_val'])} (saved {checkpoint.get('saved_at', '?')})"
+    )
+    if explicit.get("init_from"):
+        console.line("  --init-from is left unread: weights are the run's own (or --no-resume)")
+    for name, value in explicit.items():
+        if name in COMMAND_FLAGS or name not in saved or saved[name] == value or name == "quiet":
+            continue
+        keeps = name in ARCHITECTURE_FLAGS and not flags.ignore_arch
+        if keeps:
+            merged[name] = saved[name]
+        winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
+        console.line(f"  --{name.replace('_', '-')}: saved {saved[name]}, asked {value}; {winner}")
+        if name in ("epochs", "max_steps") and merged["schedule"] == "cosine":
+            console.line(
+                f"  the lr schedule still spans {progress['schedule_steps']} steps and stays at "
+                "--eta-min after them; --init-from starts a new schedule from these weights"
+            )
+    return argparse.Namespace(**merged)
+
+
+# --- device ---------------------------------------------------------------------------------------
+
+
+def pick_device(wanted: str | None, world: World = ALONE) -> torch.device:
+    """The device asked for, or the best present; an absent one is an error and no fall back.
+
+    Of CUDA devices each process of a machine takes its own.
+    """
+    if world.size > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
+        wanted = f"cuda:{world.local_rank}"
+    if wanted is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+        raise UsageError(f"--device: expected cuda, cuda:1, mps or cpu, found {wanted!r}")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UsageError(
+            f"--device {wanted}: not usable here ({reason}); leave the flag out to take the best "
+            "device present, or pass --device cpu"
+        ) from error
+    return device
+
+
+def tune_for(device: torch.device) -> None:
+    """Settings of the whole process that make a device faster."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
+        # glibc keeps what is freed: fetching a step's pages anew took a tenth of its time.
+        trim_threshold, mmap_threshold = -1, -3  # as in <malloc.h>
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(trim_threshold, -1)
+            mallopt(mmap_threshold, 32 << 20)  # the most it accepts
+
+
+def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """Of mixed precision: bfloat16 where the device computes in it, else float16; None without."""
+    if not flags.amp:
+        return None
+    if flags.amp_dtype != "auto":
+        return torch.bfloat16 if flags.amp_dtype == "bf16" else torch.float16
+    here = device.type == "cuda" and torch.cuda.is_available()
+    if here and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def open_data(
+    flags: argparse.Namespace, console: Console
+) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
+    """Scan, split and index the files; the last item tells one set of windows from another."""
+    corpus = scan_corpus(
+        find_npq_files(flags.data),
+        ctx=flags.ctx,
+        codebooks=flags.codebooks,
+        skip_bad=flags.skip_bad_files,
+        checked_file=os.path.join(flags.save_dir, ".checked_files.json")
+        if os.path.isdir(flags.save_dir)  # --plan makes none
+        else None,
+    )
+    split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
+    try:
+        train, val = split_corpus(corpus, **split)
+    except OSError as error:
+        raise UsageError(
+            f"--val-list: expected a text file of validation files, found {error.strerror!r} at "
+            f"{flags.val_list}; check the path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--val-list: {error}") from error
+    jitter_seed = flags.seed if flags.jitter else None
+    train_windows = WindowDataset(
+        corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
+    )
+    # Validation windows do not overlap: each frame counts once, and the same ones in each epoch.
+    val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
+    for line in corpus.summary.lines():
+        console.line(line)
+    console.line(
+        f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
+        f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
+    )
+    # Without `jitter`: with it and without, a window has the same number and about the same place.
+    identity = {
+        "files": corpus.fingerprint(),
+        "split": train.fingerprint() + val.fingerprint(),
+        "ctx": flags.ctx,
+        "step": flags.step,
+        "seed": flags.seed,
+        "frame_rate": corpus.frame_rate,
+        "side_codebooks": corpus.side_codebooks,
+        "size": size_of_data(corpus, train, val),
+    }
+    return corpus, train_windows, val_windows, identity
+
+
+def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
+    """What a report or a model card tells of the data: files, and hours on either side."""
+    hours = 3600 * corpus.frame_rate
+    return {
+        "files": len(corpus.files),
+        "train_hours": round(float((train.stop - train.start).sum()) / hours, 4),
+        "val_hours": round(float((val.stop - val.start).sum()) / hours, 4),
+    }
+
+
+def settle_data_change(
+    flags: argparse.Namespace,
+    state: TrainState,
+    saved: dict[str, Any],
+    found: dict[str, Any],
+    source: str,
+    console: Console,
+) -> None:
+    """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
+    identity = found.keys() - {"size"}  # which follows from the files, and is not in older ones
+    changed = sorted(name for name in identity if saved.get(name) != found[name])
+    if not changed:
+        return
+    said = ", ".join(f"{n} {saved.get(n)!s:.8} -> {found[n]!s:.8}" for n in changed)  # hashes
+    if not flags.allow_data_change:
+        raise CheckpointError(
+            f"{source}: the data is not the data of the saved run ({said}); restore data and "
+            "flags, or pass --allow-data-change to go on with what is there now, from the start of "
+            "this epoch"
+        )
+    progress = state.progress
+    console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
+    state.guard.forget()
+    state.ladder.forget_windows()
+    progress.position = progress.epoch_steps = progress.epoch_refused = 0
+    progress.epoch_loss = progress.epoch_seconds = 0.0
+
+
+def build_loader(
+    flags: argparse.Namespace, windows: WindowDataset, order: Sampler[Any], device: torch.device
+) -> DataLoader[Tensor]:
+    """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
+    workers = flags.num_workers
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # `announce` says it
+    return DataLoader(
+        windows,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=flags.persistent_workers and workers > 0,
+        prefetch_factor=flags.prefetch if workers else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # of its own: the global one is dropout's, and exact on resume
+    )
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a loader process: a group of its own, so that Ctrl-C and the like reach the trainer alone.
+
+    SIGTERM gets its default action back: with it the trainer ends its loaders. If the trainer is
+    killed the kernel kills them, else they could outlive it and hold the folder's lock.
+    """
+    os.setpgid(0, 0)
+    # Threads of a loader whose trainer ended print tracebacks; its errors reach the trainer else.
+    sys.excepthook = lambda *_: None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+# --- model and state ------------------------------------------------------------------------------
+
+
+def pick_architecture(
+    flags: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    source: str,
+    vocab_sizes: tuple[int, ...],
+    world: World = ALONE,
+) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """Of the checkpoint, of --init-from, or of the flags, in that order; and --init-from's file."""
+    initial = None
+    if checkpoint is None and flags.init_from:
+        if world.is_first:
+            initial = load_parts(flags.init_from, needed=WEIGHTS_KEYS)
+        initial = world.share(initial)
+    saved = checkpoint or initial
+    if saved is not None and not flags.ignore_arch:
+        try:
+            config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{source or flags.init_from}: its architecture is none of this version ({error}); "
+                "use the program that wrote it"
+            ) from error
+    else:
+        names = ("d_model", "layers", "heads", "dropout", "qk_norm", "pattern", "depth_layers")
+        try:
+            config = ModelConfig(vocab_sizes, **{name: getattr(flags, name) for name in names})
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    fits = len(config.vocab_sizes) == len(vocab_sizes) and all(
+        have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
+    )
+    if not fits:
+        remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
+        raise CheckpointError(
+            f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
+            f"data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
+        )
+    return config, initial
+
+
+def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
+    """With fresh weights, and what the flags say of training it."""
+    return CodesTransformer(
+        config,
+        grad_checkpoint=flags.grad_checkpoint,
+        embed_grad=flags.embed_grad,
+        code_dropout=flags.code_dropout,
+        depth_share=flags.depth_share,
+    )
+
+
+def first_state(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    initial: dict[str, Any] | None,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+    world: World,
+) -> TrainState:
+    """With fresh weights, or the EMA weights of --init-from's file."""
+    torch.manual_seed(flags.seed)
+    model = new_model(flags, config)
+    if not shards(flags, world):  # else it need not fit there whole
+        model.to(device)
+    if initial is not None:
+        load_weights(model, initial["ema"], flags.init_from, world)
+    return build_state(flags, model, amp_dtype, device, world)
+
+
+def build_state(
+    flags: argparse.Namespace,
+    model: CodesTransformer,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+    world: World = ALONE,
+) -> TrainState:
+    """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
+    average = copy.deepcopy(model)
+    if shards(flags, world):
+        check_shardable(flags, model, amp_dtype)
+        for each in (model, average):
+            world.shard(each, blocks_of(each), device)
+    optimizer = build_optimizer(
+        model,
+        optim=flags.optim,
+        lr=flags.lr,
+        weight_decay=flags.weight_decay,
+        decay_all=flags.decay_all,
+        fused=flags.fused_optim,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
+    guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
+    ema = Ema(model, flags.ema, average)
+    return TrainState(model, ema, optimizer, scaler, guard, Progress())
+
+
+def blocks_of(model: CodesTransformer) -> list[Block]:
+    """The backbone's and those of depth."""
+    return [m for m in model.modules() if isinstance(m, Block)]
+
+
+def check_shardable(
+    flags: argparse.Namespace, model: CodesTransformer, amp_dtype: torch.dtype | None
+) -> None:
+    """Raise UsageError for what --parallel fsdp cannot do."""
+    if amp_dtype is torch.float16:
+        raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
+    if flags.compile_mode == "reduce-overhead":
+        raise UsageError(
+            "--parallel fsdp moves the weights that CUDA graphs would hold in place; use another "
+            "--compile-mode"
+        )
+    if not all(p.numel() for p in model.parameters()):
+        raise UsageError(
+            "--parallel fsdp cannot share the empty table that --pattern depth has for one "
+            "codebook; use --parallel ddp or --pattern parallel"
+        )
+
+
+def shards(flags: argparse.Namespace, world: World) -> bool:
+    """Whether each process shall hold a part of the state."""
+    return world.size > 1 and flags.parallel == "fsdp"
+
+
+def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:
+    """Loss weight of each codebook, mean 1. `auto` rises linearly with k; else a comma list."""
+    k = num_codebooks
+    if choice == "auto":
+        weights = [1 + alpha * i / max(k - 1, 1) for i in range(k)]
+    else:
+        try:
+            weights = [float(w) for w in choice.split(",")]
+        except ValueError as error:
+            raise UsageError(
+                f"--cb-weights: expected auto or {k} numbers with commas between, found {choice!r}"
+            ) from error
+        if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise UsageError(
+                f"--cb-weights: expected {k} numbers >= 0 and not all 0, one for each codebook, "
+                f"found {choice!r}"
+            )
+    return [w * k / sum(weights) for w in weights]
+
+
+def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
+    """Of a run on a device, here or not."""
+    return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
+
+
+def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
+    """With fresh weights, whole, on torch's default device."""
+    return build_state(flags, new_model(flags, config), None, torch.device("cpu"))

@@ -1,0 +1,207 @@
+"""What a run is: how far it has come, what a resume restores, what stays, what signals ask of it.
+
+run.state.progress.step       # in the checkpoint, as all of run.state
+run.flags.batch, run.files    # not in the state: they do not change while a run goes on
+run.stop.signal               # what Ctrl-C and the like have asked for
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from layers.loss import Losses
+from model import CodesTransformer
+from npq_dataset import EpochOrder, WindowDataset
+from run_folder.checkpoint import BackgroundSaver
+from run_folder.files import RunFiles
+from run_folder.metrics import Console, MetricsLog
+from training.parallel import World
+from training.stability import Ema, Guard, Ladder
+
+
+@dataclass
+class Progress:
+    """How far a run has come: plain numbers, all of them in the checkpoint."""
+
+    step: int = 0  # optimizer steps taken; refused ones do not count
+    epoch: int = 0  # epochs finished
+    position: int = 0  # windows of the present epoch that were used or refused
+    seconds: float = 0.0  # in training steps, since the very first start
+    elapsed: float = 0.0  # wall clock, likewise, over all processes
+    schedule_steps: int = 0  # of the lr schedule; fixed at the very first start but for wsd
+    cooling: bool = False  # wsd's cooldown has begun
+    lr_scale: float = 1.0  # cut by rollbacks
+    lr_goal: float = 1.0  # where it comes back to
+    best_val: float = math.inf
+    best_epoch: int = 0
+    validated_step: int = -1
+    validated_seconds: float = 0.0  # of --val-every-seconds
+    epoch_loss: float = 0.0  # sum over the epoch's accepted steps
+    epoch_steps: int = 0
+    epoch_refused: int = 0
+    epoch_seconds: float = 0.0
+    log_loss: float = 0.0  # the same since the last log line
+    log_steps: int = 0
+    log_seconds: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """All that a resume restores, besides the random state."""
+
+    model: CodesTransformer
+    ema: Ema[CodesTransformer]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: Guard
+    progress: Progress
+    ladder: Ladder = dataclasses.field(default_factory=Ladder)
+
+
+@dataclass
+class Run:
+    """One process's share of a run: its flags, its state, and all that does not change."""
+
+    flags: argparse.Namespace
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    console: Console
+    files: RunFiles
+    metrics: MetricsLog
+    state: TrainState
+    losses: Callable[[Tensor], Losses]  # codes on the device -> losses; compiled or not
+    compiled: bool
+    weights: Tensor  # [K], of the codebooks in the objective
+    train_windows: WindowDataset
+    val_windows: WindowDataset
+    order: EpochOrder
+    loader: DataLoader[Tensor]
+    data: dict[str, Any]  # what the windows are made of; a resume compares it
+    world: World
+    stop: StopRequest
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    last_save: float = dataclasses.field(default_factory=time.perf_counter)
+    saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
+    saving: Saving | None = None  # the save in flight
+    best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
+    failed_saves: int = 0
+    guard_stop: str | None = None  # why the guard ends the run
+    between_steps: bool = True  # False while weights, moments and counters disagree
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision around a forward pass."""
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype)
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that an optimizer step uses."""
+        return int(self.flags.batch * self.flags.accum)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimizer steps in an epoch."""
+        return self.order.num_windows // self.windows_per_step
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps until --epochs or --max-steps ends the run."""
+        planned = int(self.flags.epochs * self.steps_per_epoch)
+        return min(planned, self.flags.max_steps or planned)
+
+    def memory_gib(self) -> float:
+        """The most so far: of tensors on CUDA, elsewhere of this process in host memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+    def is_finished(self) -> bool:
+        """Whether epochs, steps or seconds have run out."""
+        p, flags = self.state.progress, self.flags
+        return (
+            p.epoch >= flags.epochs
+            or p.step >= (flags.max_steps or math.inf)
+            or p.seconds >= (flags.max_seconds or math.inf)
+        )
+
+    def seconds_left(self) -> float:
+        """Estimate from this epoch's pace."""
+        p = self.state.progress
+        pace = p.epoch_seconds / max(p.epoch_steps + p.epoch_refused, 1)
+        left = max(0, self.planned_steps - p.step) * pace
+        return min(left, self.flags.max_seconds - p.seconds) if self.flags.max_seconds else left
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A save in flight: of which moment, and what to do again if it fails."""
+
+    written: Future[Path]
+    step: int
+    epoch: int
+    is_best: bool
+    archive: bool
+    spare: bool  # a step checkpoint; these come often, and a disk may be full for minutes
+    started: float
+    stall: float  # seconds that training waited, for the save before it too
+
+
+class StopRequest:
+    """What signals have asked for. The loop looks at it between steps.
+
+    The first SIGINT, SIGTERM or SIGHUP (a terminal that closed) asks to save and stop, the second
+    leaves at once; SIGUSR1 asks to save and go on. Of many processes any may get one; it counts
+    once `agree` has told all of them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signal: int | None = None
+        self.save = False
+        self.received: int | None = None  # by this process; `signal` is what all know
+        self.received_save = False
+
+    def install(self) -> None:
+        """Take over the signals; under nohup SIGHUP stays ignored."""
+        for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number_ != signal.SIGHUP or signal.getsignal(number_) != signal.SIG_IGN:
+                signal.signal(number_, self._receive)
+
+    def _receive(self, number_: int, _: FrameType | None) -> None:
+        if number_ == signal.SIGUSR1:
+            self.received_save = True
+        elif self.received is not None:
+            os._exit(128 + number_)
+        else:
+            self.received = number_
+        if self.world.size == 1:
+            self.settle(*self.news())
+
+    def news(self) -> tuple[int, bool]:
+        """What this process has received: a signal to stop, or 0; whether to save, told once."""
+        number_, save = self.received or 0, self.received_save
+        self.received_save = False
+        return number_, save
+
+    def settle(self, number_: int, save: bool) -> None:
+        """Take note of what all processes know."""
+        self.signal = self.signal or number_ or None
+        self.save = self.save or save
