@@ -36,9 +36,12 @@ from tqdm import tqdm
 
 from cli.command_line import (
     FlagParser,
+    Once,
+    Several,
     UsageError,
     at_least,
     exit_code_of,
+    file_path,
     has_colour,
     problem,
     say,
@@ -86,16 +89,20 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__doc__, usage="%(prog)s PATH [PATH ...] [flags]")
     # fmt: off
     add = parser.add_argument_group("what to look at").add_argument
-    add("paths", nargs="*", metavar="PATH", help="folders, checkpoints or globs")
-    add("--metrics", metavar="FILE", help="the run's *_metrics.jsonl, if it lies elsewhere")
-    add("--probe-data", nargs="+", metavar="GLOB", help=".npq files to run the models on")
+    add("paths", type=file_path, nargs="*", metavar="PATH", help="folders, checkpoints or globs")
+    add("--metrics", type=file_path, metavar="FILE",
+        help="the run's *_metrics.jsonl, if it lies elsewhere")
+    add("--probe-data", type=file_path, action=Several, nargs="+", metavar="GLOB",
+        help=".npq files to run the models on")
     add("--probe-windows", type=at_least(1), default=8, help="windows of it")
-    add("--compare", nargs=2, metavar=("A", "B"), help="what changed from one file to another")
+    add("--compare", type=file_path, action=Once, nargs=2, metavar=("A", "B"),
+        help="what changed from one file to another")
 
     add = parser.add_argument_group("reports").add_argument
-    add("--json", metavar="FILE", help="write everything that was found; - for standard output")
-    add("--csv", metavar="FILE", help="write a row for each file and tensor")
-    add("--html", metavar="FILE", help="write one page with pictures")
+    add("--json", type=file_path, metavar="FILE",
+        help="write everything that was found; - for standard output")
+    add("--csv", type=file_path, metavar="FILE", help="write a row for each file and tensor")
+    add("--html", type=file_path, metavar="FILE", help="write one page with pictures")
     # fmt: on
     return parser
 

@@ -45,6 +45,7 @@ from cli.command_line import (
     UsageError,
     at_least,
     exit_code_of,
+    file_path,
     number,
     problem,
     say,
@@ -75,9 +76,10 @@ def build_parser() -> FlagParser:
 
     # fmt: off
     add = parser.add_argument_group("files").add_argument
-    add("inputs", nargs="*", metavar="AUDIO",
+    add("inputs", type=file_path, nargs="*", metavar="AUDIO",
         help="folders (with all in them), quoted globs or files; .npq with --decode and --info")
-    add("--out-dir", type=Path, metavar="DIR", help="where the files go; folders are mirrored")
+    add("--out-dir", type=lambda text: Path(file_path(text)), metavar="DIR",
+        help="where the files go; folders are mirrored")
     add("--overwrite", action="store_true", help="do again what is done, replace what is there")
 
     add = parser.add_argument_group("instead of encoding").add_argument
@@ -85,7 +87,7 @@ def build_parser() -> FlagParser:
     add("--info", action="store_true", help="print headers and code statistics, write nothing")
 
     add = parser.add_argument_group("codec").add_argument
-    add("--codec", default="44khz", metavar="CODEC",
+    add("--codec", type=file_path, default="44khz", metavar="CODEC",
         help="a path of DAC weights, demo (bundled, lo-fi), or official: 16khz, 24khz, 44khz")
     add("--device", metavar="DEVICE",
         help="cpu, cuda, cuda:1 or mps; without it cpu to decode, the best present to encode")
@@ -107,7 +109,7 @@ def settle(flags: argparse.Namespace) -> None:
     Raises:
         UsageError: flags that do not fit together.
     """
-    if not flags.inputs or "" in flags.inputs:  # an empty one would be the present folder
+    if not flags.inputs:
         raise UsageError("nothing to work on: name folders, quoted globs or files")
     unset = (None, False)  # by identity: a loudness of 0 equals False
     given = {n for n in (*ENCODING, *WRITING) if not any(getattr(flags, n) is u for u in unset)}

@@ -36,9 +36,11 @@ from cli.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     FlagParser,
+    Several,
     UsageError,
     at_least,
     exit_code_of,
+    file_path,
     fraction_or_one,
     list_of,
     positive,
@@ -66,17 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(__doc__, usage="%(prog)s CHECKPOINT [flags]")
     # fmt: off
     add = parser.add_argument_group("weights").add_argument
-    add("checkpoint", metavar="CHECKPOINT",
+    add("checkpoint", type=file_path, metavar="CHECKPOINT",
         help="any checkpoint of train_rvq.py, or shared weights (.safetensors)")
     add("--raw", action="store_true", help="raw weights, not their average (EMA)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="FILE.wav", help="where the sound goes")
-    add("--npq-out", metavar="FILE.npq", help="where the codes go")
+    add("--out", type=file_path, metavar="FILE.wav", help="where the sound goes")
+    add("--npq-out", type=file_path, metavar="FILE.npq", help="where the codes go")
     add("--with-prompt", action="store_true", help="write the prompt too")
-    add("--compare", nargs="+", metavar="GLOB",
+    add("--compare", type=file_path, action=Several, nargs="+", metavar="GLOB",
         help=".npq files of music; print how far the samples' statistics are from theirs")
-    add("--export-safetensors", metavar="FILE.safetensors",
+    add("--export-safetensors", type=file_path, metavar="FILE.safetensors",
         help="write the EMA weights to share, and a model card beside them; without --out and "
         "--npq-out nothing is drawn")
 
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="new frames; 1290 are 15 s at 44.1 kHz")
     add("--samples", type=at_least(1, 10**4), default=1, metavar="N",
         help="how many at once; names get _1, _2 ...")
-    add("--prompt", metavar="FILE", help=".npq or audio to carry on")
+    add("--prompt", type=file_path, metavar="FILE", help=".npq or audio to carry on")
     add("--prompt-frames", type=at_least(1), metavar="N", help="use only its first so many frames")
     add("--seed", type=at_least(0), default=0, metavar="N",
         help="the same seed draws the same codes")
@@ -101,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="frames that the model looks back; without it as in training")
 
     add = parser.add_argument_group("codec and machine").add_argument
-    add("--codec", metavar="NAME",
+    add("--codec", type=file_path, metavar="CODEC",
         help="44khz, 24khz, 16khz, demo or a path; without it as in training, or 44khz where the "
         "weights do not say")
     add("--device", default="best", metavar="NAME",

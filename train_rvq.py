@@ -46,9 +46,12 @@ from cli.command_line import (
     EXIT_FAILED,
     EXIT_USAGE,
     FlagParser,
+    Once,
+    Several,
     UsageError,
     at_least,
     begin_work,
+    file_path,
     fraction,
     fraction_or_one,
     in_words,
@@ -105,13 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="GLOB", help="globs, folders or .npq files")
+    add("--data", type=file_path, action=Several, nargs="+", metavar="GLOB",
+        help="globs, folders or .npq files")
     add("--ctx", type=at_least(2), default=512, help="frames in a window")
     add("--step", type=at_least(1), help="frames between window starts; without it ctx // 2")
     add("--jitter", action=switch, default=True,
         help="shift training windows from epoch to epoch")
     add("--val_split", type=fraction, default=0.05, help="share of the data that validates")
-    add("--val-list", metavar="FILE", help="text file of validation files; overrides --val_split")
+    add("--val-list", type=file_path, action=Once, metavar="FILE",
+        help="text file of validation files; overrides --val_split")
     add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
     add("--skip-bad-files", action="store_true", help="train without files that are not valid .npq")
     add("--num_workers", type=at_least(0, 256), default=2, help="loader processes; 0 = none")
@@ -203,11 +208,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mfu", type=fraction_or_one, default=0.35, help="share of them that training reaches")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--save_dir", metavar="DIR", default="rvq_ckpts", help="folder of the run's files")
+    add("--save_dir", type=file_path, metavar="DIR", default="rvq_ckpts",
+        help="folder of the run's files")
     add("--tag", default="", help="part of the files' names")
-    add("--resume", metavar="PATH", help="go on from this checkpoint and not from *_latest.pt")
+    add("--resume", type=file_path, metavar="PATH",
+        help="go on from this checkpoint and not from *_latest.pt")
     add("--no-resume", action="store_true", help="start anew; an earlier run's files are set aside")
-    add("--init-from", metavar="PATH",
+    add("--init-from", type=file_path, metavar="PATH",
         help="start a new run from the EMA weights of a checkpoint or .safetensors")
     add("--ignore-arch", action="store_true", help="take the architecture from flags when resuming")
     add("--allow-data-change", action="store_true", help="resume although data or windows changed")
@@ -226,10 +233,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-temperature", type=positive, default=1.0, help="of sampling")
     add("--eval-top-k", type=at_least(0), default=0, help="draw from the k likeliest; 0 = all")
     add("--eval-top-p", type=fraction_or_one, default=1.0, help="draw from this much probability")
-    add("--eval-outdir", metavar="DIR",
+    add("--eval-outdir", type=file_path, metavar="DIR",
         help="folder of samples; without it `samples` in --save_dir")
     add("--eval-on-cpu", action=switch, default=True, help="decode audio on the CPU")
-    add("--eval-dac-repo", default="44khz", metavar="CODEC",
+    add("--eval-dac-repo", type=file_path, default="44khz", metavar="CODEC",
         help="codec of samples: 44khz, 24khz, 16khz, demo (bundled, lo-fi) or a path")
 
     add = parser.add_argument_group("logging").add_argument
@@ -256,10 +263,6 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
         parser.error("--resume goes on with a run and --init-from starts one; give one")
     if is_shared(flags.resume or ""):
         parser.error(f"--resume {flags.resume}: weights alone begin a new run; use --init-from")
-    for flag in ("--save_dir", "--resume", "--init-from", "--val-list", "--eval-outdir"):
-        given = vars(flags)[flag[2:].replace("-", "_")]
-        if given == "":  # of a shell's variable that was never set
-            parser.error(f"{flag}: expected a path, found ''; name one or leave it out")
     if flags.eta_min > flags.lr:
         parser.error(
             f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it, or raise --lr"

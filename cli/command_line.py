@@ -74,9 +74,6 @@ class FlagParser(argparse.ArgumentParser):
                 given[-1] += f"={word}"  # argparse takes -1e-3 and -1,2 for flags
             else:
                 given.append(word)
-        for action in self._actions:
-            if action.nargs == "+" and sum(map(given.count, action.option_strings)) > 1:
-                self.error(f"{action.option_strings[0]}: is given twice; put all behind one")
         return super().parse_known_args(given, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -134,6 +131,46 @@ def has_default(action: argparse.Action) -> bool:
     return (
         bool(action.option_strings) and default is not False and default not in (None, "", SUPPRESS)
     )
+
+
+class Several(argparse.Action):
+    """Action of a flag that takes several values and may stand several times: all count."""
+
+    def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add values to those that an earlier one gave."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
+
+
+class Once(argparse.Action):
+    """Action of a flag whose earlier value must not be lost to a later one, as argparse has it."""
+
+    def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Take the value, or raise ArgumentError where it is not that of an earlier one."""
+        before = getattr(namespace, self.dest)
+        if isinstance(before, (str, list)) and before != values:
+            raise argparse.ArgumentError(self, "is given twice, with other values; give it once")
+        setattr(namespace, self.dest, values)
+
+
+def file_path(text: str) -> str:
+    """Argument type of everything that names a file, a folder or a glob: `~` and `~user` expanded.
+
+    A shell leaves them alone behind `=` and in quotes. Names of the environment stay as they are.
+    """
+    if not text:  # of a shell's variable that was never set
+        raise argparse.ArgumentTypeError("expected a path, found ''; name one or leave it out")
+    path = os.path.expanduser(text)
+    if path == text and text.startswith("~") and not os.path.lexists(text):
+        raise argparse.ArgumentTypeError(
+            f"expected a user with a home folder, found {text!r}; write ./{text} for that very name"
+        )
+    if path != text and os.path.lexists(text) and not os.path.lexists(path):
+        raise argparse.ArgumentTypeError(
+            f"expected {path}, found only ./{text}, as a version that left ~ alone made it; "
+            f"move that there, or write ./{text}"
+        )
+    return path
 
 
 def at_least(low: int, most: int | None = None) -> Callable[[str], int]:

@@ -212,7 +212,7 @@ def test_what_is_stale_damaged_or_of_another_shape_is_done_again(
 def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
     out = ("--out-dir", tmp_path / "out")
     assert "nothing to work on" in usage_error(capsys, *out)
-    assert "nothing to work on" in usage_error(capsys, "", *out)
+    assert "AUDIO: expected a path, found ''" in usage_error(capsys, "", *out)
     assert "--out-dir is missing" in usage_error(capsys, song)
     assert "no such file" in usage_error(capsys, tmp_path / "*.flac", *out)
     assert "no .npq in it" in usage_error(capsys, song.parent, *out, "--decode")

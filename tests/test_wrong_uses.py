@@ -69,7 +69,8 @@ USES = [
     ("--data {p}/empty", 1, "name folders, .npq files or quoted globs"),
     ("--data {p}/sound", 1, "encode_npq.py makes .npq of audio"),
     ("--data {p}/nowhere\udcff", 1, "name folders, .npq files or quoted globs"),
-    ("--data {tunes} --data {tunes}", 2, "--data: is given twice; put all behind one"),
+    ("--data=~nobody_here/toks", 2, "write ./~nobody_here/toks for that very name"),
+    ("--val-list a.txt --val-list b.txt", 2, "--val-list: is given twice, with other values"),
     ("--lr -1e-3", 2, "--lr: expected a number > 0"),
     ("--lr 1e300", 2, "--lr: expected a number < 1e+30, found '1e300'"),
     ("--eta-min 1", 2, "lower it, or raise --lr"),
@@ -110,7 +111,7 @@ USES = [
 @pytest.mark.parametrize(("use", "code", "remedy"), USES, ids=[use for use, *_ in USES])
 def test_a_mistake_is_one_line_that_says_what_to_do(use, code, remedy, place, tunes, capsys):
     words = [w.format(p=place, tunes=tunes) for w in use.split(" ") if w]
-    data = [] if "--data" in words and words.count("--data") == 1 else ["--data", str(tunes)]
+    data = [] if "--data" in use else ["--data", str(tunes)]
     where = [] if "--save_dir" in use else ["--save_dir", str(place / "new")]
     before = files_of(place)
     found, said = ending([*TINY, *data, *where, *words], capsys)
