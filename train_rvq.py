@@ -61,7 +61,7 @@ from cli.command_line import (
     steady_streams,
     unexpected,
 )
-from model import PATTERNS, CodesTransformer
+from model import PATTERNS
 from npq_dataset import BadFilesError
 from pages.run_page import write_report
 from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept, save_checkpoint
@@ -84,7 +84,6 @@ from training.saving import (
 )
 from training.setup import (
     ALONE,
-    blocks_of,
     check_windows,
     open_data,
     pick_architecture,
@@ -195,8 +194,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
         help="reduce-overhead uses CUDA graphs")
     add("--fused-optim", action=switch, default=True, help="fused AdamW")
-    add("--parallel", choices=("ddp", "fsdp"), default="ddp",
-        help="under torchrun: a whole copy of the state in each process, or a part")
 
     add = parser.add_argument_group("planning").add_argument
     add("--plan", action="store_true",
@@ -328,7 +325,7 @@ def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
     facts = run.world.sum(accumulate(run, batches))
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    return torch.cat((facts, run.world.total_norm(gradients)[None].float()))
+    return torch.cat((facts, torch.nn.utils.get_total_norm(gradients)[None]))
 
 
 def accumulate(run: Run, batches: Iterator[Tensor]) -> Tensor:
@@ -389,11 +386,7 @@ def compile_losses(run: Run) -> None:
     eager, scaler = run.losses, state.scaler
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
     options = {"mode": run.flags.compile_mode, "fullgraph": True}
-    blocks = blocks_of(state.model) if run.world.is_sharded else []
-    for block in blocks:  # between them their weights are put together, by code for no compiler
-        vars(block)["forward"] = torch.compile(block.forward, **options)
-    run.losses = eager if blocks else torch.compile(eager, **options)
-    run.compiled = True
+    run.losses, run.compiled = torch.compile(eager, **options), True
     started = time.perf_counter()
     try:
         with rng_kept():
@@ -410,8 +403,6 @@ def compile_losses(run: Run) -> None:
         state.optimizer.zero_grad(set_to_none=True)
     if (failure := run.world.first(failure)) is not None:
         run.losses, run.compiled = eager, False
-        for block in blocks:
-            del vars(block)["forward"]
         run.console.problem(f"torch.compile failed, going on without it ({failure})")
 
 
@@ -515,7 +506,6 @@ def write_samples(run: Run) -> None:
     """
     p, flags = run.state.progress, run.flags
     started = time.perf_counter()
-    weights = run.world.whole(run.state.ema.state_dict())
     if not run.world.is_first:
         return
 
@@ -526,7 +516,7 @@ def write_samples(run: Run) -> None:
     codes: np.ndarray[Any, Any] | None = None
     outcome: dict[str, Any]
     try:
-        path = draw_sample(run, weights, stop_on_signal)
+        path = draw_sample(run, stop_on_signal)
         codes = map_codes(read_header(path)).astype(np.int64)
         from sound.codec import (  # training runs where no codec can be imported
             load_codec,
@@ -565,18 +555,14 @@ def samples_folder(flags: argparse.Namespace) -> Path:
     return Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
 
 
-def draw_sample(run: Run, weights: dict[str, Tensor], on_frame: Callable[[], None]) -> Path:
+def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:
     """Codes of one sample of EMA weights as .npq, named by run, epoch and time."""
     p, flags, config = run.state.progress, run.flags, run.state.model.config
     folder = samples_folder(flags)
     folder.mkdir(parents=True, exist_ok=True)
-    model = run.state.ema.model
-    if run.world.is_sharded:  # drawing is one process's work
-        model = CodesTransformer(config).to(run.device)
-        model.load_state_dict(weights)
     draw = Draw.of(config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p)
     codes = generate(
-        model,
+        run.state.ema.model,
         flags.eval_frames,
         ctx=flags.ctx,
         draw=draw,
@@ -1010,7 +996,7 @@ def train_or_save(run: Run) -> int:
         return train(run)
     except Exception as error:
         run.console.end_epoch()
-        if not run.world.go_alone():
+        if not run.world.continue_alone():
             raise
         run.stop.settle(run.stop.received or 0, False)
         if run.stop.signal is not None and run.between_steps:
@@ -1101,7 +1087,7 @@ def main(argv: list[str] | None = None) -> int:
     world, flags = World(), None
     try:
         world = join()
-        with steady_streams(), world.one_voice():
+        with steady_streams(), world.print_once():
             flags, explicit = parse_flags(argv)
         with steady_streams():
             return train_as_one(flags, explicit, world)

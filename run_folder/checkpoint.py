@@ -134,17 +134,13 @@ class BackgroundSaver:
         self.copies: dict[tuple[Any, ...], Tensor] = {}
 
     def start(
-        self,
-        checkpoint: dict[str, Any],
-        write: Callable[[dict[str, Any]], Path],
-        *,
-        is_copy: bool = False,
+        self, checkpoint: dict[str, Any], write: Callable[[dict[str, Any]], Path]
     ) -> Future[Path]:
-        """Copy the checkpoint unless it is a copy, then `write` the copy in the background.
+        """Copy the checkpoint, then `write` the copy in the background.
 
         Wait for the future before the next start: the copy's memory is used again.
         """
-        copy = checkpoint if is_copy else self._copied(checkpoint, ())
+        copy = self._copied(checkpoint, ())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return self.thread.submit(write, copy)

@@ -11,15 +11,11 @@ Each group of parameters runs at its own multiple of the learning rate, kept in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:  # takes most of a second: left to runs that shard
-    from torch.distributed.tensor import DTensor
 
 BETAS = (0.9, 0.95)
 
@@ -50,9 +46,8 @@ def build_optimizer(
         groups = parameter_groups(model, weight_decay, decay_all=decay_all)
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
-    is_sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     return MuonWithAdamW(
-        (ShardedMuon if is_sharded else torch.optim.Muon)([hidden], lr=lr),
+        torch.optim.Muon([hidden], lr=lr),
         torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
     )
 
@@ -120,101 +115,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """As torch's; it makes new groups and a new state, which both parts must see."""
         super().load_state_dict(state_dict)
         self._share()
-
-
-# --- Muon on sharded matrices --------------------------------------------------------------------
-
-
-class ShardedMuon(torch.optim.Muon):
-    """Muon where each process holds some rows of every matrix.
-
-    A matrix must be whole to be made orthogonal. Each process does this for its share of the
-    matrices, whose rows travel to it and back in the bf16 that the iteration works in; momentum and
-    weights stay where they are (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.3,
-    which has every process do it for all).
-    """
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """As torch's, on this process's rows."""
-        for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
-            held.sort(key=Tensor.numel, reverse=True)  # equal ones in a row: even shares
-
-            def orthogonal(matrix: Tensor, group: dict[str, Any] = group) -> Tensor:
-                return newton_schulz(
-                    matrix, group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
-
-            rows = [self._nesterov(p, group["momentum"]).bfloat16() for p in held]
-            for p, update in zip(held, by_whole_matrices(orthogonal, rows, held), strict=True):
-                tallness = max(1.0, p.shape[0] / p.shape[1])
-                own = p.to_local()
-                own.mul_(1 - group["lr"] * group["weight_decay"])
-                own.add_(update, alpha=-group["lr"] * tallness**0.5)
-
-    def _nesterov(self, p: Any, momentum: float) -> Tensor:
-        """Move the momentum of this process's rows; the update that follows from it."""
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
-        gradient, average = p.grad.to_local(), state["momentum_buffer"].to_local()
-        average.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum)
-
-
-def newton_schulz(
-    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> Tensor:
-    """About the nearest orthogonal matrix, in bf16, as torch.optim.Muon makes it.
-
-    A quintic Newton-Schulz iteration (Jordan et al. 2024): x <- (a + b x x^T + c (x x^T)^2) x, from
-    a norm of 1 at most; it wants no more rows than columns.
-    """
-    a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16().mT if is_tall else matrix.bfloat16()
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
-
-
-def by_whole_matrices(
-    change: Callable[[Tensor], Tensor], rows: Sequence[Tensor], like: Sequence[DTensor]
-) -> list[Tensor]:
-    """Change matrices of which each process holds some rows; its rows of the results.
-
-    `rows` are this process's, `like` the sharded matrices they are of. Matrix i is made whole on
-    process i modulo their number; two exchanges serve all matrices.
-    """
-    mesh = like[0].device_mesh
-    rank, size, group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
-
-    def count(i: int, holder: int) -> int:
-        """Elements of matrix i that a process holds."""
-        height, width = like[i].shape
-        most = -(-height // size)  # rows of all but the last holders, as torch.chunk has them
-        return max(0, min(most, height - holder * most)) * width
-
-    mine = range(rank, len(rows), size)
-    by_owner = [i for owner in range(size) for i in range(owner, len(rows), size)]
-    sent = [sum(count(i, rank) for i in range(o, len(rows), size)) for o in range(size)]
-    received = [sum(count(i, holder) for i in mine) for holder in range(size)]
-    ours = torch.cat([rows[i].flatten() for i in by_owner])
-    theirs = ours.new_empty(sum(received))
-    dist.all_to_all_single(theirs, ours, received, sent, group=group)
-
-    pieces = theirs.split([count(i, holder) for holder in range(size) for i in mine])
-    for place, i in enumerate(mine):
-        parts = pieces[place :: len(mine)]  # of each holder, views into `theirs`
-        whole = change(torch.cat(parts).view(like[i].shape)).flatten()
-        for part, new in zip(parts, whole.split([len(p) for p in parts]), strict=True):
-            part.copy_(new)
-    dist.all_to_all_single(ours, theirs, sent, received, group=group)
-    changed = dict(zip(by_owner, ours.split([count(i, rank) for i in by_owner]), strict=True))
-    return [changed[i].view_as(part) for i, part in enumerate(rows)]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:

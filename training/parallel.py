@@ -1,11 +1,9 @@
-"""Many processes, one run: joining, agreeing, sharing the state, reducing gradients.
+"""Many processes, one run: joining, agreeing, the same state everywhere, averaged gradients.
 
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
-    world = join()                                 # alone without torchrun: the rest is free then
-    world.shard(model, model.blocks, device)       # FSDP2; without this line DDP
-    losses = world.averaging(model, model.losses)  # whose backward averages the gradients
-    weights = world.whole(model.state_dict())      # for a checkpoint: not sharded, on rank 0
+    world = join()                                 # one process without torchrun: the rest is free
+    losses = world.averaging(model, model.losses)  # whose backward averages the gradients (DDP)
 
 Every process runs the same program and takes the same decisions. What is not a function of the
 shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
@@ -20,12 +18,10 @@ import io
 import os
 import socket
 import sys
-import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,9 +30,6 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-
-if TYPE_CHECKING:  # takes most of a second: left to runs that shard
-    from torch.distributed.tensor import DTensor
 
 # Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
 # one that hangs after this.
@@ -56,8 +49,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # among the processes of this machine
     store: Store | None = field(default=None, repr=False)  # outlives a process that dies
-    module: Any = field(default=None, repr=False)  # DDP's or FSDP's, which averages the gradients
-    is_sharded: bool = False  # each process holds a part of every tensor
+    module: DistributedDataParallel | None = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -100,7 +92,7 @@ class World:
         return values[0]
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def rank0_first(self) -> Iterator[None]:
         """Rank 0 first, then the first process of each other machine, then the rest.
 
         What the first of a machine reads and remembers, the others need not.
@@ -143,7 +135,7 @@ class World:
             return None
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def print_once(self) -> Iterator[None]:
         """Around what may print and exit: where every process would, the first to do so prints."""
         if self.size == 1:
             yield
@@ -159,12 +151,11 @@ class World:
                 print(said.getvalue(), end="", file=sys.stderr, flush=True)
             raise SystemExit(code if told is None else told) from None
 
-    def go_alone(self) -> bool:
-        """After a failure: go on as one process where this one holds files and a whole state."""
-        can = self.size == 1 or (self.is_first and not self.is_sharded)
-        if can:
+    def continue_alone(self) -> bool:
+        """After a failure: go on as one process if this is the one that holds the files."""
+        if self.is_first:
             self.size, self.module = 1, None
-        return can
+        return self.is_first
 
     def wait(self) -> None:
         """Until all have come to their end; an earlier one would pass for a failure."""
@@ -173,61 +164,20 @@ class World:
 
     # --- the state -------------------------------------------------------------------------------
 
-    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-        """Give each process a part of every tensor of a model that has `losses`.
-
-        Each block's are put together while it runs (FSDP: Zhao et al. 2023; ZeRO-3: Rajbhandari et
-        al. 2020). The model may lie on the CPU: its parts go to the device block by block.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        mesh = init_device_mesh(device.type, (self.size,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        # Without resharding, a model that sees no backward would keep its root's parameters whole.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        register_fsdp_forward_method(model, "losses")
-        self.is_sharded = True
-
-    def whole(self, value: Any) -> Any:
-        """Nested containers with sharded tensors put together, copied to rank 0's CPU.
-
-        Every process must ask, and others get None for tensors. One at a time is whole on the
-        devices. Where nothing is sharded the value stays as it is, and is no copy.
-        """
-        if not self.is_sharded:
-            return value
-        if isinstance(value, Tensor):
-            full = value.full_tensor() if is_part(value) else value.clone()
-            return full.detach().cpu() if self.is_first else None
-        if isinstance(value, dict):
-            return {key: self.whole(part) for key, part in value.items()}
-        return [self.whole(part) for part in value] if isinstance(value, list) else value
-
     def share(self, checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Rank 0's checkpoint; elsewhere weights and moments are shapes alone, for `place`."""
+        """Rank 0's checkpoint; elsewhere weights and moments are shapes alone, for `scatter`."""
         outline = self.from_first(_outline(checkpoint) if self.size > 1 else None)
         return checkpoint if self.is_first else outline
 
     @torch.no_grad()
-    def place(self, own: Tensor, saved: Tensor) -> None:
+    def scatter(self, own: Tensor, saved: Tensor) -> None:
         """Copy rank 0's saved tensor into each process's own."""
-        if self.size == 1:
-            own.copy_(saved)
-            return
-        whole = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
         if self.is_first:
-            whole.copy_(saved)
-        if is_part(own):
-            from torch.distributed.tensor import distribute_tensor
+            own.copy_(saved)
+        if self.size > 1:
+            dist.broadcast(own, 0)
 
-            own.copy_(distribute_tensor(whole, own.device_mesh, own.placements))
-        else:
-            dist.broadcast(whole, 0)
-            own.copy_(whole)
-
-    def placed_moments(
+    def scatter_moments(
         self, saved: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer
     ) -> dict[int, dict[str, Any]]:
         """A saved optimizer state, by index of the parameter, as each process holds it."""
@@ -240,7 +190,7 @@ class World:
             for kind, value in state.items():
                 if isinstance(value, Tensor) and value.dim():
                     placed[index][kind] = torch.zeros_like(parameters[index], requires_grad=False)
-                    self.place(placed[index][kind], value)
+                    self.scatter(placed[index][kind], value)
         return placed
 
     # --- gradients -------------------------------------------------------------------------------
@@ -248,12 +198,9 @@ class World:
     def averaging(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
         """The `losses` of a model, of codes [B, T, K], with a backward that averages its gradients.
 
-        By DDP (Li et al. 2020, "PyTorch Distributed"), or by FSDP where the model is sharded.
+        By DistributedDataParallel (Li et al. 2020, "PyTorch Distributed").
         """
         if self.size == 1:
-            return losses
-        if self.is_sharded:
-            self.module = model
             return losses
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the old name; torch 2.13 renamed it
@@ -265,11 +212,7 @@ class World:
     @contextlib.contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: the step's last exchanges gradients."""
-        with contextlib.ExitStack() as stack:
-            if self.is_sharded and self.module is not None:
-                self.module.set_requires_gradient_sync(last)
-            if isinstance(self.module, DistributedDataParallel) and not last:
-                stack.enter_context(self.module.no_sync())
+        with contextlib.nullcontext() if self.module is None or last else self.module.no_sync():
             yield
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -277,11 +220,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Norm of all gradients together, a scalar on their device."""
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if is_part(norm) else norm
 
 
 def join() -> World:
@@ -294,7 +232,9 @@ def join() -> World:
         return World()
     try:
         shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        store = meet(shared, rank, size)
+        # torchrun keeps one store over its restarts, and in it addresses of processes that died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt {attempt}", shared)
         dist.init_process_group(
             store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
         )
@@ -302,38 +242,6 @@ def join() -> World:
         raise ParallelError(f"the processes could not find each other: {error}") from error
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return World(rank, size, local_rank, PrefixStore("failure", store))
-
-
-def meet(store: Store, rank: int, size: int) -> Store:
-    """A part of the store that is this attempt's alone.
-
-    Torchrun keeps one store over its restarts, and with it the addresses of processes that have
-    died. Rank 0 makes up a name; each other process asks for it with a word of its own, so that
-    neither takes an old answer, and rank 0 waits for those that live to say that they have it.
-    """
-    if rank:
-        word = uuid.uuid4().hex
-        store.set(f"asks/{rank}", word)
-        name = store.get(f"answer/{word}").decode()
-        store.set(f"{name}/has/{rank}", "")
-        return PrefixStore(name, store)
-    name = uuid.uuid4().hex
-    for other in range(1, size):
-        end = time.monotonic() + TIMEOUT.total_seconds()
-        while not store.check([f"{name}/has/{other}"]) and time.monotonic() < end:
-            store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
-            time.sleep(0.01)
-    return PrefixStore(name, store)
-
-
-def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is sharded over processes."""
-    return hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def is_loss_of_peer(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from cli.command_line import in_words
 from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
 from run_folder.shared_weights import export_weights
 from training.optimizer import state_tensors
-from training.parallel import World, local
+from training.parallel import World
 from training.stability import not_finite
 from training.state import Progress, Run, Saving, TrainState
 
@@ -30,14 +30,14 @@ MAX_FAILED_SAVES = 3
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
-    """Everything needed to resume: plain types and tensors only; every process must ask."""
-    state, whole = run.state, run.world.whole
+    """Everything needed to resume: plain types and tensors only."""
+    state = run.state
     state.progress.elapsed += time.perf_counter() - run.started
     run.started = time.perf_counter()
     return {
-        "model": whole(state.model.state_dict()),
-        "ema": whole(state.ema.state_dict()),
-        "optimizer": whole(state.optimizer.state_dict()),
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.state_dict(),
         "ladder": state.ladder.state_dict(),
@@ -89,7 +89,7 @@ def save(
         archive_epoch=p.epoch if archive else None,
         ring_step=p.step if ring else None,
     )
-    written = run.saver.start(checkpoint, write, is_copy=run.world.is_sharded)
+    written = run.saver.start(checkpoint, write)
     stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
     return None
@@ -169,7 +169,7 @@ def unsound(run: Run) -> str | None:
     tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
     tensors |= {f"ema {n}": t for n, t in state.ema.state_dict().items()}
     tensors |= dict(state_tensors(state.optimizer))
-    bad = not_finite({n: local(t) for n, t in tensors.items()})
+    bad = not_finite(tensors)
     return run.world.first(
         f"{len(bad)} tensors are not finite, first {bad[0]}"
         if bad
@@ -213,7 +213,7 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: Wor
         )
     for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
         group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
-    moments = world.placed_moments(saved["state"], state.optimizer)
+    moments = world.scatter_moments(saved["state"], state.optimizer)
     state.optimizer.load_state_dict({**own, "state": moments})
     if checkpoint["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
@@ -239,4 +239,4 @@ def load_weights(
             "leave out --ignore-arch to take the saved one, or --no-resume to start anew"
         )
     for name, p in model.state_dict().items():
-        world.place(p, weights[name])
+        world.scatter(p, weights[name])

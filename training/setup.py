@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import functools
 import math
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from cli.command_line import UsageError
-from model import Block, CodesTransformer, ModelConfig
+from model import CodesTransformer, ModelConfig
 from npq_dataset import (
     Corpus,
     EpochOrder,
@@ -85,7 +84,7 @@ def set_up(
     tune_for(device)
 
     os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
-    with world.in_turn():
+    with world.rank0_first():
         corpus, train_windows, val_windows, data = open_data(flags, console)
     config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
     console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
@@ -266,8 +265,8 @@ def device_name(device: torch.device) -> str:
 
 
 def parallel_words(run: Run) -> str:
-    """`, 4 processes (ddp)`, or nothing for one."""
-    return f", {run.world.size} processes ({run.flags.parallel})" if run.world.size > 1 else ""
+    """`, 4 processes`, or nothing for one."""
+    return f", {run.world.size} processes" if run.world.size > 1 else ""
 
 
 # --- checkpoint and flags -------------------------------------------------------------------------
@@ -598,12 +597,10 @@ def first_state(
 ) -> TrainState:
     """With fresh weights, or the EMA weights of --init-from's file."""
     torch.manual_seed(flags.seed)
-    model = new_model(flags, config)
-    if not shards(flags, world):  # else it need not fit there whole
-        model.to(device)
+    model = new_model(flags, config).to(device)
     if initial is not None:
         load_weights(model, initial["ema"], flags.init_from, world)
-    return build_state(flags, model, amp_dtype, device, world)
+    return build_state(flags, model, amp_dtype, device)
 
 
 def build_state(
@@ -611,14 +608,8 @@ def build_state(
     model: CodesTransformer,
     amp_dtype: torch.dtype | None,
     device: torch.device,
-    world: World = ALONE,
 ) -> TrainState:
-    """Optimizer, scaler, EMA and guard around a model, which is sharded first if it shall be."""
-    average = copy.deepcopy(model)
-    if shards(flags, world):
-        check_shardable(flags, model, amp_dtype)
-        for each in (model, average):
-            world.shard(each, blocks_of(each), device)
+    """Optimizer, scaler, EMA and guard around a model."""
     optimizer = build_optimizer(
         model,
         optim=flags.optim,
@@ -630,36 +621,8 @@ def build_state(
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
     guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
-    ema = Ema(model, flags.ema, average)
+    ema = Ema(model, flags.ema)
     return TrainState(model, ema, optimizer, scaler, guard, Progress())
-
-
-def blocks_of(model: CodesTransformer) -> list[Block]:
-    """The backbone's and those of depth."""
-    return [m for m in model.modules() if isinstance(m, Block)]
-
-
-def check_shardable(
-    flags: argparse.Namespace, model: CodesTransformer, amp_dtype: torch.dtype | None
-) -> None:
-    """Raise UsageError for what --parallel fsdp cannot do."""
-    if amp_dtype is torch.float16:
-        raise UsageError("--parallel fsdp has no loss scaler for fp16; use bf16 or --no-amp")
-    if flags.compile_mode == "reduce-overhead":
-        raise UsageError(
-            "--parallel fsdp moves the weights that CUDA graphs would hold in place; use another "
-            "--compile-mode"
-        )
-    if not all(p.numel() for p in model.parameters()):
-        raise UsageError(
-            "--parallel fsdp cannot share the empty table that --pattern depth has for one "
-            "codebook; use --parallel ddp or --pattern parallel"
-        )
-
-
-def shards(flags: argparse.Namespace, world: World) -> bool:
-    """Whether each process shall hold a part of the state."""
-    return world.size > 1 and flags.parallel == "fsdp"
 
 
 def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:

@@ -32,12 +32,11 @@ class Ema(Generic[M]):
     """Exponential moving average of a model's weights, kept as a second model.
 
     A model of its own is evaluated as it stands: nothing is swapped into the trained weights, so
-    nothing can be left swapped when an evaluation is interrupted. It costs the same memory. A copy
-    must be given where a model cannot be copied: a sharded one.
+    nothing can be left swapped when an evaluation is interrupted. It costs the same memory.
     """
 
-    def __init__(self, model: M, decay: float, copied: M | None = None) -> None:
-        self.model = (copied or copy.deepcopy(model)).eval().requires_grad_(False)
+    def __init__(self, model: M, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.averaged: list[Tensor] = list(self.model.parameters())
         self.trained: list[Tensor] = list(model.parameters())
