@@ -37,9 +37,8 @@ test-faults: .venv/installed-dev  ## kills, full disks and bit flips in earnest;
 test-gpu: .venv/installed-dev  ## needs a CUDA device
 	$(BIN)/python -m pytest -m cuda
 
-bench-data: .venv/installed  ## window speed and memory; scan, index and order of 10,000 hours
+bench-data: .venv/installed  ## window speed and memory
 	$(BIN)/python benchmarks/data_path.py
-	$(BIN)/python benchmarks/scale.py
 
 bench-gpu: .venv/installed  ## frames/s, MFU, memory and compile time of the usual runs on a GPU
 	$(BIN)/python benchmarks/gpu.py

@@ -168,7 +168,7 @@ class CodesTransformer(nn.Module):
     Biases are left out throughout, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary
     positions need no table, so any ctx can be trained or sampled with the same weights. The summed
     embeddings are RMS-normalised before the first block: without that, gradients spike when
-    attention first forms (benchmarks/README.md).
+    attention first forms (benchmarks/journal.md).
 
     The keywords matter to training alone: `grad_checkpoint` keeps only the inputs of blocks and
     runs blocks again in backward; `embed_grad` scales the embeddings' gradient; `code_dropout` is
@@ -621,7 +621,7 @@ class LayerCache(NamedTuple):
         """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill.
 
         One query is best served by plain products: SDPA's kernels on CPUs took 3 times as long in
-        float32 and 10 times in bfloat16 (benchmarks/README.md).
+        float32 and 10 times in bfloat16 (benchmarks/journal.md).
         """
         cache, dtype = self.cache, self.keys.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

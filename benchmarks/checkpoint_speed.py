@@ -4,7 +4,7 @@
 
 Every save ends with the bytes on the disk (fsync); ours also hashes every tensor, reads nothing
 back, and keeps the file before it. Loads are from the page cache; ours checks every byte. All in
-turn. `save_stall.py` measures what a save costs the steps beside it.
+turn.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from pathlib import Path
 import measuring
 import torch
 from measuring import in_turn, print_table, ratios, seconds_of, spread
-from save_stall import state_of
 
-from run_folder.checkpoint import BackgroundSaver, load_checkpoint, size_of
+from run_folder.checkpoint import REQUIRED_KEYS, BackgroundSaver, load_checkpoint, size_of
 from run_folder.files import RunFiles
 
 SAVES = ("save, in the background", "save, in its way", "torch.save and fsync")
 WRITTEN, READ = "limit: the bytes written and synced", "limit: the bytes read"
+
+
+def state_of(megabytes: int, device: str) -> dict:
+    """Weights, EMA and two moments of a model that takes so much on disk, 4 MB a tensor."""
+    parts = ("model", "ema", "first", "second")
+    count = max(1, megabytes // 4 // len(parts))
+    tensors = {
+        part: {f"{part}.{i}": torch.randn(1000, 1000, device=device) for i in range(count)}
+        for part in parts
+    }
+    return {**{key: {} for key in REQUIRED_KEYS}, **tensors, "progress": {"step": 0}}
 
 
 def synced(path: Path, write: Callable[[Path], object]) -> None:

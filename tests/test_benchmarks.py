@@ -61,14 +61,6 @@ def test_checkpoint_speed_has_saving_and_loading(tmp_path):
     assert all(number(row[1]) > 0 for row in rows)
 
 
-def test_doctor_speed_has_a_limit(tmp_path):
-    flags = "--files 2 --shape 32/1/1 --rounds 1"
-    rows, _ = table_of("doctor_speed.py", flags, tmp_path)
-    assert [row[0] for row in rows] == [
-        "the doctor", "torch.load of every file", "limit: the bytes read",
-    ]  # fmt: skip
-
-
 def test_gpu_runs_every_mode_and_outlives_a_row_that_fails(tmp_path):
     tiny = "--device cpu --rounds 1 --steps 1 --device-tflops 0.1"
     rows, _ = table_of("gpu.py", f"{tiny} --shapes none,tiny --modes eager,compile", tmp_path)

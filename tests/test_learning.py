@@ -115,16 +115,15 @@ def test_jobs_go_seed_by_seed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["learning", "curriculum"])
-def test_real_runs(script, tunes, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--out", str(tmp_path)]
+def test_real_runs(tunes, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), "--out", str(tmp_path)]
     command += ["--data", *(str(tunes / f"{i}.npq") for i in range(3)), "--val"]
     command += [str(tunes / "3.npq"), "--d_model", "32", "--layers", "1", "--heads", "2", "--ctx"]
     command += ["32", "--batch", "4", "--seconds", "1", "--evals", "2", "--seeds", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = json.loads((tmp_path / f"{script}.json").read_text())["runs"]
-    assert len(kept) == {"learning": 4, "curriculum": 2}[script]
+    kept = json.loads((tmp_path / "learning.json").read_text())["runs"]
+    assert len(kept) == 4
     assert all(run["rows"][-1]["seconds"] >= 1 for run in kept)
-    assert (tmp_path / f"{script}.png").exists()
+    assert (tmp_path / "learning.png").exists()

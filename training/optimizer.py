@@ -6,7 +6,7 @@
     optimizer.step()
 
 Each group of parameters runs at its own multiple of the learning rate, kept in the group as
-`lr_factor`, so that one --lr serves both optimizers and every width (benchmarks/README.md).
+`lr_factor`, so that one --lr serves both optimizers and every width (benchmarks/journal.md).
 """
 
 from __future__ import annotations

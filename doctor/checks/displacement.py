@@ -3,7 +3,7 @@
     findings = [*check_displacement(run), *check_average(run)]
 
 Tensors are compared with what the optimizer's steps allow and with their own past; the limits that
-are not provable are calibrated on healthy runs (benchmarks/README.md).
+are not provable are calibrated on healthy runs (benchmarks/journal.md).
 """
 
 from __future__ import annotations

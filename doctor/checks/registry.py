@@ -4,7 +4,7 @@
 
 Each check is a function that takes a run and yields findings; README.md tells what each looks at.
 Provable limits come first; the others compare a tensor with its own past and with what the
-optimizer's steps allow, and are calibrated on healthy runs (benchmarks/README.md).
+optimizer's steps allow, and are calibrated on healthy runs (benchmarks/journal.md).
 """
 
 from __future__ import annotations
