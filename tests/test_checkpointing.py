@@ -315,6 +315,17 @@ def test_a_flipped_bit_in_the_zip_directory_is_found_at_every_entry(tmp_path, fi
             load_checkpoint(path)
 
 
+def test_a_flipped_bit_in_the_records_at_the_zips_end_is_found(tmp_path):
+    """Fault 4: END64, its locator and END, which tell readers where the directory is."""
+    path = tmp_path / "x.pt"
+    save_checkpoint(tiny(1), path)
+    whole, free = path.read_bytes(), {*range(4, 16), *range(80, 86)}  # sizes, versions, disks
+    for byte in sorted({*range(56 + 20 + 22)} - free):
+        flip(path, whole, 8 * (len(whole) - 98 + byte))
+        with pytest.raises(CheckpointError, match=r"x\.pt: "):
+            load_checkpoint(path)
+
+
 def test_a_flipped_bit_in_a_tensor_is_always_found(tmp_path):
     """Pitfall 13: torch.load alone reads it in silence."""
     path = tmp_path / "x.pt"

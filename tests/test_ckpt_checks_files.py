@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from conftest import content_of
@@ -20,5 +18,4 @@ def test_a_file_that_tells_no_step_is_told_and_counted_against_nothing(step, goo
     torch.save(content, good)
     run = Run("rvq_4cb", [summarize(good)], History([]))
     assert "tells no step" in "".join(f.text for f in check_keys(run))
-    for finding in check_steps(run):
-        assert math.isfinite(finding.baseline)
+    assert list(check_steps(run)) == []

@@ -55,17 +55,26 @@ def test_odd_tensors_are_measured_or_passed_over(tmp_path):
     assert found["scalar"].rms == 3.0
 
 
-@pytest.mark.parametrize("kind", ["complex", "sparse", "quantised", "meta", "csr"])
-def test_odder_tensors_cost_no_more_than_the_row(kind, tmp_path):
+def test_a_complex_tensor_costs_no_more_than_its_row(tmp_path):
+    odd = {"odd": torch.ones(8, dtype=torch.complex64), "w": torch.ones(9)}
+    summary = summarize(save(tmp_path / "rvq_4cb_latest.pt", odd))
+    assert summary.problem is None
+    assert [p.name for p in summary.parameters] == ["w"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own tensors
+@pytest.mark.parametrize("kind", ["sparse", "quantised", "meta", "csr"])
+def test_tensors_of_a_kind_that_training_never_saves_are_not_loaded(kind, tmp_path):
     odd = {
-        "complex": lambda: torch.ones(8, dtype=torch.complex64),
         "sparse": lambda: torch.eye(8).to_sparse(),
         "quantised": lambda: torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.qint8),
         "meta": lambda: torch.empty(8, device="meta"),
         "csr": lambda: torch.eye(8).to_sparse_csr(),
     }[kind]()
     summary = summarize(save(tmp_path / "rvq_4cb_latest.pt", {"odd": odd, "w": torch.ones(9)}))
-    assert summary.problem or any(p.name == "w" for p in summary.parameters)
+    assert summary.problem is not None
+    assert summary.problem.kind == "unsafe"
+    assert "its pickle would call torch._utils._rebuild_" in summary.problem.text
 
 
 def test_float8_and_half_with_bad_values(tmp_path):
@@ -212,9 +221,9 @@ def test_moments_over_the_bound_are_counted_and_no_others(good):
     v[:7] = m[:7].abs().clamp_min(1e-6).square() / 1.3**2
     m[:7] = m[:7].sign() * m[:7].abs().clamp_min(1e-6)
     v[7:11] = m[7:11].square().clamp_min(1e-12) / 1.1**2
-    expected = int((m[:7] != 0).sum())
+    assert (m[:7] != 0).all()
     torch.save(content, good)
-    assert sum(p.m_over_bound for p in summarize(good).parameters) == expected
+    assert sum(p.m_over_bound for p in summarize(good).parameters) == 7
 
 
 def test_chunks_change_nothing(good, monkeypatch):

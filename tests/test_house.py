@@ -119,6 +119,5 @@ def test_the_docstrings_smoke_command_runs(tmp_path):
     assert (tmp_path / "smoke_ckpts" / "rvq_4cb_latest.pt").exists()
 
 
-def test_ci_calls_the_readmes_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "make test" in (ROOT / "README.md").read_text()
+def test_ci_ends_with_make_test():
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"

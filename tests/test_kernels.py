@@ -43,7 +43,8 @@ def test_norms_agree_with_torch_in_every_dtype(dtype):
     torch.manual_seed(0)
     x, gain = torch.randn(3, 5, 64).to(dtype), torch.randn(64)
     expected = F.rms_norm(x.float(), (64,), gain, 1e-6)
-    torch.testing.assert_close(rms_norm(x, gain).float(), expected, atol=0.02, rtol=0.02)
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(rms_norm(x, gain).float(), expected, atol=0, rtol=rounding)
     with torch.autocast("cpu", torch.bfloat16):
         assert rms_norm(x, gain).dtype == torch.bfloat16
 
@@ -123,12 +124,3 @@ print(torch.allclose(kernels.causal_attention(q, q, q), expected, atol=1e-5))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == printed, done.stderr
-
-
-def test_flash_attention_is_a_kernel_the_model_can_use():
-    """The fused kernel takes the shapes and dtypes that the model gives it; CPUs have one too."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q = torch.randn(2, 2, 12, 16, dtype=torch.bfloat16)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        F.scaled_dot_product_attention(q, q, q, is_causal=True)

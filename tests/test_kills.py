@@ -63,7 +63,6 @@ def kill_and_resume(tunes: Path, folder: Path, workers: int, kills: int, seed: i
         reported = [row["step"] for row in rows(cut, "save")] if steps_logged(cut) else []
         kill_group(process)
         if reported:
-            code, output = 0, ""
             found = load_checkpoint(cut / "rvq_4cb_latest.pt")["progress"]["step"]
             assert found >= reported[-1], "a step that was reported as saved is gone"
     code, output = run_trainer(*flags_of(tunes, cut, workers))

@@ -272,6 +272,14 @@ def test_one_gather_and_one_head_product_whatever_k():
     assert counts[0][1] == 1
 
 
+def test_the_model_attends_by_a_fused_kernel():
+    """It takes the shapes and layouts that the model gives it; CPUs have one too."""
+    with torch.profiler.profile() as profile:
+        make_model()(make_codes())
+    kernels = {e.key for e in profile.key_averages() if "scaled_dot_product" in e.key}
+    assert any("flash" in name for name in kernels), kernels
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_compiles_without_a_graph_break_and_agrees_with_eager(pattern):
     model, codes = make_model(dataclasses.replace(CONFIG, pattern=pattern)), make_codes()

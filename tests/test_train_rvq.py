@@ -267,18 +267,49 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
     update(run, 1e-3, grad_norm=2.0)
 
 
-def test_gradients_and_means_equal_one_big_batch(tunes, tmp_path):
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--dropout", "0", "--no-amp")
-    run = make_run(*flags, "--batch", "2", "--accum", "4", "--depth-share", "1")
-    batches = list(run.loader)[:4]
-    facts = backward(run, iter(batches))
-    split = [p.grad.clone() for p in run.state.model.parameters()]
-    run.state.optimizer.zero_grad()
-    run.flags.accum = 1
-    whole = backward(run, iter([torch.cat(batches)]))
-    torch.testing.assert_close(facts, whole, rtol=1e-4, atol=1e-5)
-    for a, p in zip(split, run.state.model.parameters(), strict=True):
-        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
+ON_CUDA = ("eager", "default", "reduce-overhead", "max-autotune")
+MODES = [("cpu", "eager"), *(pytest.param("cuda", m, marks=pytest.mark.cuda) for m in ON_CUDA)]
+
+
+@pytest.mark.parametrize(("device", "mode"), MODES)
+def test_gradients_and_means_of_micro_batches_equal_those_of_one_batch(
+    device, mode, tunes, tmp_path
+):
+    """Of four steps in a row: CUDA graphs warm up, are recorded, and are replayed from then on.
+
+    A replay overwrites the outputs of the one before it, and gradients that lie among them.
+    """
+    flags = ("--data", tunes, "--save_dir", tmp_path, "--device", device, "--accum", "3")
+    flags += ("--dropout", "0", "--no-amp", "--depth-share", "1", "--grad-clip", "0")
+    flags += ("--no-compile",) if mode == "eager" else ("--compile", "--compile-mode", mode)
+    run = make_run(*flags)
+    train_rvq.prepare_losses(run)
+    assert run.compiled == (mode != "eager"), "it fell back"
+    whole = copy.deepcopy(run.state.model)
+    found: list[list[torch.Tensor]] = []
+    places: set[tuple[int, ...]] = set()
+
+    def keep(*_: Any) -> None:
+        gradients = [p.grad for p in run.state.model.parameters()]
+        found.append([g.clone() for g in gradients])
+        places.add(tuple(g.data_ptr() for g in gradients))
+
+    run.state.optimizer.register_step_pre_hook(keep)
+    batches = list(run.loader)
+    for step in range(4):
+        used = batches[3 * step : 3 * step + 3]
+        whole.load_state_dict(run.state.model.state_dict())
+        whole.zero_grad()
+        losses = whole.losses(torch.cat(used).long().to(device), 0.05, 0.0, run.weights)
+        losses.objective.backward()
+        stats = train_rvq.train_step(run, iter(used))
+        assert stats.loss == pytest.approx(losses.objective.item(), rel=1e-4)
+        assert stats.ce == pytest.approx(losses.ce.tolist(), rel=1e-4)
+        for (name, p), gradient in zip(whole.named_parameters(), found[step], strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert len(found) == 4
+    if mode in ("reduce-overhead", "max-autotune"):
+        assert len(places) == 1, "gradients are buffers of our own, outside the graphs' pool"
 
 
 def test_clipping_bounds_the_update(tunes, tmp_path):
@@ -997,14 +1028,21 @@ def test_a_second_trainer_in_the_folder_is_refused(tunes, tmp_path, capsys):
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["eager", "compile", "reduce-overhead", "fp16"])
 def test_cuda_trains_and_resumes(mode, tunes, tmp_path):
+    """To the same course within what its kernels, which add in any order, make of it."""
     extra = {
         "eager": ("--no-compile",),
         "compile": ("--compile",),
         "reduce-overhead": ("--compile", "--compile-mode", "reduce-overhead"),
         "fp16": ("--no-compile", "--amp-dtype", "fp16"),
     }[mode]
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--device", "cuda", "--epochs", "6", *extra)
-    train(*flags, stop_at=5)
-    train(*flags)
-    vals = [row["val"] for row in rows(tmp_path, "epoch")]
-    assert vals[-1] < vals[0]
+    flags = ("--data", tunes, "--device", "cuda", "--epochs", "6", "--log-lr-steps", "1", *extra)
+    train(*flags, "--save_dir", tmp_path / "whole")
+    train(*flags, "--save_dir", tmp_path / "cut", stop_at=5)
+    train(*flags, "--save_dir", tmp_path / "cut")
+    whole, cut = (
+        {row["step"]: row["loss"] for row in rows(tmp_path / name, "step")}
+        for name in ("whole", "cut")
+    )
+    assert cut == pytest.approx(whole, rel=0.02)
+    vals = [row["val"] for row in rows(tmp_path / "cut", "epoch")]
+    assert vals[-1] < vals[0] - 0.5
