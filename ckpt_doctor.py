@@ -3,7 +3,6 @@
     python ckpt_doctor.py rvq_ckpts                # a folder, files or globs
     python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
     python ckpt_doctor.py rvq_ckpts --probe-data "npq_out/*.npq"
-    python ckpt_doctor.py --compare OLDER.pt NEWER.pt
 
 Exit code: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead, 4 corrupt or
 unsafe, 5 nothing usable (or the doctor itself failed), 130 interrupted.
@@ -36,22 +35,19 @@ from tqdm import tqdm
 
 from cli.command_line import (
     FlagParser,
-    Once,
     Several,
     UsageError,
     at_least,
     exit_code_of,
     file_path,
     has_colour,
-    problem,
     say,
 )
 from doctor.diagnosis import Diagnosis, Verdict, diagnose
 from doctor.examined_run import History, Run
 from doctor.probe import probe
 from doctor.reading.reader import summarize
-from doctor.reading.summary import FILE_KINDS, Problem, Summary, kind_of
-from doctor.report.compare import compare, comparison_lines
+from doctor.reading.summary import FILE_KINDS, Summary, kind_of
 from doctor.report.page import as_html
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from npq_dataset import BadFilesError
@@ -89,14 +85,12 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__doc__, usage="%(prog)s PATH [PATH ...] [flags]")
     # fmt: off
     add = parser.add_argument_group("what to look at").add_argument
-    add("paths", type=file_path, nargs="*", metavar="PATH", help="folders, checkpoints or globs")
+    add("paths", type=file_path, nargs="+", metavar="PATH", help="folders, checkpoints or globs")
     add("--metrics", type=file_path, metavar="FILE",
         help="the run's *_metrics.jsonl, if it lies elsewhere")
     add("--probe-data", type=file_path, action=Several, nargs="+", metavar="GLOB",
         help=".npq files to run the models on")
     add("--probe-windows", type=at_least(1), default=8, help="windows of it")
-    add("--compare", type=file_path, action=Once, nargs=2, metavar=("A", "B"),
-        help="what changed from one file to another")
 
     add = parser.add_argument_group("reports").add_argument
     add("--json", type=file_path, metavar="FILE",
@@ -120,17 +114,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine(flags: argparse.Namespace) -> int:
-    """Diagnose, or compare, as the flags say."""
-    if bool(flags.paths) == bool(flags.compare):
-        raise UsageError("name checkpoints to diagnose, or two to --compare")
+    """Diagnose and report as the flags say."""
     for name in filter(None, (flags.csv, flags.html, flags.json)):
         if name != "-" and not os.path.isdir(os.path.dirname(name) or "."):
             raise UsageError(f"{name}: no such folder, the report would be lost; make it first")
         if os.path.isdir(name):
             raise UsageError(f"{name} is a folder; name a file for the report")
     try:
-        if flags.compare:
-            return show_comparison(*flags.compare)
         diagnoses = [diagnose(run) for run in read_runs(flags)]
         report(flags, diagnoses)
     except OSError as error:
@@ -265,16 +255,6 @@ def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
     if flags.html:
         title = ", ".join(d.run.name for d in diagnoses)
         Path(flags.html).write_text(as_html(diagnoses, title), encoding="utf-8")
-
-
-def show_comparison(a: str, b: str) -> int:
-    """Print what changed from file a to file b."""
-    result = compare(a, b)
-    if isinstance(result, Problem):
-        problem(result.text)
-        return ExitCode.CORRUPT
-    say("\n".join(comparison_lines(result)))
-    return ExitCode.HEALTHY
 
 
 if __name__ == "__main__":

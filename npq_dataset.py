@@ -521,11 +521,17 @@ class WindowDataset(Dataset[torch.Tensor]):
         self.outside = min(stride, ctx) // 2  # frames; of both see _jittered
         self.part = (self.last_start + (2 * self.outside + 1)) / np.maximum(counts, 1)
 
-    def recut(self, ctx: int) -> WindowDataset:
-        """The same spans of the same files, in windows of another length that stand end to end."""
+    def excerpts(self, frames: int, most: int = 64) -> np.ndarray[Any, Any]:
+        """At most `most` excerpts [N, frames, K] int64, evenly spread over what the windows cover.
+
+        Shorter ones where the files hold none of that length, down to 16 frames; then none.
+        """
         other = copy.copy(self)
-        other._cut(ctx, ctx)
-        return other
+        other._cut(frames, frames)
+        if not len(other) and frames >= 32:
+            return self.excerpts(frames // 2, most)
+        numbers = np.linspace(0, len(other) - 1, min(len(other), most)).astype(np.int64)
+        return other[numbers].numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return int(self.last_window[-1])

@@ -3,7 +3,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
     python sample_rvq.py rvq_9cb_best.pt --out song.wav
     python sample_rvq.py rvq_9cb_best.pt --out more.wav --prompt song.flac
     python sample_rvq.py rvq_9cb_best.pt --npq-out song.npq --frames 5000 \
-        --seed 3 --compare "held_out/*.npq"
+        --seed 3
     python sample_rvq.py rvq_9cb_best.pt --export-safetensors tunes.safetensors
     python sample_rvq.py tunes.safetensors --out song.wav --codec 44khz
 
@@ -36,7 +36,6 @@ from cli.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     FlagParser,
-    Several,
     UsageError,
     at_least,
     exit_code_of,
@@ -48,13 +47,11 @@ from cli.command_line import (
     say,
 )
 from model import CodesTransformer, ModelConfig
-from npq_dataset import BadFilesError, Spans, WindowDataset, find_npq_files, scan_corpus
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.codec import AudioError, Codec, CodecError, load_codec, read_audio, resample, write_wav
 from sound.npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
 from sound.sampling import Draw, generate
-from training.code_statistics import compare, describe, read_excerpts
 from training.planning import is_out_of_memory
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
@@ -76,8 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=file_path, metavar="FILE.wav", help="where the sound goes")
     add("--npq-out", type=file_path, metavar="FILE.npq", help="where the codes go")
     add("--with-prompt", action="store_true", help="write the prompt too")
-    add("--compare", type=file_path, action=Several, nargs="+", metavar="GLOB",
-        help=".npq files of music; print how far the samples' statistics are from theirs")
     add("--export-safetensors", type=file_path, metavar="FILE.safetensors",
         help="write the EMA weights to share, and a model card beside them; without --out and "
         "--npq-out nothing is drawn")
@@ -133,11 +128,8 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError(
             f"name --out FILE.wav, --npq-out FILE.npq or --export-safetensors FILE{SUFFIX}"
         )
-    for flag in ("prompt", "compare"):
-        if getattr(flags, flag) and not draws:
-            raise UsageError(
-                f"--{flag}: nothing is drawn; name --out or --npq-out, or leave it out"
-            )
+    if flags.prompt and not draws:
+        raise UsageError("--prompt: nothing is drawn; name --out or --npq-out, or leave it out")
     for flag in ("prompt_frames", "with_prompt"):
         if getattr(flags, flag) and not flags.prompt:
             raise UsageError(
@@ -288,25 +280,6 @@ def read_prompt(
     return codes
 
 
-def read_music(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> WindowDataset | None:
-    """The music of --compare, whole files, with the model's codebooks."""
-    if flags.compare is None:
-        return None
-    k, side = shape_of(checkpoint)
-    try:
-        corpus = scan_corpus(find_npq_files(flags.compare), ctx=2, codebooks=k)
-    except BadFilesError as error:
-        raise UsageError(f"--compare: {' '.join(str(error).split())}") from error
-    if corpus.side_codebooks != side:
-        raise UsageError(
-            f"--compare: expected {side} side codebooks of {k}, found {corpus.side_codebooks}; "
-            "name files encoded as the training data"
-        )
-    frames = corpus.files["frames"]
-    spans = Spans(frames * 0, frames, "whole files")
-    return WindowDataset(corpus, spans, ctx=flags.frames, stride=flags.frames)
-
-
 def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
     """How codes are drawn; raises UsageError on a list that is not as long as the codebooks."""
     k, _ = shape_of(checkpoint)
@@ -401,23 +374,14 @@ def write_samples(
             say(f"wrote {path}")
 
 
-def compare_samples(codes: torch.Tensor, music: WindowDataset) -> None:
-    """Print how far each sample [frames, K] is from the music; codes [samples, frames, K]."""
-    excerpts = read_excerpts(music, codes.shape[1])
-    for i, sample in enumerate(codes):
-        name = f"sample {i + 1}: " if len(codes) > 1 else ""
-        say(name + describe(compare(sample.numpy(), excerpts)))
-
-
 # --- main ----------------------------------------------------------------------------------------
 
 
 def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> None:
-    """Draw, write, compare; all that the flags name is opened first."""
+    """Draw and write; all that the flags name is opened first."""
     device, draw = pick_device(flags.device), read_draw(flags, checkpoint)
     codec = open_codec(flags, checkpoint)
     prompt = read_prompt(flags, checkpoint, codec)
-    music = read_music(flags, checkpoint)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
     try:
         codes = draw_samples(flags, checkpoint, model, draw, prompt)
@@ -429,8 +393,6 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
             "--frames or --ctx, or name another --device"
         ) from error
     write_samples(flags, checkpoint, prompt, codes, codec, written)
-    if music is not None:
-        compare_samples(codes, music)
 
 
 def work(flags: argparse.Namespace) -> int:

@@ -64,18 +64,17 @@ from cli.command_line import (
 from model import PATTERNS
 from npq_dataset import BadFilesError
 from pages.run_page import write_report
-from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept, save_checkpoint
+from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept
 from run_folder.files import FolderLock, find_run, load_latest
 from run_folder.metrics import Console, epoch_lines, number, perplexity, step_line
 from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError, map_codes, read_header, write_npq
 from sound.sampling import Draw, generate
-from training.code_statistics import compare, describe, flat, read_excerpts
+from sound.statistics import compare, describe
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.planning import PlanError, is_out_of_memory
 from training.saving import (
     check_save,
-    checkpoint_of,
     finish_save,
     quarantine,
     restore,
@@ -182,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--panic-lr-mul", type=positive, default=0.5,
         help="factor on lr at each rollback")
     add("--panic-snapshot", action=switch, default=False,
-        help="keep *_panic_sNNNNNNNN.pt of the moment before a rollback")
+        help="keep the state before a rollback too, as *_quarantine_sNNNNNNNN.pt")
 
     add = parser.add_argument_group("speed").add_argument
     add("--device", metavar="NAME",
@@ -217,8 +216,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-data-change", action="store_true", help="resume although data or windows changed")
     add("--archive-every", type=at_least(0), default=10, help="epochs between archives; 0 = none")
     add("--keep-archived", type=at_least(1), default=20, help="archives of each kind to keep")
-    add("--export-safetensors", action=switch, default=False,
-        help="write the best EMA weights as *_best.safetensors too, with a model card")
     add("--save-every-minutes", type=not_negative, default=15.0, help="within epochs; 0 = never")
 
     add = parser.add_argument_group("evaluation").add_argument
@@ -539,15 +536,15 @@ def write_samples(run: Run) -> None:
     run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
 
 
-def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, float | None]:
-    """Say how far a sample [T, K] is from the validation music; fields for its metrics row."""
+def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
     try:
-        figures = compare(codes, read_excerpts(run.val_windows, len(codes)))
+        figures = compare(codes, run.val_windows.excerpts(min(len(codes), 2048)))
     except Exception as error:  # a file that changed, no memory left: train on
         run.console.problem(f"statistics of the sample failed, training goes on: {in_words(error)}")
         return {}
     run.console.line(f"         {describe(figures)}")
-    return flat(figures)
+    return figures
 
 
 def samples_folder(flags: argparse.Namespace) -> Path:
@@ -744,7 +741,11 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
         return False
     state.ladder.refuse(used)
     trouble = state.ladder.trouble(state.guard.refused_in_a_row)
-    return trouble is not None and roll_back(run, trouble)
+    if trouble is None:
+        return False
+    if run.flags.panic_snapshot:
+        quarantine(run, trouble)
+    return roll_back(run, trouble)
 
 
 # --- rollback ------------------------------------------------------------------------------------
@@ -760,8 +761,6 @@ def roll_back(run: Run, reason: str) -> bool:
     """
     check_save(run, wait=True)  # the ring is read, and the best value kept, as they are on disk
     state, p, flags, ladder = run.state, run.state.progress, run.flags, run.state.ladder
-    if flags.panic_snapshot:
-        snapshot(run)
     event, refused, kept = p.step, state.guard.refused, {n: getattr(p, n) for n in NOT_ROLLED_BACK}
     if not ladder.may_roll_back(event):
         run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
@@ -844,17 +843,6 @@ def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None
         f"{reason} at step {event}; {where}, lr is scaled by {p.lr_scale:g} now, the windows "
         "before are left out"
     )
-
-
-def snapshot(run: Run) -> None:
-    """Keep the state before a rollback for diagnosis."""
-    checkpoint = checkpoint_of(run)
-    if not run.world.is_first:
-        return
-    try:
-        save_checkpoint(checkpoint, run.files.panic_snapshot(run.state.progress.step))
-    except OSError as error:
-        run.console.problem(f"snapshot failed, training goes on: {in_words(error)}")
 
 
 # --- ends of epochs and of the run ---------------------------------------------------------------
@@ -985,8 +973,6 @@ def finished(run: Run) -> int:
     if p.best_epoch:
         best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
     run.console.line(f"Done at step {p.step}: {best}, last state in {run.files.latest}")
-    if run.flags.export_safetensors:
-        run.console.line(f"Weights to share in {run.files.weights}; fill in {run.files.card}")
     return EXIT_DONE
 
 

@@ -57,13 +57,7 @@ class RunFiles:
         self.best = self.folder / f"{name}_best.pt"
         self.metrics = self.folder / f"{name}_metrics.jsonl"
         self.report = self.folder / f"{name}_report.html"
-        self.weights = self.folder / f"{name}_best.safetensors"
-        self.card = self.weights.with_suffix(".md")
         self.has_links = True  # until the file system shows that it has none
-
-    def panic_snapshot(self, step: int) -> Path:
-        """Where the state at a panic is kept for diagnosis."""
-        return self.folder / f"{self.name}_panic_s{step:08d}.pt"
 
     def ring_file(self, step: int) -> Path:
         """The step checkpoint of a step."""
@@ -221,7 +215,8 @@ class RunFiles:
     def all_files(self) -> list[Path]:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
-        named += [self.weights, self.card]
+        shared = self.folder / f"{self.name}_best.safetensors"
+        named += [shared, shared.with_suffix(".md")]
         found = [p for p in named if os.path.lexists(p)]
         found += self.archives("epoch") + self.archives("best")
         for kind in ("ring", "quarantine", "panic"):

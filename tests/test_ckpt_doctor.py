@@ -132,8 +132,6 @@ def test_a_healthy_run_with_muon_is_healthy_and_says_who_trained_it(muon_run, tm
     methods = [g["method"] for g in run["files"][-1]["optimizer"]["groups"]]
     assert methods[0] == "Muon"
     assert methods[-1] == "AdamW"
-    latest, first = muon_run / "rvq_4cb_latest.pt", next(muon_run.glob("*_epoch_e0001__*.pt"))
-    assert "(Muon + AdamW)" in doctor("--compare", first, latest).stdout
 
 
 @pytest.mark.parametrize("pattern", ["delay", "depth"])
@@ -318,22 +316,6 @@ def test_the_probe_finds_what_only_running_the_model_shows(run_folder, tunes, tm
     assert "e0006" in run["last_healthy"]
 
 
-def test_comparing_two_files_shows_the_largest_change_first(run_folder):
-    latest, changed = run_folder / "rvq_4cb_latest.pt", run_folder / "changed.pt"
-    checkpoint = load_checkpoint(latest)
-    checkpoint["model"]["blocks.1.mlp.down.weight"] *= 2
-    checkpoint["flags"]["lr"] = 0.5
-    save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, changed)
-    done = doctor("--compare", latest, changed)
-    table = done.stdout[done.stdout.index(" change ") :].splitlines()
-    assert "blocks.1.mlp.down.weight" in table[1]
-    assert "100.00%" in table[1]
-    assert "flags.lr: 0.003 -> 0.5" in done.stdout
-    wrong = doctor("--compare", latest, ROOT / "README.md")
-    assert wrong.returncode == ExitCode.CORRUPT
-    assert "README.md" in wrong.stderr
-
-
 def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
     """Rows of codes that never come stay at their start, so most rows can be short."""
     rng = np.random.default_rng(1)
@@ -358,10 +340,9 @@ def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name checkpoints"),
+        ([], "the following arguments are required: PATH"),
         (["nowhere"], "no such file"),
         (["."], "no checkpoint in this folder"),
-        (["x.pt", "--compare", "a", "b"], "name checkpoints"),
         (["{run}", "--metrics", "nowhere"], "--metrics nowhere: no such file"),
         (["{run}", "--probe-data", "nowhere"], "--probe-data"),
         (["{run}", "--html", "nowhere/x.html"], "no such folder"),

@@ -20,8 +20,8 @@ DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)
 OF_PATHS = {
     "train_rvq": "--data --val-list --save_dir --resume --init-from --eval-outdir --eval-dac-repo",
     "encode_npq": "AUDIO --out-dir --codec",
-    "sample_rvq": "CHECKPOINT --out --npq-out --compare --export-safetensors --prompt --codec",
-    "ckpt_doctor": "PATH --metrics --probe-data --compare --json --csv --html",
+    "sample_rvq": "CHECKPOINT --out --npq-out --export-safetensors --prompt --codec",
+    "ckpt_doctor": "PATH --metrics --probe-data --json --csv --html",
 }
 CASES = [(door, flag) for door, flags in OF_PATHS.items() for flag in flags.split()]
 
@@ -37,7 +37,7 @@ def parsed(door, flag, value):
     words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
     if action.option_strings:
         words = [f"{flag}={value}"] if len(words) == 1 else [flag, *words]
-        words += ["checkpoint.pt"] if door == "sample_rvq" else []
+        words += ["checkpoint.pt"] if door in ("sample_rvq", "ckpt_doctor") else []
     found = getattr(DOORS[door].build_parser().parse_args(words), action.dest)
     return str(found[0] if isinstance(found, list) else found)
 
@@ -102,7 +102,7 @@ def test_flags_of_several_values_may_stand_several_times(door):
         if action.nargs == "+":
             (flag,) = action.option_strings
             words = [flag, "a", "b", f"{flag}=c", flag, "a"]
-            words = ["x.pt", *words] if door == "sample_rvq" else words
+            words = ["x.pt", *words] if door in ("sample_rvq", "ckpt_doctor") else words
             flags = DOORS[door].build_parser().parse_args(words)
             assert getattr(flags, action.dest) == ["a", "b", "c", "a"], flag
 
@@ -116,7 +116,6 @@ def test_given_flags_of_several_values_are_seen_as_given():
     ("door", "words"),
     [
         ("train_rvq", ["--val-list", "a.txt", "--val_list", "b.txt"]),  # a's music would train
-        ("ckpt_doctor", ["--compare", "a", "b", "--compare", "c", "d"]),
     ],
 )
 def test_what_would_be_lost_by_a_second_value_is_refused(door, words, capsys):

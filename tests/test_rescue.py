@@ -233,7 +233,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     assert row["file"] == "rvq_4cb_ring_s00000100.pt"
     assert row["skipped_windows"] >= 10
     assert "10 steps in a row" in row["reason"]
-    assert load_checkpoint(run.files.panic_snapshot(205))["progress"]["step"] == 205
+    assert load_checkpoint(tmp_path / "rvq_4cb_quarantine_s00000205.pt")["progress"]["step"] == 205
     skip, detour = rows(tmp_path, "skip")[0], run.state.ladder.detours[0]
     left_out = np.array(detour["barred"] + detour["suspects"])
     assert skip["windows"][0] in run.train_windows.describe(left_out, skip["epoch"] - 1)

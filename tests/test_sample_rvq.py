@@ -19,11 +19,11 @@ from test_train_rvq import comparable, train
 
 import sample_rvq
 import train_rvq
-from npq_dataset import Spans, WindowDataset, find_npq_files, scan_corpus, split_corpus
+from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import load_checkpoint
 from run_folder.shared_weights import export_weights
 from sound.npq_format import map_codes, read_header, write_npq
-from training.code_statistics import compare, describe, flat, read_excerpts
+from sound.statistics import compare, describe
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 
@@ -84,13 +84,14 @@ def test_a_codec_that_fails_is_one_line_and_training_goes_on(music, tmp_path, ca
     assert [row["epoch"] for row in rows(tmp_path, "epoch")] == [1, 2]
 
 
-def test_evaluation_audio_comes_with_its_distance_to_held_out_music(music, tmp_path, capsys):
+def test_evaluation_audio_comes_with_its_repeats_and_the_musics(music, tmp_path, capsys):
     train("--data", music, "--save_dir", tmp_path, "--epochs", "1", *SOUND)
     (row,) = rows(tmp_path, "sample")
     (npq,) = (tmp_path / "samples").glob("*.npq")
     windows = held_out(music, tmp_path / "rvq_9cb_latest.pt")
-    figures = compare(codes_in(npq).astype(np.int64), read_excerpts(windows, 12))
-    assert {name: row[name] for name in flat(figures)} == flat(figures)
+    figures = compare(codes_in(npq).astype(np.int64), windows.excerpts(12))
+    assert {name: row[name] for name in figures} == figures
+    assert figures["repeats_sd"] >= 0
     assert f" {describe(figures)}\n" in capsys.readouterr().out
 
 
@@ -102,19 +103,19 @@ def held_out(music: Path, checkpoint: Path) -> WindowDataset:
     return WindowDataset(corpus, val, ctx=flags["ctx"], stride=flags["ctx"])
 
 
-def test_a_codec_that_fails_leaves_the_distance(music, tmp_path):
+def test_a_codec_that_fails_leaves_the_statistics(music, tmp_path):
     flags = ("--epochs", "1", *SOUND[:-1], str(tmp_path / "nowhere.pth"))
     train("--data", music, "--save_dir", tmp_path, *flags)
     (row,) = rows(tmp_path, "sample")
     assert "nowhere.pth" in row["error"]
-    assert row["distance"] > 0
+    assert row["repeats_music"] >= 0
 
 
-def test_without_validation_windows_the_distance_is_not_available(music, tmp_path, capsys):
+def test_without_validation_windows_there_are_no_statistics(music, tmp_path, capsys):
     flags = ("--epochs", "1", "--val_split", "0", *SOUND)
     train("--data", music, "--save_dir", tmp_path, *flags)
-    assert "n/a, there are no two excerpts of held-out music" in capsys.readouterr().out
-    assert rows(tmp_path, "sample")[0]["distance"] is None
+    assert "repeats n/a: no held-out music" in capsys.readouterr().out
+    assert "repeats" not in rows(tmp_path, "sample")[0]
 
 
 def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path, capsys):
@@ -139,22 +140,8 @@ def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path,
     assert "statistics of the sample failed, training goes on" in capsys.readouterr().err
     assert [row["epoch"] for row in rows(run, "epoch")] == [1, 2]
     first, second = rows(run, "sample")
-    assert "distance" not in first
-    assert "distance" in second
-
-
-def test_samples_are_compared_with_music(checkpoint, music, tmp_path, capsys):
-    npq = tmp_path / "a.npq"
-    flags = ("--frames", "40", "--samples", "2", "--seed", "7", "--compare", music)
-    assert sample(checkpoint, "--npq-out", npq, *flags) == 0
-    said = capsys.readouterr().out
-    corpus = scan_corpus(find_npq_files([music]), ctx=2)
-    frames = corpus.files["frames"]
-    windows = WindowDataset(corpus, Spans(frames * 0, frames, ""), ctx=40, stride=40)
-    for i in (1, 2):
-        codes = codes_in(tmp_path / f"a_{i}.npq").astype(np.int64)
-        figures = compare(codes, read_excerpts(windows, 40))
-        assert f"sample {i}: {describe(figures)}\n" in said
+    assert "repeats" not in first
+    assert "repeats" in second
 
 
 def test_a_signal_ends_a_sample_at_once(music, tmp_path):
@@ -320,9 +307,6 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{checkpoint}", *NPQ, "--prompt", "{checkpoint}", "--codec", "demo"), 1, "libsndfile"),
         (("{checkpoint}", *NPQ, "--prompt-frames", "3"), 2, "there is no prompt"),
         (("{checkpoint}", *NPQ, "--with_prompt"), 2, "--with-prompt: there is no prompt"),
-        (("{checkpoint}", *NPQ, "--compare", "{tmp}/no"), 1, "no .npq file"),
-        (("{checkpoint}", *NPQ, "--compare", "{odd}/few.npq"), 2, "no usable .npq file"),
-        (("{checkpoint}", *NPQ, "--compare"), 2, "--compare: expected at least one argument"),
         (("{checkpoint}", *NPQ, "--device", "meta"), 2, "--device: expected best, cpu"),
         (("{checkpoint}", *NPQ, "--device", "mps"), 2, "--device mps: not usable here"),
         (("{checkpoint}", *NPQ, "--samples", "10000", "--frames", "10000000"), 2, "into memory"),
@@ -331,8 +315,8 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{odd}/other.safetensors", "--out", "{tmp}/x.wav", "--codec", "demo"), 2, "75.00 frames"),
         (("{shared}", *NPQ, "--raw"), 2, "--raw: shared weights are averages"),
         (("{shared}", "--export-safetensors", "{tmp}/x.safetensors"), 2, "is such a file; copy it"),
-        (("{checkpoint}", "--compare", "x", "--export-safetensors", "{tmp}/x.safetensors"), 2,
-         "--compare: nothing is drawn"),
+        (("{checkpoint}", "--prompt", "x", "--export-safetensors", "{tmp}/x.safetensors"), 2,
+         "--prompt: nothing is drawn"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line_and_write_nothing(

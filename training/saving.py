@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from cli.command_line import in_words
 from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
-from run_folder.shared_weights import export_weights
 from training.optimizer import state_tensors
 from training.parallel import World
 from training.stability import not_finite
@@ -83,8 +81,9 @@ def save(
     if not run.world.is_first:
         return None
     write = functools.partial(
-        write_files,
-        run,
+        run.files.save,
+        keep_archived=run.flags.keep_archived,
+        tell=run.console.problem,
         best_epoch=p.best_epoch if is_best else None,
         archive_epoch=p.epoch if archive else None,
         ring_step=p.step if ring else None,
@@ -93,22 +92,6 @@ def save(
     stall = time.perf_counter() - began
     run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
     return None
-
-
-def write_files(run: Run, checkpoint: dict[str, Any], **names: int | None) -> Path:
-    """In the saving thread: the files of a save; of a best one the weights to share, if asked for.
-
-    Raises:
-        OSError: as `RunFiles.save`.
-    """
-    keep, tell = run.flags.keep_archived, run.console.problem
-    path = run.files.save(checkpoint, keep_archived=keep, tell=tell, **names)
-    if run.flags.export_safetensors and names["best_epoch"] is not None:
-        try:
-            export_weights(checkpoint, run.files.weights, tell=lambda _: None)
-        except (OSError, CheckpointError) as error:
-            tell(f"weights to share were not written, training goes on: {in_words(error)}")
-    return path
 
 
 def check_save(run: Run, *, wait: bool = False) -> Saving | None:
