@@ -99,7 +99,7 @@ def test_a_path_that_cannot_be_meant_is_refused(door, flag, tmp_path, monkeypatc
 def test_flags_of_several_values_may_stand_several_times(door):
     """People append to a command that they keep."""
     for action in DOORS[door].build_parser()._actions:
-        if action.nargs == "+":
+        if action.nargs == "+" and action.option_strings:
             (flag,) = action.option_strings
             words = [flag, "a", "b", f"{flag}=c", flag, "a"]
             words = ["x.pt", *words] if door in ("sample_rvq", "ckpt_doctor") else words
