@@ -26,6 +26,7 @@ from training import setup as run_setup
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"
 FLAGS = ROOT / "docs" / "flags.md"
+FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 SCRIPTS = [ROOT / f"{name}.py" for name in DOORS]
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -145,7 +146,7 @@ def commands(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [*DOCS, *SCRIPTS], ids=lambda p: p.name)
 def test_every_command_in_documents_and_docstrings_parses(path):
     found = commands(path)
-    assert bool(found) == (path.name not in ("CONTRIBUTING.md", "flags.md"))
+    assert bool(found) == (path.name not in ("CONTRIBUTING.md", "flags.md", "formats.md"))
     for command in found:
         words = shlex.split(command, comments=True)
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -179,28 +180,33 @@ def code_of(text: str) -> str:
 # --- files, checkpoints, exit codes --------------------------------------------------------------
 
 
-def test_every_file_stands_in_the_file_map():
+def test_every_file_and_room_stands_in_the_map():
     text = readme()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
-        assert f"`{path.name}`" in text, path.name
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py")]
+    assert len(rooms) == 7
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), *rooms]:
+        assert f"`{path.name}{'/' * path.is_dir()}`" in text, path.name
 
 
-def test_the_files_of_a_run_stand_in_the_readme():
-    text = readme()
+def test_the_readme_has_200_lines_at_most():
+    assert len(readme().splitlines()) <= 200
+
+
+def test_the_files_of_a_run_stand_in_the_documents():
     for path in vars(RunFiles("", "rvq_{K}cb[_{tag}]")).values():
         if isinstance(path, Path) and path.name:
             ending = path.name.removeprefix("rvq_{K}cb[_{tag}]")
-            assert f"{ending}`" in text, ending
+            assert f"{ending}`" in FORMATS, ending
 
 
-def test_every_part_of_a_checkpoint_stands_in_the_readme():
-    section = readme().partition("## A checkpoint")[2].partition("\n## ")[0]
+def test_every_part_of_a_checkpoint_stands_in_the_documents():
+    section = FORMATS.partition("## A checkpoint")[2].partition("\n## ")[0]
     for key in REQUIRED_KEYS:
         assert f"`{key}`" in section, key
 
 
 def test_exit_codes_are_those_of_the_code():
-    section = readme().partition("## Exit codes")[2].partition("\n## ")[0]
+    section = FORMATS.partition("## Exit codes")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([\d, ]+) \| (.+?) \|", section, re.M))
     numbers = {int(n) for cell in rows for n in cell.split(",")}
     assert {0, 1, 2, train_rvq.EXIT_GUARD, 129, EXIT_INTERRUPTED, 143} <= numbers
