@@ -10,17 +10,15 @@ K = codebooks, T = frames, V = entries of a codebook.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import copy
-import glob
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from cli.file_list import listed_files
+from cli.file_search import NothingFoundError, Wanted, real_paths, search
+from run_folder.names import is_of_a_run, is_sample
 from sound.npq_format import (
     CODE_DTYPES,
     FRAME_RATE_TOLERANCE,
@@ -38,6 +39,7 @@ from sound.npq_format import (
     file_changed,
     open_unchanged,
     read_header,
+    starts_as_npq,
 )
 
 # --- the corpus: every file of a run -------------------------------------------------------------
@@ -110,49 +112,33 @@ class BadFilesError(ValueError):
     """Some files are not valid .npq; lists them."""
 
 
-def find_npq_files(patterns: Iterable[str | os.PathLike[str]]) -> list[str]:
+NPQ_FILES = Wanted((".npq",), recognises=starts_as_npq)
+TRAINING_FILES = dataclasses.replace(
+    NPQ_FILES, is_left_out=is_sample, folder_is_left_out=is_of_a_run
+)
+
+
+def find_npq_files(
+    patterns: Iterable[str | os.PathLike[str]], *, tell: Callable[[str], None] = lambda _: None
+) -> list[str]:
     """Expand globs, folders (searched recursively) and file names; each real file once.
+
+    What cannot be read stands at the end, for `scan_corpus` to refuse by name. Files that a run
+    wrote are left out. `tell` gets a line of what was passed over, and one of what was left out.
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
-        OSError: a folder cannot be read; its files must not go missing in silence.
     """
-    found: dict[str, str] = {}
-    for pattern in (os.fspath(p) for p in patterns):
-        if os.path.isdir(pattern):
-            matches = sorted(
-                os.path.join(folder, name)
-                for folder, folders, files in os.walk(Path(pattern), onerror=_raise)
-                for name in (*folders, *files)
-                if name.endswith(".npq")
-            )
-        elif os.path.lexists(pattern):
-            matches = [pattern]
-        else:
-            matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            raise FileNotFoundError(
-                f"no .npq file matches {pattern!r}; name folders, .npq files or quoted globs "
-                "(encode_npq.py makes .npq of audio)"
-            )
-        for real, match in zip(_real_paths(matches), matches, strict=True):
-            found.setdefault(real, match)
-    return list(found.values())
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _real_paths(paths: Iterable[str]) -> Iterator[str]:
-    """os.path.realpath of each; of a folder only once, which makes it five times as fast."""
-    real_folders: dict[str, str] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in real_folders:
-            real_folders[folder] = os.path.realpath(folder)
-        is_link = os.path.islink(path)
-        yield os.path.realpath(path) if is_link else os.path.join(real_folders[folder], name)
+    try:
+        found = search(patterns, TRAINING_FILES)
+    except NothingFoundError as error:
+        raise FileNotFoundError(
+            f"no .npq file matches {error}; name folders, .npq files or quoted globs "
+            "(encode_npq.py makes .npq of audio)"
+        ) from error
+    for line in found.lines():
+        tell(line)
+    return [path for path, _ in (*found.files, *found.unusable)]
 
 
 def scan_corpus(
@@ -195,7 +181,8 @@ def scan_corpus(
     if bad and not skip_bad:
         raise BadFilesError(_listing(bad, len(paths)))
     for refused in bad:
-        summary.drop(f"not valid: {refused.field}")
+        what = f"folder {refused.path}" if refused.field == "folder" else refused.field
+        summary.drop(f"not valid: {what}")
     if not good:
         raise BadFilesError(
             f"no usable .npq file among {len(paths)}; change --ctx or --codebooks, or the data, as "
@@ -266,7 +253,7 @@ def _check_all_codes(
     """CRC-32 and header of the files whose codes are all in range, and the errors of the others."""
     good: list[tuple[int, NpqHeader]] = []
     bad: list[NpqError] = []
-    for h, real_path in zip(headers, _real_paths(h.path for h in headers), strict=True):
+    for h, real_path in zip(headers, real_paths(h.path for h in headers), strict=True):
         try:
             good.append((checked.crc(h, real_path), h))
         except NpqError as error:
@@ -358,16 +345,17 @@ def split_corpus(
     A file's side follows from a hash of its own codes alone, so the split is the same on every
     machine, under every name, and a file keeps its side when others are added. With too few files
     for that (fewer than MIN_VAL_FILES would validate) each file gives one block at its end.
-    `val_list` names the validation files, one path or base name a line, and overrides both.
+    `val_list` names the validation files, one path or base name a line, and overrides both; files
+    of the same codes as a listed one validate too.
 
     Raises:
-        OSError, ValueError: `val_list` cannot be read, is no list of names, names no file, or names
-        one that is not in the data.
+        OSError, ValueError: `val_list` cannot be read, is no list of names, names no file, or has a
+        line that fits no file of the data, or several.
     """
     frames = corpus.files["frames"]
     nothing = np.zeros_like(frames)
     if val_list is not None:
-        is_val, rule = _listed(corpus.paths, val_list), f"files listed in {val_list}"
+        is_val, rule = _listed(corpus, val_list)
     else:
         is_val = _shares_of(corpus.files) < val_split
         rule = "whole files, chosen by a hash of their codes"
@@ -378,6 +366,23 @@ def split_corpus(
             return Spans(nothing, frames - tail, rule), Spans(frames - tail, frames, rule)
     train, val = np.where(is_val, 0, frames), np.where(is_val, frames, 0)
     return Spans(nothing, train, rule), Spans(nothing, val, rule)
+
+
+def _listed(corpus: Corpus, val_list: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], str]:
+    """Which files a list names or hold the same codes as one of these, bool [files]; the rule."""
+    listed = listed_files(corpus.paths, val_list)
+    if not listed:
+        raise ValueError(
+            f"{val_list}: expected names of files, one a line, found none; for a run without "
+            "validation leave the list out and pass --val_split 0"
+        )
+    content = np.stack([corpus.files["crc"], corpus.files["frames"]])
+    is_other = (np.diff(content) != 0).any(axis=0)  # equal ones stand side by side
+    group = np.concatenate(([0], np.cumsum(is_other)))
+    is_val = np.isin(group, group[listed])
+    copies = np.count_nonzero(is_val) - len(listed)
+    also = f", and {copies} with the same codes as one of these" if copies else ""
+    return is_val, f"files listed in {val_list}{also}"
 
 
 def _shares_of(files: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -401,54 +406,6 @@ def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarra
         if (given < wanted or shares[i] == last) and frames[i] - tail >= ctx:
             tails[i], given, last = tail, given + tail, shares[i]
     return tails
-
-
-def _listed(paths: Sequence[str], val_list: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
-    """Which files a list names, bool [files]: by base name, by path as given, or by real path."""
-    keys = [
-        {path, os.path.basename(path), real}
-        for path, real in zip(paths, _real_paths(paths), strict=True)
-    ]
-    known = set().union(*keys)
-    chosen: set[str] = set()
-    missing = []
-    for name in _names_in(val_list):
-        for spelling in (name, name.replace("\\", "/")):  # as written, then as from Windows
-            if found := {spelling, os.path.realpath(spelling)} & known:
-                chosen |= found
-                break
-        else:
-            missing.append(name)
-    if missing:
-        raise ValueError(
-            f"{val_list}: {len(missing)} listed files are not in the data: "
-            f"{', '.join(sorted(missing)[:5])}; write base names or paths that --data matches, "
-            "one a line"
-        )
-    return np.array([not chosen.isdisjoint(k) for k in keys])
-
-
-def _names_in(val_list: str | os.PathLike[str]) -> set[str]:
-    """The lines of a list, but comments (#), without the blanks around them.
-
-    UTF-8, or UTF-16 with a byte order mark, as PowerShell's `>` writes. A name need not be text.
-    """
-    content = Path(val_list).read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = content.decode("utf-16", errors="replace")
-    else:
-        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
-    if "\0" in text:
-        raise ValueError(f"{val_list}: expected names of files, one a line, found a binary file")
-    # Not splitlines: it splits at characters that a name may hold.
-    lines = (line.strip() for line in re.split(r"[\r\n]+", text))
-    names = {line for line in lines if line and not line.startswith("#")}
-    if not names:
-        raise ValueError(
-            f"{val_list}: expected names of files, one a line, found none; for a run without "
-            "validation leave the list out and pass --val_split 0"
-        )
-    return names
 
 
 # --- windows -------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ from pages.run_page import write_report
 from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept
 from run_folder.files import FolderLock, find_run, load_latest
 from run_folder.metrics import Console, epoch_lines, number, perplexity, step_line
+from run_folder.names import SAMPLES
 from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError, map_codes, read_header, write_npq
 from sound.sampling import Draw, generate
@@ -549,7 +550,7 @@ def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 def samples_folder(flags: argparse.Namespace) -> Path:
     """Where evaluation audio goes."""
-    return Path(flags.eval_outdir or Path(flags.save_dir) / "samples")
+    return Path(flags.eval_outdir or Path(flags.save_dir) / SAMPLES)
 
 
 def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:

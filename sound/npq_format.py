@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MAGICS = b"NPQ1", b"NPQ2"
 MAX_CODEBOOKS = 64
 MAX_VOCAB_SIZE = 2**20
 MAX_FRAME_RATE = 10_000.0  # frames per second, exclusive
@@ -100,7 +101,7 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
     path = os.fspath(path)
     head, status = _read_head(path)
     magic, version, codebooks = struct.unpack_from("<4sHH", head)
-    if magic not in (b"NPQ1", b"NPQ2"):
+    if magic not in MAGICS:
         raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
 
     def header_as(layout: str) -> NpqHeader:
@@ -118,6 +119,15 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
     raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
 
 
+def starts_as_npq(path: str) -> bool:
+    """Whether a regular file begins as an .npq does; True too where that cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(len(MAGICS[0])) in MAGICS
+    except OSError:
+        return True
+
+
 def _read_head(path: str) -> tuple[bytes, os.stat_result]:
     """The first bytes of a file, enough for any header, and its status."""
     try:
@@ -128,8 +138,8 @@ def _read_head(path: str) -> tuple[bytes, os.stat_result]:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        remedy = "check the path and the permissions"
-        raise NpqError(path, "file", "a readable file", error, remedy) from error
+        what, remedy = "folder" if os.path.isdir(path) else "file", "check path and permissions"
+        raise NpqError(path, what, f"a readable {what}", error, remedy) from error
     if head is None:
         found = "a folder, pipe or device"
         raise NpqError(path, "file", "a regular file", found, "name .npq files")

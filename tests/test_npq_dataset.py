@@ -41,19 +41,30 @@ from sound.npq_format import NpqError, map_codes, read_header
 
 def test_files_are_found_by_folder_glob_and_name_each_once(tmp_path, monkeypatch):
     a = put(tmp_path / "a.npq", b"")
-    b = put(tmp_path / "deep" / "er" / "b.npq", b"")
+    b = put(tmp_path / "deep" / "er" / "B.NPQ", b"")
     odd = put(tmp_path / "odd" / "c [live].npq", b"")
     put(tmp_path / "notes.txt", b"")
+    put(tmp_path / ".hidden.npq", b"")
     (tmp_path / "link.npq").symlink_to(a)
-    assert sorted(find_npq_files([tmp_path])) == sorted([a, b, odd])
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    told = []
+    assert sorted(find_npq_files([tmp_path], tell=told.append)) == sorted([a, b, odd])
+    assert told == ["passed over: 1 .txt, 1 link to a folder above"]
     assert find_npq_files([a, tmp_path / "*.npq", tmp_path / "deep"]) == [a, b]
-    assert find_npq_files([f"{tmp_path}/**/b.npq"]) == [b]
-    assert find_npq_files([odd]) == [odd]
+    assert find_npq_files([f"{tmp_path}/**/B.*"]) == [b]
+    assert find_npq_files([odd, f"{tmp_path}/d*"]) == [odd, b]
     for nothing in (tmp_path / "none*", tmp_path / "deep" / "x.npq", tmp_path / "odd" / "[x]"):
         with pytest.raises(FileNotFoundError, match="name folders"):
             find_npq_files([a, nothing])
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_npq_files(["~/a.n*"]) == [a]
+    assert find_npq_files(["~/a.n*"]) == [a]  # as an earlier version saved it
+
+
+def test_a_named_file_is_known_by_its_content(tmp_path):
+    """A shell's own * names everything there is."""
+    names = [put(tmp_path / "a.npq", npq1([[1]])), put(tmp_path / "b.codes", npq1([[1]]))]
+    names += [put(tmp_path / "cover.jpg", b"\xff\xd8"), put(tmp_path / "list.json", b"{}")]
+    assert find_npq_files(names) == names[:2]
 
 
 def test_a_file_reached_by_several_ways_counts_once(tmp_path, monkeypatch):
@@ -67,12 +78,21 @@ def test_a_file_reached_by_several_ways_counts_once(tmp_path, monkeypatch):
     assert find_npq_files(["real/../also", a]) == ["real/../also/a.npq"]
 
 
-def test_a_folder_named_like_a_file_is_not_passed_over(tmp_path):
-    """Pitfall 22."""
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "pipe", "device"])
+def test_what_is_no_file_is_not_passed_over(tmp_path, kind):
+    """Pitfall 22, fault 27: nothing is dropped without a word."""
     put(tmp_path / "a.npq", npq1(some_codes(20)))
-    (tmp_path / "b.npq").mkdir()
-    with pytest.raises(BadFilesError, match=r"b\.npq: file: expected a regular file"):
+    odd = tmp_path / "b.npq"
+    if kind == "folder":
+        put(odd / "c.npq", npq1(some_codes(20, seed=1)))
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("nowhere" if kind == "dangling link" else "/dev/null")
+    with pytest.raises(BadFilesError, match=r"b\.npq: file: expected a re[a-z]+ file"):
         scan_corpus(find_npq_files([tmp_path]), ctx=16)
+    summary = scan_corpus(find_npq_files([tmp_path]), ctx=16, skip_bad=True).summary
+    assert (summary.files, summary.dropped) == (1 + (kind == "folder"), {"not valid: file": (1, 0)})
 
 
 def test_a_bad_code_in_the_last_frame_of_the_last_file(tmp_path):
@@ -87,14 +107,6 @@ def test_a_bad_code_in_the_last_frame_of_the_last_file(tmp_path):
     assert "1 of 3 files" in str(caught.value)
     assert f"{tmp_path}/2.npq: codes: expected 0 to 1023, found 1024" in str(caught.value)
     assert "in frame 99999, codebook 8;" in str(caught.value)
-
-
-def test_a_dangling_link_in_a_folder_is_not_passed_over(tmp_path):
-    """Pitfall 22: nothing is dropped without a word."""
-    put(tmp_path / "a.npq", npq1(some_codes(20)))
-    (tmp_path / "b.npq").symlink_to("nowhere")
-    with pytest.raises(BadFilesError, match=r"b\.npq: file"):
-        scan_corpus(find_npq_files([tmp_path]), ctx=16)
 
 
 def mixed_folder(folder: Path) -> list[str]:
@@ -375,6 +387,36 @@ def listed_files(folder: Path, content: bytes) -> list[str]:
     return sorted(os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n)
 
 
+def test_no_listed_music_trains(tmp_path):
+    """A name like a comment, another form of Unicode, a name that two files have."""
+    for i, name in enumerate(("a/#9 Dream.npq", "a/Cafe\u0301.npq", "a/01.npq", "b/01.npq")):
+        put(tmp_path / name, npq1(some_codes(40, seed=i)))
+    listed = "#9 Dream.npq\nCaf\u00e9.npq\n# 01.npq\n".encode()
+    assert listed_files(tmp_path, listed) == ["#9 Dream.npq", "Cafe\u0301.npq"]
+    with pytest.raises(ValueError, match=r"'01\.npq' fits .*/a/01\.npq and .*/b/01\.npq; put"):
+        listed_files(tmp_path, b"01.npq")
+    assert listed_files(tmp_path, b"b/01.npq") == ["01.npq"]
+
+
+def test_copies_of_a_listed_file_validate_too(tmp_path):
+    """Else its music would train under another name."""
+    for i, seed in enumerate((0, 1, 2, 1, 1)):
+        put(tmp_path / f"{i}.npq", npq1(some_codes(40, seed=seed)))
+    put(tmp_path / "val.txt", b"1.npq\n3.npq\n")
+    corpus = scan_corpus(find_npq_files([tmp_path]), ctx=CTX)
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=tmp_path / "val.txt")
+    names = [os.path.basename(p) for p in corpus.paths]
+    assert {n for n, stop in zip(names, val.stop, strict=True) if stop} == {
+        "1.npq",
+        "3.npq",
+        "4.npq",
+    }
+    assert {n for n, stop in zip(names, train.stop, strict=True) if stop} == {"0.npq", "2.npq"}
+    assert val.rule == (
+        f"files listed in {tmp_path}/val.txt, and 1 with the same codes as one of these"
+    )
+
+
 def test_a_list_names_the_validation_files(many):
     content = (
         b"\xef\xbb\xbf# held out\r\n003.npq\r\n\r\n" + os.fsencode(many / "007.npq") + b"\r\n"
@@ -433,7 +475,7 @@ def test_a_long_list_is_read_in_good_time(many, tmp_path):
     ]
     corpus.files = np.tile(corpus.files, 25)
     listed = tmp_path / "val.txt"
-    listed.write_text("\n".join(f"{i:03d}.npq" for i in range(200)))
+    listed.write_text("\n".join(f"{i // 200}/{i % 200:03d}.npq" for i in range(5_000)))
     started = time.process_time()
     _, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
     assert (val.stop > 0).all()

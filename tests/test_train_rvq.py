@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import itertools
 import json
 import math
@@ -705,6 +706,29 @@ def test_init_from_starts_a_new_run_with_another_ctx(tunes, tmp_path):
     assert not run.state.optimizer.state
     assert_same_tensors(dict(run.state.model.state_dict()), dict(first["ema"]))
     assert train_rvq.train_or_save(run) == 0
+
+
+@pytest.mark.parametrize("eval_outdir", [(), ("--eval-outdir", "heard/here")])
+def test_files_of_a_run_are_no_data(eval_outdir, tunes, tmp_path, monkeypatch, capsys):
+    """Else the first evaluation sample changes the data: the run is refused, or learns from it."""
+    shutil.copytree(tunes, tmp_path / "toks")
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, "--eval-audio-every", "1", "--eval-frames", "40", "--no-report", *eval_outdir]
+    flags += ["--eval-dac-repo", "nowhere.pth", "--data", ".", "--save_dir", "out/run"]
+    assert train_rvq.main([*flags, "--epochs", "1"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*_e0001__*.npq"))) == 1
+    for epochs, more in (("2", ()), ("1", ("--no-resume",)), ("2", ()), ("1", ("--tag", "b"))):
+        assert train_rvq.main([*flags, "--epochs", epochs, *more]) == 0
+        printed = capsys.readouterr().out
+        assert "data     4 files" in printed
+        (line,) = (line for line in printed.splitlines() if line.startswith("left out"))
+        assert "out/run" in line
+        assert ("heard/here" in line) == bool(eval_outdir)
+    assert len(list(tmp_path.rglob("*.npq"))) == 4 + 5
+    out = [*TINY, "--no-report", "--save_dir", "new", "--max-steps", "1"]
+    assert train_rvq.main([*out, "--data", *glob.glob("*/**/*.npq", recursive=True)]) == 0
+    assert "data     4 files" in capsys.readouterr().out  # a shell's own ** names each
 
 
 def test_no_resume_sets_the_earlier_run_aside(tunes, tmp_path):

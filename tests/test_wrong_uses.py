@@ -173,6 +173,9 @@ def test_what_may_not_be_read_or_written_is_named(tunes, tmp_path):
         "os.mkdir(place / 'mine'); os.mkdir(place / 'mine' / 'not', 0o755);"
         "os.setuid(65534);"
         "print(train_rvq.main(['--data', f'{place}/data', '--save_dir', f'{place}/mine']));"
+        "print(train_rvq.main(['--data', f'{place}/d*', '--save_dir', f'{place}/mine', '--plan',"
+        " '--skip-bad-files', '--ctx', '32', '--d_model', '32', '--layers', '1', '--heads', '2',"
+        " '--device-tflops', '1']));"
         "print(train_rvq.main(['--data', f'{place}/data', '--save_dir', f'{place}/mine/not']))"
     )
     for folder in tmp_path.parents:
@@ -181,9 +184,12 @@ def test_what_may_not_be_read_or_written_is_named(tunes, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
-    unread, unwritten = done.stderr.splitlines()
-    assert done.stdout.split() == ["1", "1"]
-    assert unread.startswith(f"! {data / 'secret'}: Permission denied; name another place")
+    first, unread, unwritten = done.stderr.splitlines()
+    printed = done.stdout.splitlines()
+    assert [line for line in printed if line.isdigit()] == ["1", "0", "1"]
+    assert first.startswith("! 1 of 5 files are not valid .npq; mend or remove them, or pass")
+    assert f"{data / 'secret'}: folder: expected a readable folder, found" in unread
+    assert f"dropped  1 files, 0.00 hours: not valid: folder {data / 'secret'}" in printed
     assert f"--save_dir {tmp_path}/mine/not: expected a folder to write in" in unwritten
     assert not list((tmp_path / "mine" / "not").iterdir())
 

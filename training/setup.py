@@ -417,7 +417,7 @@ def open_data(
 ) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
     """Scan, split and index the files; the last item tells one set of windows from another."""
     corpus = scan_corpus(
-        find_npq_files(flags.data),
+        find_npq_files(flags.data, tell=console.line),
         ctx=flags.ctx,
         codebooks=flags.codebooks,
         skip_bad=flags.skip_bad_files,

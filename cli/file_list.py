@@ -1,0 +1,129 @@
+"""Which of some files a text file names, a name a line.
+
+    numbers = listed_files(["toks/a.npq", "toks/#9 Dream.npq"], "val.txt")
+
+A line is a base name, a path, or the end of a path: as many folders before a name as tell it from
+others. A line that begins with # is a comment, unless a file is called so.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli.file_search import real_paths
+
+MOST_SHOWN = 5  # of the lines that are wrong
+
+
+def listed_files(paths: Sequence[str], file_list: str | os.PathLike[str]) -> list[int]:
+    """Numbers of the files that a list names, ascending.
+
+    Raises:
+        OSError: the list cannot be read.
+        ValueError: it is no text, or lines fit no file, or several.
+    """
+    names = _Names(paths)
+    listed: set[int] = set()
+    missing, doubtful = [], []
+    for line in lines_of(file_list):
+        files = names.meant_by(line)
+        if len(files) == 1:
+            listed.update(files)
+        elif files:
+            both = " and ".join(paths[i] for i in files[:2])
+            doubtful.append(f"{line.strip()!r} fits {both}" + ", and more" * (len(files) > 2))
+            example = os.path.join(".", paths[files[0]])
+        elif not line.lstrip().startswith("#"):
+            missing.append(line.strip())
+    problems = []
+    if doubtful:
+        problems.append(
+            f"{len(doubtful)} lines fit several files: {', '.join(doubtful[:MOST_SHOWN])}; put "
+            f"folders before such a name, as in {example}"
+        )
+    if missing:
+        shown = [line + names.nearly(line) for line in sorted(missing)[:MOST_SHOWN]]
+        problems.append(
+            f"{len(missing)} listed files are not in the data: {', '.join(shown)}; write base "
+            "names or paths that --data matches, one a line"
+        )
+    if problems:
+        raise ValueError(f"{file_list}: {'; '.join(problems)}")
+    return sorted(listed)
+
+
+def lines_of(file_list: str | os.PathLike[str]) -> list[str]:
+    """The lines of a list that are not blank.
+
+    UTF-8, or UTF-16 with a byte order mark, as PowerShell's `>` writes. A name need not be text.
+    """
+    content = Path(file_list).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+    if "\0" in text:
+        raise ValueError(f"{file_list}: expected names of files, one a line, found a binary file")
+    # Not splitlines: it splits at characters that a name may hold.
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+class _Names:
+    """Files by what a line may call them.
+
+    Names are compared in the composed form of Unicode (NFC): a list and a disk may differ in that
+    where nobody sees it. Of two files that do, an exact path means the one that it spells.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+        self.by_path: dict[str, list[int]] = {}
+        self.by_end: dict[str, set[int]] = {}  # the last part, and the last two
+        self.ways = list(zip(paths, real_paths(paths), strict=True))
+        for i, (path, real) in enumerate(self.ways):
+            for spelling in {path, real, _composed(real)}:
+                self.by_path.setdefault(spelling, []).append(i)
+            for way in {path, real}:
+                folder, _, name = _composed(way).rpartition("/")
+                for end in (name, f"{folder.rpartition('/')[2]}/{name}"):
+                    self.by_end.setdefault(end, set()).add(i)
+
+    def meant_by(self, line: str) -> list[int]:
+        """Files that fit a line: as it stands, or without blanks around it, or as from Windows."""
+        for text in (line, line.strip()):
+            for spelling in (text, text.replace("\\", "/")):
+                if files := self._called(spelling):
+                    return files
+        return []
+
+    def _called(self, spelling: str) -> list[int]:
+        end = _composed(spelling)
+        if "/" not in spelling and end in self.by_end:
+            return sorted(self.by_end[end])
+        real = os.path.realpath(spelling)
+        for path in (spelling, real, _composed(real)):
+            if path in self.by_path:
+                return self.by_path[path]
+        if spelling.startswith(("/", "./", "../")) or os.path.lexists(spelling):
+            return []  # the path of another file
+        alike = self.by_end.get("/".join(end.split("/")[-2:]), ())
+        return sorted(
+            i for i in alike if any(_composed(f"/{w}").endswith(f"/{end}") for w in self.ways[i])
+        )
+
+    def nearly(self, line: str) -> str:
+        """` (there is ...)` where only upper and lower case differ."""
+        name = os.path.basename(line.replace("\\", "/"))
+        for path, _ in self.ways:
+            if (found := os.path.basename(path)) != name and found.casefold() == name.casefold():
+                return f" (there is {path})"
+        return ""
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
