@@ -56,7 +56,7 @@ from sound.npq_format import NpqError
 
 
 class ExitCode(enum.IntEnum):
-    """How the doctor ends; the same numbers stand in --help and the README."""
+    """How the doctor ends; the same numbers stand in --help and docs/formats.md."""
 
     HEALTHY = 0
     SUSPECT = 1

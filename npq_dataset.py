@@ -5,6 +5,12 @@
     windows = WindowDataset(corpus, train, ctx=512, stride=256, jitter_seed=0)
     batch = windows[np.array([0, 7, 9])]              # [3, 512, K] int16
 
+Windows are read at their place in the file, with preadv and not from a memory map. Where every
+window lies in another file that is 2.5 times as fast, because a map costs page faults and an unmap;
+resident memory stays flat; and a file that is cut during the run is a short read, which is an error
+with a name, where a map would end the process by SIGBUS. Maps of a few long files are read 1.9
+times as fast as this, at rates that no training needs (benchmarks/journal.md).
+
 K = codebooks, T = frames, V = entries of a codebook.
 """
 
@@ -548,9 +554,8 @@ class WindowDataset(Dataset[torch.Tensor]):
     def _read_into(self, buffer: memoryview, file: int, position: int) -> None:
         """Fill the buffer with a file's bytes from `position` on.
 
-        With preadv, and not from a memory map: where every window lies in another file that is four
-        times as fast (a map costs page faults and an unmap), resident memory stays flat, and a file
-        cut during the run is a short read, not a SIGBUS. `benchmarks/data_path.py` measures it.
+        Raises:
+            NpqError: the file is no longer what it was when it was scanned.
         """
         try:
             found = os.preadv(self.open_files[file], [buffer], position)

@@ -47,7 +47,7 @@ class Cause(enum.Enum):
 class Finding:
     """One thing that a check found."""
 
-    check: str  # id in the table of README.md, such as "F1"
+    check: str  # id in the table of docs/doctor.md, such as "F1"
     level: Level
     cause: Cause
     text: str

@@ -257,6 +257,8 @@ def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
 def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
     """Codes [T, K] as a read-only memory map, in the file's own dtype.
 
+    For one file as a whole. Training reads its windows another way: npq_dataset.py says why.
+
     Raises:
         NpqError: the file is no longer the one whose header was read.
     """

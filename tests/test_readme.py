@@ -29,6 +29,14 @@ FLAGS = ROOT / "docs" / "flags.md"
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 SCRIPTS = [ROOT / f"{name}.py" for name in DOORS]
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROSE = [
+    *(p for p in DOCS if p != FLAGS),
+    *(ROOT / p for p in ("examples/README.md", "benchmarks/README.md")),
+]
+OF_OTHERS = {  # flags of torchrun, sbatch and mypy
+    *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
+    *("--max-restarts", "--shutdown-timeout", "--signal", "--strict"),
+}
 
 
 def name_of(action: argparse.Action) -> str:
@@ -173,7 +181,24 @@ def test_make_targets_and_linked_files_exist():
                 assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
+@pytest.mark.parametrize("path", PROSE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_flags_that_documents_name_exist(path):
+    code = code_of(path.read_text(encoding="utf-8"))
+    scripts = [p for folder in ("benchmarks", "examples") for p in (ROOT / folder).glob("*.py")]
+    known = {s for d in DOORS.values() for a in d.build_parser()._actions for s in a.option_strings}
+    for script in scripts:
+        known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    known = {flag.replace("_", "-") for flag in known} | OF_OTHERS
+    for flag in re.findall(r"(?<![\w-])--(?:no-|\[no-\])?[a-z][\w-]*", code):
+        name = flag.replace("_", "-").replace("[no-]", "")
+        assert {name, name.replace("--no-", "--")} & known, flag
+    for name in re.findall(r"[\w/]+\.(?:py|md|svg)\b", code):
+        places = (ROOT, path.parent, ROOT / "benchmarks", ROOT / "examples")
+        assert name == "utils.py" or any((place / name).exists() for place in places), name
+
+
 def code_of(text: str) -> str:
+    """What a document sets in code: words within lines, and blocks."""
     return "\n".join(re.findall(r"`[^`\n]+`|^```.*?^```", text, re.S | re.M))
 
 
@@ -209,8 +234,8 @@ def test_exit_codes_are_those_of_the_code():
     section = FORMATS.partition("## Exit codes")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([\d, ]+) \| (.+?) \|", section, re.M))
     numbers = {int(n) for cell in rows for n in cell.split(",")}
-    assert {0, 1, 2, train_rvq.EXIT_GUARD, 129, EXIT_INTERRUPTED, 143} <= numbers
-    assert {int(code) for code in ckpt_doctor.ExitCode} <= numbers
+    of_training = {0, 1, 2, train_rvq.EXIT_GUARD, 129, EXIT_INTERRUPTED, 143}
+    assert numbers == of_training | {int(code) for code in ckpt_doctor.ExitCode}
 
 
 def test_defaults_in_prose_are_those_of_the_parser():
