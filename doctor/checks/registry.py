@@ -2,7 +2,7 @@
 
     findings = [f for check in CHECKS for f in check(Run(name, summaries, History(rows)))]
 
-Each check is a function that takes a run and yields findings; docs/doctor.md has what each looks at.
+Each check is a function that takes a run and yields findings; docs/doctor.md has what it looks at.
 Provable limits come first; the others compare a tensor with its own past and with what the
 optimizer's steps allow, and are calibrated on healthy runs (benchmarks/journal.md).
 """
