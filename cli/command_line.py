@@ -248,6 +248,8 @@ def _let_go(stream: TextIO) -> None:
 
 def printable(text: str) -> str:
     """Text on one line without control, direction and surrogate characters: these as escapes."""
+    if text.isprintable():  # nearly always, and thirty times as fast
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -1,4 +1,4 @@
-"""Charts over steps as SVG, for a page that shows and scripts them (pages/html.py).
+"""Charts over steps as SVG, for a page that shows and scripts them (templates/chart.html).
 
     frame = Frame(low=0, high=5000, epochs=[(2500, 1.0), (5000, 2.0)])
     svg = draw(Chart("Loss", [Line("validation", [(2500, 4.6), (5000, 4.4)], "var(--c2)")]), frame)
@@ -10,13 +10,13 @@ what came before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
-from cli.command_line import figure
-from pages.html import escaped
+from pages.html import render
 
 Points = list[tuple[int, float]]  # (step, value); a value that is not finite is a gap and a cross
 Rows = Sequence[dict[str, Any]]  # of metrics, each with a step
@@ -38,6 +38,7 @@ class Chart(NamedTuple):
     title: str
     lines: list[Line]
     log: bool = False  # the axis of values
+    from_zero: bool = False  # it begins at 0: for what has a natural zero
     guides: Sequence[tuple[str, float]] = ()  # level lines: name, value
     events: Sequence[tuple[str, int]] = ()  # marks on the axis of steps: one of EVENTS, step
 
@@ -54,9 +55,11 @@ class Frame(NamedTuple):
 
 # --- drawing -------------------------------------------------------------------------------------
 
-CHART = (480, 210)  # units of the view box
-LEFT, RIGHT_EDGE, TOP, BOTTOM = 44, 472, 12, 176
+# Units of the view box; script.js knows them too.
+WIDTH, HEIGHT = 480, 210
+LEFT, RIGHT, TOP, BOTTOM = 44, 472, 12, 176
 POINTS = 240  # that are drawn of a series, at most
+LABEL = 6  # characters of a tick's label that fit beside the axis, on a phone too
 
 
 class Axis(NamedTuple):
@@ -80,9 +83,10 @@ class Axis(NamedTuple):
         return _round_values(low, high)
 
 
-def _scaled(value: float, log: bool) -> float:
-    value = min(1e290, max(-1e290, value))
-    return math.log10(max(value, 1e-290)) if log else value
+def _scaled(value: Any, log: bool) -> Any:
+    """A value or an array of them on the scale of its axis."""
+    value = np.clip(value, -1e290, 1e290)
+    return np.log10(np.maximum(value, 1e-290)) if log else value
 
 
 def _round_values(low: float, high: float, count: int = 5) -> list[float]:
@@ -98,98 +102,93 @@ def fit_axis(chart: Chart, good_until: float) -> Axis:
     A loss that explodes to 1e30 would press all before it flat: the scale ends 0.6 healthy spans
     beyond the healthy values, or at ten times their 5 to 95 % range, where all takes over four.
     """
-    points = [(step, v) for line in chart.lines for step, v in line.points if math.isfinite(v)]
-    points = [(step, v) for step, v in points if v > 0 or not chart.log]
-    every = [_scaled(v, chart.log) for _, v in points] or [0.0]
-    good = [_scaled(v, chart.log) for step, v in points if step <= good_until]
+    points = np.array([p for line in chart.lines for p in line.points], float).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1]) & (not chart.log or points[:, 1] > 0)]
+    every = _scaled(points[:, 1], chart.log) if len(points) else np.zeros(1)
+    good = every[points[:, 0] <= good_until] if len(points) else every
     good = good if len(good) >= 3 else every
-    low, high = min(good), max(good)
+    low, high = good.min(), good.max()
     q05, q95 = np.quantile(good, [0.05, 0.95])
     if q95 > q05:
         low, high = max(low, q05 - 10 * (q95 - q05)), min(high, q95 + 10 * (q95 - q05))
     guides = [_scaled(v, chart.log) for _, v in chart.guides]
-    if max(every) - min(every) > 4 * (high - low):
+    least, most = every.min(), every.max()
+    if most - least > 4 * (high - low):
         room = max(0.6 * (high - low), 1.0 if chart.log else 0.05 * abs(high))
-        low, high = max(min(every), low - room), min(max(every), high + room)
-    else:
-        low, high = min(every), max(every)
-    low, high = min([low, *guides]), max([high, *guides])
+        least, most = max(least, low - room), min(most, high + room)
+    low, high = min([least, *guides]), max([most, *guides])
+    low = min(low, 0.0) if chart.from_zero else low
     margin = max(0.06 * (high - low), 0.02 if chart.log else 0.005 * abs(high), 1e-12)
     margin = min(margin, 9.0) if chart.log else margin
-    return Axis(float(low - margin), float(high + margin), chart.log)
+    bottom = low if chart.from_zero else low - margin
+    return Axis(float(bottom), float(high + margin), chart.log)
 
 
-def draw(chart: Chart, frame: Frame) -> str:
+def draw(chart: Chart, frame: Frame) -> Markup:
     """A chart as a figure with inline SVG; steps and values travel along for the cursor."""
     until = frame.onset[0] if frame.onset[1] is not None else None
     axis = fit_axis(chart, math.inf if until is None else until)
-    parts = [_bands(frame), *_grid(axis, frame)]
-    parts += [_guide(name, axis.y(value)) for name, value in chart.guides]
-    parts += [_path(line, axis, frame) for line in chart.lines]
-    parts += [f'<path class="event {e}" d="M{x:.1f} {BOTTOM}v-14"><title>{e} at step {step}</title>'
-              "</path>" for e, step in chart.events for x in [_x(step, frame)]]  # fmt: skip
-    legend = [_legend(line) for line in chart.lines if line.colour]
-    grey = sum(not line.colour for line in chart.lines)
-    legend += [f'<span class="mass">{grey} other tensors</span>'] if grey else []
-    counts = {e: sum(name == e for name, _ in chart.events) for e in EVENTS}
-    legend += [f'<span class="tick {e}">{e} {n}</span>' for e, n in counts.items() if n]
-    return (
-        f"<figure><figcaption><b>{escaped(chart.title)}</b>"
-        f'{_off_scale(chart, axis)}<span class="at"></span></figcaption>'
-        f'<svg viewBox="0 0 {CHART[0]} {CHART[1]}" data-low="{frame.low}" data-high="{frame.high}" '
-        f'role="img" aria-label="{escaped(chart.title)} over steps">{"".join(parts)}'
-        f'<path class="cursor" d=""/></svg><div class="legend">{"".join(legend)}</div></figure>'
-    )
+    ticks = axis.ticks()
+    labels, power = labels_of(ticks)
+    heights = [round(axis.y(value), 1) for value in ticks]
+    return render(
+        "chart.html",
+        chart=chart, frame=frame, power=power, beyond=_off_scale(chart, axis),
+        width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM,
+        onset=_onset(frame), healthy=_healthy(frame),
+        values=list(zip(heights, labels, strict=True)), steps=_steps(frame),
+        guides=[(round(axis.y(value), 1), name) for name, value in chart.guides],
+        strokes=[_stroke(line, axis, frame) for line in chart.lines],
+        events=[(_x(step, frame), event, step) for event, step in chart.events],
+        grey=sum(not line.colour for line in chart.lines),
+        counts={e: sum(name == e for name, _ in chart.events) for e in EVENTS},
+    )  # fmt: skip
 
 
 def share_of(step: float, frame: Frame) -> float:
-    """Where a step lies in a frame: 0 at its left end, 1 at its right."""
-    return (step - frame.low) / max(frame.high - frame.low, 1)
+    """Where a step lies in a frame: 0 at its left end and before it, 1 at its right and beyond."""
+    return min(1.0, max(0.0, (step - frame.low) / max(frame.high - frame.low, 1)))
 
 
 def _x(step: float, frame: Frame) -> float:
-    return LEFT + (RIGHT_EDGE - LEFT) * min(1.0, max(0.0, share_of(step, frame)))
+    return round(LEFT + (RIGHT - LEFT) * share_of(step, frame), 1)
 
 
-def _bands(frame: Frame) -> str:
-    """The span of the onset, and the step of the last healthy file."""
-    text = ""
-    if frame.onset[1] is not None and frame.onset[1] >= frame.low:
-        left = _x(frame.low if frame.onset[0] is None else frame.onset[0], frame)
-        width = max(3.0, _x(frame.onset[1], frame) - left)
-        text += f'<rect class="onset" x="{left:.1f}" y="{TOP}" width="{width:.1f}" '
-        text += f'height="{BOTTOM - TOP}"><title>onset</title></rect>'
-    if frame.healthy is not None and frame.low <= frame.healthy <= frame.high:
-        x = _x(frame.healthy, frame)
-        text += f'<path class="healthy" d="M{x:.1f} {TOP}V{BOTTOM}"><title>last healthy file'
-        text += "</title></path>"
-    return text
+def _onset(frame: Frame) -> tuple[float, float] | None:
+    """Left edge and width of the span between the last good and the first bad step."""
+    good, bad = frame.onset
+    if bad is None or bad < frame.low:
+        return None
+    left = _x(frame.low if good is None else good, frame)
+    return left, max(3.0, round(_x(bad, frame) - left, 1))
 
 
-def _grid(axis: Axis, frame: Frame) -> Iterator[str]:
-    for value in axis.ticks():
-        y = axis.y(value)
-        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT_EDGE}"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{_short(value)}</text>'
+def _healthy(frame: Frame) -> float | None:
+    if frame.healthy is None or not frame.low <= frame.healthy <= frame.high:
+        return None
+    return _x(frame.healthy, frame)
+
+
+def _steps(frame: Frame) -> list[tuple[float, str, str | None]]:
+    """Ticks of the axis of steps: place, step, and the epoch nearest to it, where one is known."""
+    known, found = np.array([step for step, _ in frame.epochs], float), []
     for value in _round_values(frame.low, max(frame.high, frame.low + 1), 6):
-        x = _x(value, frame)
-        yield f'<text x="{x:.1f}" y="{BOTTOM + 15}" class="mid">{_short(value)}</text>'
-        if frame.epochs:
-            epoch = min(frame.epochs, key=lambda known: abs(known[0] - value))[1]
-            yield f'<text x="{x:.1f}" y="{BOTTOM + 28}" class="mid">ep {epoch:.0f}</text>'
+        epoch = f"{frame.epochs[np.abs(known - value).argmin()][1]:.0f}" if frame.epochs else None
+        found.append((_x(value, frame), _short(value), epoch))
+    return found
+
+
+def labels_of(ticks: Sequence[float]) -> tuple[list[str], int]:
+    """Labels of ticks, all different; and the power of ten that they leave out to be short."""
+    labels = [_short(value) for value in ticks]
+    if all(len(label) <= LABEL for label in labels):
+        return labels, 0
+    power = math.floor(math.log10(max(abs(value) for value in ticks)))
+    return [f"{value / 10.0**power:.6g}" for value in ticks], power
 
 
 def _short(value: float) -> str:
-    if 10_000 <= abs(value) < 10_000_000:
-        return f"{value / 1000:.6g}k"
-    return f"{value:.6g}" if 1 <= abs(value) < 10_000 else f"{value:.3g}"
-
-
-def _guide(name: str, y: float) -> str:
-    return (
-        f'<path class="guide" d="M{LEFT} {y:.1f}H{RIGHT_EDGE}"/>'
-        f'<text x="{LEFT + 4}" y="{y - 4:.1f}">{name}</text>'
-    )
+    return f"{value / 1000:.6g}k" if 10_000 <= abs(value) < 10_000_000 else f"{value:.6g}"
 
 
 def thinned(points: Points, count: int = POINTS) -> Points:
@@ -209,28 +208,34 @@ def thinned(points: Points, count: int = POINTS) -> Points:
     return [points[i] for i in sorted(kept)]
 
 
-def _path(line: Line, axis: Axis, frame: Frame) -> str:
+class Stroke(NamedTuple):
+    """A line as SVG paths, and as the steps and values that the cursor reads."""
+
+    line: Line
+    path: str
+    dots: str  # at each point, where these are few
+    crosses: str  # where a value is not finite
+    steps: str
+    values: str
+    last: float
+
+
+def _stroke(line: Line, axis: Axis, frame: Frame) -> Stroke:
     points, path, dots, crosses, pen = thinned(line.points), "", "", "", "M"
     for step, value in points:
-        x = _x(step, frame)
+        x, y = _x(step, frame), axis.y(value)
         if math.isfinite(value) and not (axis.log and value <= 0):
-            path += f"{pen}{x:.1f} {axis.y(value):.1f}"
-            dots += f"M{x:.1f} {axis.y(value):.1f}h0"
+            path += f"{pen}{x:.1f} {y:.1f}"
+            dots += f"M{x:.1f} {y:.1f}h0"
             pen = "L"
         else:
             crosses += f"M{x - 3:.1f} {TOP}l6 6m0-6l-6 6"
             pen = "M"
-    kind = "mass" if not line.colour else "thin" if line.thin else "line"
-    data = ""
-    if line.colour:
-        steps = " ".join(str(step) for step, _ in points)
-        values = " ".join(f"{value:.4g}" for _, value in points)
-        data = f' style="--c:{line.colour}" data-x="{steps}" data-v="{values}"'
-    title = f"<title>{escaped(line.name)}</title>"
-    text = f'<path class="{kind}" d="{path}"{data}>{title}</path>'
-    if line.colour and not line.thin and len(points) <= 40:
-        text += f'<path class="dots" style="--c:{line.colour}" d="{dots}"/>'
-    return text + (f'<path class="nan" d="{crosses}"/>' if crosses and line.colour else "")
+    dots = "" if line.thin or len(points) > 40 else dots
+    steps = " ".join(str(step) for step, _ in points)
+    values = " ".join(f"{value:.4g}" for _, value in points)
+    last = next((v for _, v in reversed(line.points) if math.isfinite(v)), math.nan)
+    return Stroke(line, path, dots, crosses, steps, values, last)
 
 
 def _off_scale(chart: Chart, axis: Axis) -> str:
@@ -238,17 +243,8 @@ def _off_scale(chart: Chart, axis: Axis) -> str:
     top = 10**axis.high if axis.log else axis.high
     beyond = [v for line in chart.lines for _, v in line.points if top < v < math.inf]
     lost = any(not math.isfinite(v) for line in chart.lines for _, v in line.points)
-    words = [f"&#9650; up to {max(beyond):.2g}"] if beyond else []
-    words += ["NaN"] if lost else []
-    return f'<span class="off">{" and ".join(words)}</span>' if words else ""
-
-
-def _legend(line: Line) -> str:
-    last = next((v for _, v in reversed(line.points) if math.isfinite(v)), math.nan)
-    return (
-        f'<span style="--c:{line.colour}" class="key">{escaped(line.name)} '
-        f"<output>{figure(last, '.3g')}</output></span>"
-    )
+    words = [f"▲ up to {max(beyond):.2g}"] if beyond else []
+    return " and ".join([*words, *(["NaN"] if lost else [])])
 
 
 # --- charts of metrics rows ----------------------------------------------------------------------

@@ -48,7 +48,8 @@ def _metric_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
     yield gradient_chart(steps, events)
     saved = [(s.step or 0, s.optimizer.get("lr", math.nan)) for s in files if s.optimizer]
     logged = Line("logged", points_of(steps, "lr"), "var(--c1)")
-    yield Chart("Learning rate", [logged, Line("in files", saved, "var(--c4)")])
+    lines = [logged, Line("in files", saved, "var(--c4)")]
+    yield Chart("Learning rate", lines, from_zero=True)
     scales = [(s.step or 0, s.scale) for s in files if s.scale is not None]
     yield Chart("Loss scale of fp16", [Line("scale", scales, "var(--c1)")], log=True)
 

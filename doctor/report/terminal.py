@@ -322,8 +322,8 @@ def _csv_cells(p: Parameter) -> list[Any]:
     return [
         printable(p.name),
         shape,
-        p.dtype,
-        p.optimizer,
+        printable(p.dtype),
+        printable(p.optimizer),
         *known,
         *(p.bad.get(part, 0) for part in BAD),
     ]
