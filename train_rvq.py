@@ -887,14 +887,18 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
 
 
 def update_report(run: Run) -> None:
-    """Write the run's page anew. Training never stops for it: a failure is one line."""
+    """Write the run's page anew. Training never stops for it: failures in a row are one line."""
     if not run.flags.report or not run.world.is_first:
         return
     try:
         write_report(run.files, samples_folder(run.flags))
     except Exception as error:
-        told = in_words(error)
-        run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
+        if not run.report_failed:
+            told = in_words(error)
+            run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
+        run.report_failed = True
+    else:
+        run.report_failed = False
 
 
 def validation_due(run: Run, *, complete: bool) -> bool:

@@ -145,6 +145,7 @@ class MetricsLog:
         self.file = open(path or os.devnull, "ab")  # noqa: SIM115 - open for the whole run
         if path and self.file.tell() and not _ends_with_newline(path):
             self.file.write(b"\n")  # a killed run may have left half a row
+        self.failed = False  # the newest row was not written
         self.history: list[dict[str, Any]] = []
         self.board = _summary_writer(path) if path and tensorboard else None
 
@@ -157,7 +158,11 @@ class MetricsLog:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            problem(f"metrics row lost, training goes on: {in_words(error)}")
+            if not self.failed:  # once until a row is written again
+                problem(f"metrics rows are not written, training goes on: {in_words(error)}")
+            self.failed = True
+        else:
+            self.failed = False
         if self.board is not None:
             for key, value in row.items():
                 if isinstance(value, float) and key not in ("time", "seconds"):

@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from run_folder.metrics import HISTORY_ROWS, Console, MetricsLog, duration, number, perplexity
+from run_folder.metrics import (
+    HISTORY_ROWS,
+    Console,
+    MetricsLog,
+    duration,
+    number,
+    perplexity,
+    read_metrics,
+)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 710.0])
@@ -119,4 +127,20 @@ def test_metrics_survive_a_full_disk(capsys):
     log = MetricsLog(Path("/dev/full"))
     row = log.write("step", step=1)
     assert row["step"] == 1
-    assert "metrics row lost" in capsys.readouterr().err
+    assert "metrics rows are not written" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_one_line_until_rows_are_written_again(small_disk, capsys):
+    disk = small_disk("64k")
+    log, long = MetricsLog(disk / "x_metrics.jsonl"), "x" * 6000  # more than a page's rest takes
+    for _ in range(2):
+        (disk / "filler").write_bytes(bytes(40_000))
+        with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        for step in range(3):
+            log.write("step", step=step, why=long)
+        (disk / "filler").unlink()
+        log.write("step", step=9, why=long)
+    assert capsys.readouterr().err.count("not written, training goes on: No space left") == 2
+    assert [r["step"] for r in read_metrics(disk / "x_metrics.jsonl")].count(9) == 2

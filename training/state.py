@@ -102,6 +102,7 @@ class Run:
     saving: Saving | None = None  # the save in flight
     best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
     failed_saves: int = 0
+    report_failed: bool = False  # the newest try to write the run's page
     guard_stop: str | None = None  # why the guard ends the run
     between_steps: bool = True  # False while weights, moments and counters disagree
 
