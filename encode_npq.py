@@ -52,13 +52,14 @@ from cli.command_line import (
     unexpected,
 )
 from sound import npq_format as npq
-from sound.codec import CodecError, load_codec, read_audio, resample, write_wav
+from sound.audio_file import SilentError, read_audio, resample, write_wav
+from sound.codec import CodecError, load_codec
 
 if TYPE_CHECKING:
-    from sound.codec import Codec, Waveform
+    from sound.audio_file import Waveform
+    from sound.codec import Codec
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
-SILENCE = 1e-4  # peak of -80 dBFS: below it there is only dither
 LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -224,10 +225,6 @@ def make_out_dir(folder: Path) -> None:
 # --- how it goes ---------------------------------------------------------------------------------
 
 
-class SilentError(Exception):
-    """A file holds nothing but silence."""
-
-
 class NoRoomError(Exception):
     """Nothing more can be written."""
 
@@ -282,9 +279,9 @@ def do_all(
                 report.done += 1
             except CodecError:
                 raise
-            except SilentError:
+            except SilentError as error:
                 outcome = "silent"
-                report.silent.append(str(job.source))
+                report.silent.append(f"{job.source}: {error.found}")
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise NoRoomError(
@@ -335,13 +332,11 @@ class Coder:
 
         waveform, rate = read_audio(job.source, stereo=self.flags.stereo)
         seconds: float = waveform.shape[1] / rate
-        if max(waveform.max(), -waveform.min()) < SILENCE:
-            raise SilentError
         first = self.seen.setdefault(hashlib.blake2b(waveform.data).digest(), job.source)
         if first != job.source:
             self.report.duplicates.append(f"{job.source} = {first}")
         if self.flags.loudness is not None:
-            waveform = to_loudness(waveform, rate, self.flags.loudness)
+            waveform = to_loudness(waveform, rate, self.flags.loudness, job.source)
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
         k_side = self.flags.side_codebooks
         codes = self.codec.encode_channels(resampled, self.flags.codebooks, k_side)
@@ -377,8 +372,8 @@ class Coder:
         return header.num_frames / codec.frame_rate
 
 
-def to_loudness(waveform: Waveform, rate: int, target: float) -> Waveform:
-    """Scale [C, N] to `target` LUFS (ITU-R BS.1770-4), or as far as the peak stays within 1.
+def to_loudness(waveform: Waveform, rate: int, target: float, path: Path) -> Waveform:
+    """Scale [C, N] of `path` to `target` LUFS (ITU-R BS.1770-4), or as far as peaks stay within 1.
 
     Raises:
         SilentError: nothing is louder than -70 LUFS.
@@ -394,7 +389,7 @@ def to_loudness(waveform: Waveform, rate: int, target: float) -> Waveform:
         )
     found = pyloudnorm.Meter(rate).integrated_loudness(waveform.T)
     if not math.isfinite(found):  # nothing above the standard's gate of -70 LUFS
-        raise SilentError
+        raise SilentError(path, "sound above -70 LUFS", "quieter than that throughout")
     gain = min(10 ** ((target - found) / 20), 1 / float(np.abs(waveform).max()))
     return waveform * np.float32(gain)
 

@@ -49,7 +49,8 @@ from cli.command_line import (
 from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
-from sound.codec import AudioError, Codec, CodecError, load_codec, read_audio, resample, write_wav
+from sound.audio_file import AudioError, read_audio, resample, write_wav
+from sound.codec import Codec, CodecError, load_codec
 from sound.npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
 from sound.sampling import Draw, generate
 from training.planning import is_out_of_memory

@@ -516,10 +516,8 @@ def write_samples(run: Run) -> None:
     try:
         path = draw_sample(run, stop_on_signal)
         codes = map_codes(read_header(path)).astype(np.int64)
-        from sound.codec import (  # training runs where no codec can be imported
-            load_codec,
-            write_wav,
-        )
+        from sound.audio_file import write_wav  # training runs where no codec can be imported
+        from sound.codec import load_codec
 
         codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
         waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])

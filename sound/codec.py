@@ -1,13 +1,11 @@
 """Waveform <-> codes with the Descript Audio Codec (DAC): the only file that knows DAC.
 
-    waveform, rate = read_audio("song.flac")              # [1, N] float32
     codec = load_codec("44khz")                           # or 24khz, 16khz, demo, a path of weights
-    waveform = resample(waveform, rate, codec.sample_rate)
-    codes = codec.encode(torch.from_numpy(waveform))      # [1, T, K]
-    write_wav("back.wav", codec.decode(codes).numpy(), codec.sample_rate)
+    codes = codec.encode(waveform)                        # [1, N] float32 -> [1, T, K]
+    waveform = codec.decode(codes)
 
 B = batch, C = audio channels, N = audio samples, T = frames, K = codebooks. torch and dac are
-imported where they are used: both take seconds to import, and reading audio needs neither. The
+imported where they are used: both take seconds to import. The
 codec is that of Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN".
 """
 
@@ -16,7 +14,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import re
 import shutil
 import sys
 import types
@@ -27,96 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import soundfile
-import soxr
-
 if TYPE_CHECKING:
     import torch
-
-    Waveform = np.ndarray[Any, np.dtype[np.float32]]
-
-# --- audio files ---------------------------------------------------------------------------------
-
-READ_BLOCK = 1 << 18  # audio samples a channel: a downmix never holds all of a stereo file
-STREAM_BYTES = 0x7FFF_F000  # a length from here on says that the writer did not know it
-
-
-class AudioError(ValueError):
-    """An audio file cannot be used: says which, what was expected and found, and what to do."""
-
-    def __init__(self, path: str | os.PathLike[str], expected: str, found: object) -> None:
-        super().__init__(
-            f"{path}: expected {expected}, found: {found}; mend or convert the file, or take it out"
-        )
-
-
-def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[Waveform, int]:
-    """Read all of a file: a float32 waveform [1, N], the mean of its channels, and its rate in Hz.
-
-    With `stereo` the waveform is [2, N]; a mono file then gives two equal channels. Formats are
-    those of libsndfile: wav, flac, ogg, opus, mp3, aiff and more.
-
-    Raises:
-        AudioError: not audio, cut off, empty, not finite, or `stereo` of more than two channels.
-    """
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name need not be text
-            rate, promised, channels = file.samplerate, _frames_promised(file), file.channels
-            if stereo and channels > 2:
-                raise AudioError(path, "one or two channels", f"{channels} channels")
-            blocks = []
-            while len(block := file.read(READ_BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block if stereo else block.mean(axis=1, keepdims=True))
-    except (OSError, soundfile.SoundFileError) as error:
-        found = str(getattr(error, "error_string", error)).rstrip(".")
-        raise AudioError(path, "audio that libsndfile reads", found) from error
-    if not blocks:
-        raise AudioError(path, "at least one audio sample", "none")
-    waveform = np.ascontiguousarray(np.concatenate(blocks).T)
-    if waveform.shape[1] < promised - rate:  # the length in an mp3's header is not exact
-        found = f"an end after {waveform.shape[1] / rate:.1f} s"
-        raise AudioError(path, f"{promised / rate:.1f} s as its header says", found)
-    if not np.isfinite(waveform).all():
-        raise AudioError(path, "finite audio samples", "NaN or infinity")
-    return np.repeat(waveform, 2, axis=0) if stereo and channels == 1 else waveform, rate
-
-
-def _frames_promised(file: soundfile.SoundFile) -> int:
-    """Audio samples a channel that a file's header promises.
-
-    Of a cut .wav, .aiff or .au libsndfile counts what is there, and only its log tells what the
-    header said. A stream's header says as much as its field holds.
-    """
-    cut = re.search(
-        r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.M
-    )
-    if cut is None or int(cut[1]) >= STREAM_BYTES:
-        return int(file.frames)
-    return int(file.frames) * int(cut[1]) // max(1, int(cut[2]))
-
-
-def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
-    """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear."""
-    if rate == new_rate:
-        return waveform
-    return np.ascontiguousarray(soxr.resample(waveform.T, rate, new_rate, quality="VHQ").T)
-
-
-def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
-    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
-
-    Raises:
-        OSError, soundfile.SoundFileError: it cannot be written; `path` is as it was.
-    """
-    # Not named after the file, whose name may be as long as a name can be.
-    temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
-    try:
-        soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 # --- weights -------------------------------------------------------------------------------------
 

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from torch.package import PackageExporter, PackageImporter
 
 from sound import codec as codec_module
-from sound.codec import (
-    AudioError,
-    CodecError,
-    load_codec,
-    read_audio,
-    read_weights,
-    resample,
-    write_wav,
-)
+from sound.codec import CodecError, load_codec, read_weights
 
 ROOT = Path(codec_module.__file__).parent.parent
 RATE, HOP, K, V = 8000, 40, 6, 64  # of the tiny DAC
@@ -281,74 +272,3 @@ def test_dac_is_imported_although_torchaudio_is_broken(tmp_path, tiny_path):
     command = [sys.executable, "-c", program, str(tmp_path), str(tiny_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == f"{K} False\n", done.stderr
-
-
-# --- audio files ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("suffix", "subtype"),
-    [
-        ("wav", "PCM_16"),
-        ("flac", "PCM_16"),
-        ("ogg", "VORBIS"),
-        ("mp3", "MPEG_LAYER_III"),
-        ("opus", "OPUS"),
-    ],
-)
-def test_every_usual_format_is_read(tmp_path, suffix, subtype):
-    path, rate = tmp_path / f"a.{suffix}", 48_000
-    stereo = music(rate, rate, channels=2)
-    container = "OGG" if suffix == "opus" else suffix.upper()
-    soundfile.write(path, stereo.T, rate, format=container, subtype=subtype)
-    waveform, found_rate = read_audio(path)
-    assert (waveform.shape, waveform.dtype, found_rate) == ((1, rate), np.float32, rate)
-    mean = stereo.mean(axis=0)
-    assert np.corrcoef(waveform[0], mean)[0, 1] > 0.95
-    assert read_audio(path, stereo=True)[0].shape == (2, rate)
-
-
-def test_channels(tmp_path):
-    mono, many = tmp_path / "mono.wav", tmp_path / "many.wav"
-    soundfile.write(mono, music(100).T, RATE, subtype="FLOAT")
-    soundfile.write(many, music(100, channels=6).T, RATE, subtype="FLOAT")
-    np.testing.assert_array_equal(read_audio(mono, stereo=True)[0], np.repeat(music(100), 2, 0))
-    expected = music(100, channels=6).mean(axis=0, keepdims=True)
-    np.testing.assert_allclose(read_audio(many)[0], expected, atol=1e-6)
-    with pytest.raises(AudioError, match=r"many\.wav: expected one or two channels, found: 6"):
-        read_audio(many, stereo=True)
-
-
-def test_bad_audio_is_refused_by_name(tmp_path):
-    path = tmp_path / "bad.mp3"
-    soundfile.write(path, music(RATE * 20).T, RATE)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(AudioError, match=r"bad\.mp3: expected 20\.0 s as its header says, found"):
-        read_audio(path)
-    path = tmp_path / "bad.wav"
-    for samples, complaint in (([], "found: none"), ([0.0, np.nan], "NaN or infinity")):
-        soundfile.write(path, np.array(samples), RATE, subtype="FLOAT")
-        with pytest.raises(AudioError, match=complaint):
-            read_audio(path)
-    path.write_text("no audio")
-    for wrong in (path, tmp_path, tmp_path / "missing.wav"):
-        with pytest.raises(AudioError, match="audio that libsndfile reads"):
-            read_audio(wrong)
-
-
-def test_resampling_keeps_a_tone(tmp_path):
-    def tone(rate):
-        return np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)[None]
-
-    resampled = resample(tone(48_000), 48_000, 44_100)
-    assert resampled.shape == (1, 44_100)
-    np.testing.assert_allclose(resampled[:, 500:-500], tone(44_100)[:, 500:-500], atol=1e-4)
-
-
-def test_wav_files_clip_and_leave_nothing_behind(tmp_path):
-    path = tmp_path / "a.wav"
-    write_wav(path, np.array([[0.5, 2.0], [-0.25, -2.0]], np.float32), RATE)
-    samples, rate = soundfile.read(path)
-    assert rate == RATE
-    np.testing.assert_allclose(samples, [[0.5, -0.25], [1, -1]], atol=1e-4)
-    assert list(tmp_path.iterdir()) == [path]

@@ -17,8 +17,9 @@ import torch
 from test_codec import HOP, RATE, K, V, music, save_tiny_dac
 
 import encode_npq
-from encode_npq import SilentError, main, to_loudness
-from sound.codec import load_codec, read_audio, resample
+from encode_npq import main, to_loudness
+from sound.audio_file import SilentError, read_audio, resample
+from sound.codec import load_codec
 from sound.npq_format import map_codes, read_header, write_npq
 
 DOOR = Path(encode_npq.__file__)
@@ -93,8 +94,11 @@ def test_a_folder_with_bad_files_interrupted_and_finished(tmp_path, codec_path, 
     finished, error = capsys.readouterr()
     assert error.startswith("! 1 of 50 files failed, each row says why; ")
     assert f"{48 - len(early)} files written, {len(early)} done before" in finished
-    assert f"1 silent, not encoded:\n  {source / 'silent.flac'}\n" in finished
-    assert f"{source / 'broken.mp3'}: expected audio that libsndfile reads" in finished
+    assert (
+        f"1 silent, not encoded:\n  {source / 'silent.flac'}: silence (nothing at all)\n"
+        in finished
+    )
+    assert f"{source / 'broken.mp3'}: expected wav, flac, ogg, opus, mp3" in finished
     assert f"{source / 't47.wav'} = {source / 't45.wav'}" in finished
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert len(times) == 48
@@ -288,8 +292,8 @@ def test_a_file_that_fails_costs_a_row(tmp_path, codec_path, capsys):
     names = [row.split(":")[0].rpartition("/")[2] for row in rows]
     assert names == ["a.aiff", "empty.ogg", "f.flac", "gone.wav", "m.mp3", "text.wav", "w.wav"]
     assert all(row.endswith("; mend or convert the file, or take it out") for row in rows)
-    for row in (rows[0], rows[6]):
-        assert "expected 5.0 s as its header says, found: an end after 2.5 s;" in row
+    for row in (rows[0], rows[4], rows[6]):
+        assert "as its header says, found: an end after " in row
     assert error.splitlines()[-1].startswith("! 7 of 9 files failed, each row says why;")
     assert "Traceback" not in error
     assert main([*arguments, "--debug"]) == 1
@@ -403,12 +407,14 @@ def test_targets_mirror_folders_and_globs(tmp_path):
 
 def test_loudness(tmp_path):
     waveform = music(44_100 * 2, 44_100, channels=2)
-    louder = to_loudness(waveform, 44_100, -18)
+    louder = to_loudness(waveform, 44_100, -18, "a.wav")
     assert pyloudnorm.Meter(44_100).integrated_loudness(louder.T) == pytest.approx(-18, abs=0.1)
     assert louder.dtype == np.float32
-    assert np.abs(to_loudness(waveform, 44_100, 0)).max() == pytest.approx(1)  # peaks do not clip
+    assert np.abs(to_loudness(waveform, 44_100, 0, "a.wav")).max() == pytest.approx(
+        1
+    )  # peaks do not clip
     with pytest.raises(SilentError):
-        to_loudness(waveform * 1e-4, 44_100, -18)
+        to_loudness(waveform * 1e-4, 44_100, -18, "a.wav")
     with pytest.raises(ValueError, match=r"more than 0\.4 s of audio .* found 0\.40 s"):
-        to_loudness(waveform[:, :17_640], 44_100, -18)
-    assert to_loudness(waveform[:, :17_641], 44_100, -18).shape == (2, 17_641)
+        to_loudness(waveform[:, :17_640], 44_100, -18, "a.wav")
+    assert to_loudness(waveform[:, :17_641], 44_100, -18, "a.wav").shape == (2, 17_641)

@@ -1,0 +1,265 @@
+"""Audio files as waveforms: whole, to the true end of every stream in them, or refused by name.
+
+    waveform, rate = read_audio("song.flac")              # [1, N] float32
+    waveform = resample(waveform, rate, 44_100)
+    write_wav("back.wav", waveform, 44_100)
+
+C = audio channels, N = audio samples per channel. libsndfile decodes, soxr resamples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+from sound.audio_streams import (
+    CHUNKED,
+    DamagedError,
+    Stream,
+    au_stream,
+    chunked_stream,
+    flac_streams,
+    ogg_streams,
+    read_at,
+    tag_length,
+)
+from sound.mpeg_streams import mpeg_streams
+
+if TYPE_CHECKING:
+    Waveform = np.ndarray[Any, np.dtype[np.float32]]
+
+READ_BLOCK = 1 << 18  # audio samples a channel: a downmix never holds all of a stereo file
+PEAK_LIMIT = (
+    4.0  # 12 dB over full scale: a float file beyond it holds other units, or a stray value
+)
+SILENCE = 1e-4  # half of peak to peak, -80 dBFS: below it there is only dither
+CANCELLED = 0.01  # share of the channels' energy in their mean, below which it is not their music
+# Bytes of an audio sample, of what has a fixed number of them.
+SAMPLE_BYTES = {"PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3}
+SAMPLE_BYTES |= {"PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+# Packed in blocks of varying length, which nothing here counts.
+UNCOUNTED = ("ALAC", "DWVW", "DPCM")
+
+
+class AudioError(ValueError):
+    """An audio file cannot be used: says which, what was expected and found, and what to do."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        expected: str,
+        found: object,
+        remedy: str = "mend or convert the file, or take it out",
+    ) -> None:
+        self.found = found
+        super().__init__(f"{path}: expected {expected}, found: {found}; {remedy}")
+
+
+class SilentError(AudioError):
+    """An audio file holds nothing but silence."""
+
+
+def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[Waveform, int]:
+    """Read all of a file: a float32 waveform [1, N], the mean of its channels, and its rate in Hz.
+
+    With `stereo` the waveform is [2, N]; a mono file then gives two equal channels. Streams that
+    stand one behind the other are joined. Memory: the waveform twice, and a compressed file once.
+
+    Raises:
+        SilentError: no channel is louder than SILENCE.
+        AudioError: no audio of a known kind, cut off, damaged, empty, of several rates, with
+            samples that are not finite or beyond PEAK_LIMIT, `stereo` of more than two channels, or
+            without `stereo` channels that cancel each other.
+    """
+    levels, blocks, rates = _Levels(), [], []
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            streams = find_streams(file)
+        for stream in streams:
+            with _open_stream(path, stream) as sound:
+                rates.append(sound.samplerate)
+                if stereo and sound.channels > 2:
+                    raise DamagedError("one or two channels", f"{sound.channels} channels")
+                for block in _blocks(sound, stream):
+                    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                        levels.add(block)
+                        blocks.append(_as_channels(block, stereo))
+    except DamagedError as error:
+        raise AudioError(path, error.expected, error.found) from error
+    except (OSError, soundfile.SoundFileError) as error:
+        found = str(getattr(error, "error_string", error)).rstrip(".")
+        raise AudioError(path, "audio that libsndfile reads", found) from error
+    if len(set(rates)) > 1:
+        found = ", then ".join(f"{rate} Hz" for rate in dict.fromkeys(rates))
+        raise AudioError(path, "one sampling rate", found, "split it into its parts")
+    if not levels.samples:
+        raise AudioError(path, "at least one audio sample", "none")
+    levels.check(path, rates[0], stereo=stereo)
+    return np.ascontiguousarray(np.concatenate(blocks).T), rates[0]
+
+
+def find_streams(file: BinaryIO) -> list[Stream]:
+    """Every stream of an audio file, in order. Compressed files are read into memory.
+
+    Raises:
+        DamagedError: of no known kind, cut short, or with bytes that nothing accounts for.
+        OSError: it cannot be read.
+    """
+    start, size = 0, file.seek(0, 2)
+    while length := tag_length(read_at(file, start, 10), 0):
+        start += length
+    head = read_at(file, start, 16)
+    if layout := CHUNKED.get(head[:4]):
+        return [chunked_stream(file, layout, start, size)]
+    if head[:4] in (b".snd", b"dns."):
+        return [au_stream(head, size - start)]
+    if walk := {b"fLaC": flac_streams, b"OggS": ogg_streams}.get(head[:4]):
+        return list(walk(read_at(file, start, size)))
+    return mpeg_streams(read_at(file, 0, size))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, but no pipe, which would be waited for."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return descriptor
+
+
+class _Endless(io.BytesIO):
+    """A file that claims to go on, so that libsndfile does not estimate where an mp3 ends."""
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        is_for_size = whence == 2 and position == 0
+        return super().seek(1 << 40) if is_for_size else super().seek(position, whence)
+
+
+def _open_stream(path: str | os.PathLike[str], stream: Stream) -> soundfile.SoundFile:
+    if stream.content is None:
+        return soundfile.SoundFile(os.fsencode(path))  # a name need not be text
+    return soundfile.SoundFile((_Endless if stream.is_mpeg else io.BytesIO)(stream.content))
+
+
+def _blocks(sound: soundfile.SoundFile, stream: Stream) -> Iterator[Waveform]:
+    """Blocks [n, C] of a stream, without what its encoder added.
+
+    Raises:
+        DamagedError: not as many samples as there are to come, or not those that were encoded.
+    """
+    subtype, expected = sound.subtype, stream.samples
+    if subtype.startswith(UNCOUNTED):
+        raise DamagedError("sound whose end can be told", f"{subtype} in {sound.format}")
+    width = stream.block_align or SAMPLE_BYTES.get(subtype, 0) * sound.channels
+    if stream.audio_bytes is not None and subtype in SAMPLE_BYTES:
+        expected = stream.audio_bytes // width
+    if expected is None:
+        expected = sound.frames
+    digest = hashlib.md5(usedforsecurity=False) if stream.md5 and subtype in SAMPLE_BYTES else None
+    stop, pos = expected - stream.padding, 0
+    while len(block := sound.read(READ_BLOCK, dtype="float32", always_2d=True)):
+        if digest:
+            digest.update(_as_integers(block, SAMPLE_BYTES[subtype]))
+        yield block[max(0, stream.delay - pos) : max(0, stop - pos)]
+        pos += len(block)
+    if pos != expected:
+        rate = sound.samplerate
+        raise DamagedError(f"{expected / rate:.2f} s of sound", f"{pos / rate:.2f} s that decode")
+    if digest and digest.digest() != stream.md5:
+        raise DamagedError("the sound whose MD5 its header holds", "other sound, so it is damaged")
+
+
+def _as_integers(block: Waveform, width: int) -> bytes:
+    """Samples in [-1, 1) as signed little-endian integers of 1 to 3 bytes."""
+    integers = np.ascontiguousarray(np.rint(block * np.float32(1 << 8 * width - 1)).astype("<i4"))
+    return integers.view(np.uint8).reshape(*block.shape, 4)[..., :width].tobytes()
+
+
+def _as_channels(block: Waveform, stereo: bool) -> Waveform:
+    """Of [n, C] the mean of the channels, [n, 1], or [n, 2]."""
+    if not stereo:
+        return block.mean(axis=1, keepdims=True)
+    return np.repeat(block, 2, axis=1) if block.shape[1] == 1 else block
+
+
+class _Levels:
+    """How loud a file is, from its blocks of samples [n, C]."""
+
+    def __init__(self) -> None:
+        self.samples = 0  # per channel
+        self.odd = self.over = 0  # not finite, beyond the limit
+        self.first_odd = self.peak_at = 0
+        self.peak = self.swing = 0.0  # swing: half of peak to peak, so that an offset is no sound
+        self.energy = self.mixed = 0.0  # of the channels, and of their mean
+
+    def add(self, block: Waveform) -> None:
+        """Count a block in."""
+        if not len(block):
+            return
+        finite = np.isfinite(block)
+        if not finite.all():
+            if not self.odd:
+                self.first_odd = self.samples + int(np.argmin(finite.all(axis=1)))
+            self.odd += int(np.count_nonzero(~finite))
+            block = np.where(finite, block, np.float32(0))
+        sizes = np.abs(block).max(axis=1)
+        if (peak := float(sizes.max())) > self.peak:
+            self.peak, self.peak_at = peak, self.samples + int(sizes.argmax())
+        if peak > PEAK_LIMIT:
+            self.over += int(np.count_nonzero(np.abs(block) > PEAK_LIMIT))
+        self.swing = max(self.swing, float(np.ptp(block, axis=0).max()) / 2)
+        if block.shape[1] > 1:
+            self.energy += len(block) * float(block.var(axis=0, dtype=np.float64).mean())
+            self.mixed += len(block) * float(block.mean(axis=1).var(dtype=np.float64))
+        self.samples += len(block)
+
+    def check(self, path: str | os.PathLike[str], rate: int, *, stereo: bool) -> None:
+        """Raise AudioError where coding would make noise, or nothing, of it."""
+        if self.odd:
+            first = self.first_odd / rate
+            found = f"{self.odd:,} that are NaN or infinity, the first at {first:.3f} s"
+            raise AudioError(path, "finite audio samples", found)
+        if self.peak > PEAK_LIMIT:
+            where = self.peak_at / rate
+            found = f"{self.over:,} beyond it, the peak {self.peak:.6g} at {where:.3f} s"
+            expected = f"samples of at most {PEAK_LIMIT:g} (full scale is 1)"
+            raise AudioError(path, expected, found, "scale the file, or cut the stray samples out")
+        if self.swing < SILENCE:
+            level = f"{20 * math.log10(self.swing):.0f} dBFS" if self.swing else "nothing at all"
+            raise SilentError(path, "sound", f"silence ({level})")
+        if not stereo and self.mixed < CANCELLED * self.energy:
+            found = f"{self.mixed / self.energy:.1%} of it, since they cancel each other"
+            remedy = "keep both with --stereo of encode_npq.py, or turn the polarity of one"
+            raise AudioError(path, "the sound in the mean of its channels", found, remedy)
+
+
+def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
+    """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear."""
+    if rate == new_rate:
+        return waveform
+    return np.ascontiguousarray(soxr.resample(waveform.T, rate, new_rate, quality="VHQ").T)
+
+
+def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
+    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
+
+    Raises:
+        OSError, soundfile.SoundFileError: it cannot be written; `path` is as it was.
+    """
+    # Not named after the file, whose name may be as long as a name can be.
+    temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
+    try:
+        soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
