@@ -72,6 +72,7 @@ from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError, map_codes, read_header, write_npq
 from sound.sampling import Draw, generate
 from sound.statistics import compare, describe
+from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.planning import PlanError, is_out_of_memory
 from training.saving import (
@@ -149,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
     add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
     add("--optim", choices=("muon", "adamw"), default="muon",
-        help="muon: Muon for matrices within the model at 100 x --lr, AdamW for the rest at 25 x")
+        help=f"muon: Muon for matrices within the model at {MUON_FACTOR:g} x --lr, AdamW for the "
+             f"rest at {ADAMW_FACTOR:g} x, less for a wide head")
     add("--lr", type=positive, default=2e-4, help="peak learning rate")
     add("--schedule", choices=("cosine", "wsd"), default="cosine",
         help="of the lr after warm-up: a cosine, or stable and then a linear cooldown")
@@ -192,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: bf16 if it is fast")
     add("--compile", action=switch, help="torch.compile; without it on for CUDA only")
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
-        help="reduce-overhead uses CUDA graphs")
+        help="reduce-overhead and max-autotune use CUDA graphs")
     add("--fused-optim", action=switch, default=True, help="fused AdamW")
 
     add = parser.add_argument_group("planning").add_argument
@@ -201,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--memory-gb", type=positive,
         help="memory to fit into, GiB; without it what is free on the device, if that is here")
     add("--device-tflops", type=positive,
-        help="TFLOP/s of the device's matrix products; without it a few steps are timed")
+        help="TFLOP/s of the device's matrix products; without it a step is timed, if that is here")
     add("--mfu", type=fraction_or_one, default=0.35, help="share of them that training reaches")
 
     add = parser.add_argument_group("checkpoints").add_argument
