@@ -317,7 +317,9 @@ def test_containers_that_hold_themselves(good):
     endless: list[Any] = []
     endless.append(endless)
     own["history"] = own["flags"] = endless
-    summarize(with_pickle(good, pickle.dumps(own, protocol=2)))
+    misfits = summarize(with_pickle(good, pickle.dumps(own, protocol=2))).misfits
+    assert "raw self is no tensor" in misfits
+    assert "`flags`: expected a dictionary, found list" in misfits
 
 
 # --- broken files ---------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ SCRIPTS = [ROOT / f"{name}.py" for name in DOORS]
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROSE = [
     *(p for p in DOCS if p != FLAGS),
-    *(ROOT / p for p in ("examples/README.md", "benchmarks/README.md")),
+    *(ROOT / "benchmarks" / name for name in ("README.md", "reliability.md")),
+    ROOT / "examples" / "README.md",
 ]
 OF_OTHERS = {  # flags of torchrun, sbatch and mypy
     *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
@@ -193,8 +194,8 @@ def test_files_and_flags_that_documents_name_exist(path):
         name = flag.replace("_", "-").replace("[no-]", "")
         assert {name, name.replace("--no-", "--")} & known, flag
     for name in re.findall(r"[\w/]+\.(?:py|md|svg)\b", code):
-        places = (ROOT, path.parent, ROOT / "benchmarks", ROOT / "examples")
-        assert name == "utils.py" or any((place / name).exists() for place in places), name
+        folders = (ROOT, path.parent, *(ROOT / f for f in ("benchmarks", "examples", "tests")))
+        assert name == "utils.py" or any((folder / name).exists() for folder in folders), name
 
 
 def code_of(text: str) -> str:
