@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import errno
-import glob
 import hashlib
-import itertools
 import math
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,16 +49,30 @@ from cli.command_line import (
     say,
     unexpected,
 )
+from cli.file_search import Found, FoundFile, NothingFoundError, Wanted, search
+from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
-from sound.audio_file import SilentError, read_audio, resample, write_wav
+from sound.audio_file import SilentError, read_audio, resample, starts_as_audio, write_wav
 from sound.codec import CodecError, load_codec
 
 if TYPE_CHECKING:
     from sound.audio_file import Waveform
     from sound.codec import Codec
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
+# fmt: off
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd",
+    ".caf", ".w64", ".rf64", ".mp2", ".mp1",
+)
+UNREADABLE = (  # sound that libsndfile does not know, or whose end nothing here can tell
+    ".m4a", ".m4b", ".m4p", ".mp4", ".aac", ".adts", ".alac", ".3gp", ".amr", ".ac3", ".eac3",
+    ".dts", ".wma", ".asf", ".ape", ".wv", ".tta", ".tak", ".ofr", ".shn", ".mpc", ".mka", ".weba",
+    ".webm", ".spx", ".ra", ".rm", ".dsf", ".dff", ".voc", ".sph", ".8svx", ".iff", ".avr", ".paf",
+    ".sd2", ".aa", ".aax",
+)
+# fmt: on
 LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
+NPQ = Wanted((".npq",), recognises=npq.starts_as_npq)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -140,55 +152,40 @@ class Job:
     target: Path
 
 
-def find_files(pattern: str, suffixes: Sequence[str]) -> tuple[Path, list[Path]]:
-    """Expand a folder (recursively), a glob or a file: the folder to mirror, and the files in it.
+def find_files(flags: argparse.Namespace) -> Found:
+    """What the flags name: audio to encode, or .npq to decode or to tell of.
 
     Raises:
-        UsageError: nothing matches.
+        UsageError: nothing that could be used.
     """
-    path = Path(os.path.expanduser(pattern))
-    if path.is_dir():
-        root, matches = path, sorted(path.rglob("*"))
-    elif os.path.lexists(path):
-        return path.parent, [path]  # a file that is named may have any suffix
-    else:
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    # Names with a leading dot: macOS leaves such files beside the music.
-    found = [
-        p for p in matches
-        if p.suffix.lower() in suffixes and p.name[0] != "." and not p.is_dir()
-    ]  # fmt: skip
-    if not found:
-        is_there = path.is_dir() or matches
-        reason = f"no {' '.join(suffixes)} in it" if is_there else "there is no such file or folder"
-        raise UsageError(f"{pattern!r}: {reason}; name folders, quoted globs or files")
-    return root, found
+    wanted = NPQ
+    if not (flags.decode or flags.info):
+        wanted = Wanted(AUDIO_SUFFIXES, UNREADABLE, starts_as_audio, is_sample, is_of_a_run)
+    try:
+        return search(flags.inputs, wanted)
+    except NothingFoundError as error:
+        raise UsageError(f"{error}; name folders, quoted globs or files") from error
 
 
-def find_jobs(
-    patterns: Sequence[str], out_dir: Path, suffixes: Sequence[str], new_suffix: str
-) -> list[Job]:
-    """A job for each file that matches; the targets mirror the folders below each pattern.
+def find_jobs(files: Iterable[FoundFile], out_dir: Path, new_suffix: str) -> list[Job]:
+    """A job for each file; the targets mirror the folders that were searched.
 
     Raises:
-        UsageError: a pattern matches nothing, two files would give the same target, or a file would
-        be written over itself.
+        UsageError: files would give the same target, or one would be written over itself.
     """
-    sources: dict[Path, Path] = {}  # target -> source
-    for pattern in patterns:
-        root, files = find_files(pattern, suffixes)
-        for source in files:
-            target = out_dir / source.relative_to(root).with_suffix(new_suffix)
-            other = sources.setdefault(target, source)
-            if os.path.realpath(other) != os.path.realpath(source):
-                raise UsageError(
-                    f"{other} and {source} would both become {target}; "
-                    "rename one, name the folder above both, or use two --out-dir"
-                )
-            if os.path.realpath(target) == os.path.realpath(source):
-                raise UsageError(f"{source} would be written over itself; use another --out-dir")
-    return [Job(source, target) for target, source in sources.items()]
+    sources: dict[Path, list[str]] = {}  # by target
+    for path, root in files:
+        target = out_dir / Path(path).relative_to(root).with_suffix(new_suffix)
+        sources.setdefault(target, []).append(path)
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise UsageError(f"{path} would be written over itself; use another --out-dir")
+    clashes = [f"{' and '.join(p)} would become {t}" for t, p in sources.items() if len(p) > 1]
+    if clashes:
+        remedy = "rename one of each, name the folder above both, or use two --out-dir"
+        lines = clashes if len(clashes) > 1 else []
+        what = f"{len(clashes)} names would be taken twice" if lines else clashes[0]
+        raise UsageError("\n  ".join([f"{what}, nothing was done; {remedy}", *lines]))
+    return [Job(Path(source), target) for target, (source,) in sources.items()]
 
 
 def is_done(job: Job, flags: argparse.Namespace) -> bool:
@@ -239,6 +236,7 @@ class Report:
     silent: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of the search
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -257,7 +255,7 @@ class Report:
         ):
             if files:
                 lines += [f"{len(files)} {title}:", *(f"  {file}" for file in files)]
-        return lines
+        return lines + self.notes
 
 
 def do_all(
@@ -397,10 +395,10 @@ def to_loudness(waveform: Waveform, rate: int, target: float, path: Path) -> Wav
 # --- --info --------------------------------------------------------------------------------------
 
 
-def print_info(patterns: Sequence[str]) -> int:
+def print_info(found: Found) -> int:
     """Print header and statistics of every file; the exit code says whether all were valid."""
     failed = 0
-    for path in dict.fromkeys(p for pattern in patterns for p in find_files(pattern, [".npq"])[1]):
+    for path, _ in (*found.files, *found.unusable):
         try:
             header = npq.read_header(path)
             npq.check_codes(header)
@@ -408,6 +406,8 @@ def print_info(patterns: Sequence[str]) -> int:
         except npq.NpqError as error:
             failed += 1
             problem(str(error))
+    for line in found.lines():
+        say(line)
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -437,14 +437,18 @@ def info_lines(h: npq.NpqHeader) -> list[str]:
 def run(flags: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit code."""
     settle(flags)
+    found = find_files(flags)
     if flags.info:
-        return print_info(flags.inputs)
-    suffixes, new_suffix = ((".npq",), ".wav") if flags.decode else (AUDIO_SUFFIXES, ".npq")
-    jobs = find_jobs(flags.inputs, flags.out_dir, suffixes, new_suffix)
+        return print_info(found)
+    jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq")
     todo = [job for job in jobs if flags.overwrite or not is_done(job, flags)]
     if todo:
         make_out_dir(flags.out_dir)
-    report = Report(done_before=len(jobs) - len(todo))
+    report = Report(
+        done_before=len(jobs) - len(todo),
+        failed=[f"{path}: {why}" for path, why in found.unusable],
+        notes=found.lines(),
+    )
     coder = Coder(flags, report)
     try:
         do_all(todo, coder.decode if flags.decode else coder.encode, report, debug=flags.debug)
@@ -453,7 +457,7 @@ def run(flags: argparse.Namespace) -> int:
         raise
     say("\n".join(report.lines()))
     if report.failed:
-        count = f"{len(report.failed)} of {len(jobs)} files failed"
+        count = f"{len(report.failed)} of {len(jobs) + len(found.unusable)} files failed"
         problem(f"{count}, each row says why; the same command tries them again")
     return EXIT_FAILED if report.failed else EXIT_DONE
 

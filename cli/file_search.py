@@ -92,7 +92,8 @@ class Found:
     def lines(self) -> list[str]:
         """For the console: what was passed over, counted by kind, and what was left out."""
         lines = []
-        if kinds := Counter(self.passed_over.values()).most_common():
+        found = Counter(self.passed_over.values()).items()
+        if kinds := sorted(found, key=lambda kind: (-kind[1], kind[0])):
             counts = [f"{count} {kind}" for kind, count in kinds[:MOST_KINDS]]
             if rest := kinds[MOST_KINDS:]:
                 counts.append(f"{sum(n for _, n in rest)} of {len(rest)} other kinds")

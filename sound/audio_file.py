@@ -128,6 +128,19 @@ def find_streams(file: BinaryIO) -> list[Stream]:
     return mpeg_streams(read_at(file, 0, size))
 
 
+def starts_as_audio(path: str | os.PathLike[str]) -> bool:
+    """Whether a regular file begins as audio of a known kind; True too where it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(4)
+    except OSError:
+        return True
+    if head[:3] == b"ID3" or head in (*CHUNKED, b".snd", b"dns.", b"fLaC", b"OggS"):
+        return True
+    # A frame of MPEG audio; UTF-16 text begins with FF FE.
+    return head[:1] == b"\xff" and head[1:2] >= b"\xe0" and head[1:2] != b"\xfe"
+
+
 def _open_regular(path: str, flags: int) -> int:
     """Open a file, but no pipe, which would be waited for."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)

@@ -17,6 +17,7 @@ import torch
 from test_codec import HOP, RATE, K, V, music, save_tiny_dac
 
 import encode_npq
+from cli.command_line import UsageError
 from encode_npq import main, to_loudness
 from sound.audio_file import SilentError, read_audio, resample
 from sound.codec import load_codec
@@ -100,6 +101,7 @@ def test_a_folder_with_bad_files_interrupted_and_finished(tmp_path, codec_path, 
     )
     assert f"{source / 'broken.mp3'}: expected wav, flac, ogg, opus, mp3" in finished
     assert f"{source / 't47.wav'} = {source / 't45.wav'}" in finished
+    assert finished.endswith("\npassed over: 1 .jpg\n")
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert len(times) == 48
     assert (out / "album" / "t08.npq") in times
@@ -229,7 +231,11 @@ def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
     assert "--out-dir does not go with" in usage_error(capsys, song, "--info", *out)
     assert "--codebooks does" in usage_error(capsys, song, *out, "--decode", "--codebooks", 4)
     assert "--loudness does" in usage_error(capsys, song, *out, "--decode", "--loudness", 0)
-    assert "written over itself" in usage_error(capsys, song, "--decode", "--out-dir", song.parent)
+    assert "no .npq in it" in usage_error(capsys, song, *out, "--decode")
+    codes = song.with_name("codes.wav")  # such a file need not be called .npq if it is named
+    write_npq(codes, np.zeros((9, 2), int), vocab_sizes=[4, 4], frame_rate=100)
+    assert "written over itself" in usage_error(capsys, codes, "--decode", "--out-dir", song.parent)
+    codes.unlink()
     twin = song.with_suffix(".flac")
     twin.write_bytes(song.read_bytes())
     message = usage_error(capsys, song.parent, *out)
@@ -288,16 +294,18 @@ def test_a_file_that_fails_costs_a_row(tmp_path, codec_path, capsys):
     assert main(arguments) == 1
     printed, error = capsys.readouterr()
     assert "2 files written" in printed
-    rows = printed.partition("7 FAILED:\n")[2].splitlines()
+    folder, gone, *rows = printed.partition("8 FAILED:\n")[2].splitlines()
     names = [row.split(":")[0].rpartition("/")[2] for row in rows]
-    assert names == ["a.aiff", "empty.ogg", "f.flac", "gone.wav", "m.mp3", "text.wav", "w.wav"]
+    assert names == ["a.aiff", "empty.ogg", "f.flac", "m.mp3", "text.wav", "w.wav"]
+    assert "folder.wav: expected a file, found a folder (what is in it was searched)" in folder
+    assert "gone.wav: expected a file, found a broken link; rename or remove it" in gone
     assert all(row.endswith("; mend or convert the file, or take it out") for row in rows)
-    for row in (rows[0], rows[4], rows[6]):
+    for row in (rows[0], rows[3], rows[5]):
         assert "as its header says, found: an end after " in row
-    assert error.splitlines()[-1].startswith("! 7 of 9 files failed, each row says why;")
+    assert error.splitlines()[-1].startswith("! 8 of 10 files failed, each row says why;")
     assert "Traceback" not in error
     assert main([*arguments, "--debug"]) == 1
-    assert capsys.readouterr().err.count("Traceback") >= 7
+    assert capsys.readouterr().err.count("Traceback") >= 6
 
 
 @pytest.mark.parametrize(
@@ -387,22 +395,149 @@ def test_a_codec_that_cannot_be_had_stops_the_run(tmp_path, song, codec_path, ca
         assert "pass another --device" in message
 
 
-def test_targets_mirror_folders_and_globs(tmp_path):
+def targets(*words):
+    found = encode_npq.find_files(encode_npq.build_parser().parse_args(list(map(str, words))))
+    return sorted(str(job.target) for job in encode_npq.find_jobs(found.files, Path("o"), ".npq"))
+
+
+def test_targets_mirror_folders_and_globs(tmp_path, monkeypatch):
     files = [tmp_path / name for name in ("a/b/one.wav", "a/Two.MP3", "a/._Two.mp3", "x[1].flac")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-
-    def targets(*patterns):
-        jobs = encode_npq.find_jobs(
-            list(map(str, patterns)), Path("o"), encode_npq.AUDIO_SUFFIXES, ".npq"
-        )
-        return sorted(str(job.target) for job in jobs)
-
+    (tmp_path / "x").symlink_to("a/b")
     assert targets(tmp_path / "a") == ["o/Two.npq", "o/b/one.npq"]
     assert targets(tmp_path) == ["o/a/Two.npq", "o/a/b/one.npq", "o/x[1].npq"]
     assert targets(tmp_path / "**" / "*.wav") == ["o/a/b/one.npq"]
     assert targets(files[3], files[0], files[0]) == ["o/one.npq", "o/x[1].npq"]
+    monkeypatch.chdir(tmp_path)
+    assert targets(".") == targets("*") == targets(tmp_path)
+    assert targets("x") == targets("a/b", "a/b/one.wav") == ["o/one.npq"]
+    assert targets("./a/*", "x[1].flac") == ["o/Two.npq", "o/b/one.npq", "o/x[1].npq"]
+
+
+def test_all_names_taken_twice_are_listed_at_once(tmp_path, capsys):
+    for name in ("cut.flac", "cut.mp3", "b/cut.wav", "b/cut.ogg", "b/cut.WAV", "b/other.wav"):
+        (tmp_path / "music" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "music" / name).touch()
+    out = tmp_path / "out"
+    with pytest.raises(UsageError) as caught:
+        targets(tmp_path / "music", "--out-dir", out)
+    music = f"{tmp_path}/music"
+    assert str(caught.value).splitlines() == [
+        "2 names would be taken twice, nothing was done; rename one of each, name the folder above "
+        "both, or use two --out-dir",
+        f"  {music}/b/cut.WAV and {music}/b/cut.ogg and {music}/b/cut.wav would become o/b/cut.npq",
+        f"  {music}/cut.flac and {music}/cut.mp3 would become o/cut.npq",
+    ]
+    assert main([music, "--out-dir", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
+    assert not out.exists()
+
+
+def some_music(folder, *names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {".WAV": "WAV"}.get(Path(name).suffix)
+        soundfile.write(folder / name, music(RATE, RATE).T * (i + 1) / 9, RATE, format=kind)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_done(tmp_path, codec_path, capsys):
+    """Fault 27."""
+    source, out, store = tmp_path / "music", tmp_path / "out", tmp_path / "store"
+    some_music(source, "a.wav", "b/c.WAV", "d.w64")
+    some_music(store, "album/e.flac")
+    (source / "linked").symlink_to(store / "album")
+    (source / "round").symlink_to(source)
+    for name in ("old.m4a", "b/old.WMA", "x.ape", "cover.jpg", "b/list.txt", "b/more.txt"):
+        (source / name).write_bytes(b"no matter")
+    os.mkfifo(source / "pipe.wav")
+    (source / "null.flac").symlink_to("/dev/null")
+    arguments = [str(source), "--out-dir", str(out), "--codec", codec_path]
+    assert main(arguments) == 1
+    printed, error = capsys.readouterr()
+    found = sorted(str(p.relative_to(out)) for p in out.rglob("*.npq"))
+    assert found == ["a.npq", "b/c.npq", "d.npq", "linked/e.npq"]
+    rows = printed.partition("5 FAILED:\n")[2].splitlines()
+    assert [row.split(":")[0].removeprefix(f"  {source}/") for row in rows[:-1]] == [
+        "b/old.WMA", "null.flac", "old.m4a", "pipe.wav", "x.ape",
+    ]  # fmt: skip
+    assert ".wma cannot be read; convert it to .flac, or remove it" in rows[0]
+    assert "expected a file, found a pipe" in rows[3]
+    assert rows[-1] == "passed over: 2 .txt, 1 .jpg, 1 link to a folder above"
+    assert error == "! 5 of 9 files failed, each row says why; the same command tries them again\n"
+    assert main([str(source / "old.m4a"), *arguments[1:]]) == 1
+    assert main([str(source / "pipe.wav"), *arguments[1:]]) == 1
+    capsys.readouterr()
+    for name in ("b/old.WMA", "null.flac", "old.m4a", "pipe.wav", "x.ape"):
+        (source / name).unlink()
+    assert main(arguments) == 0
+    printed, error = capsys.readouterr()
+    assert printed.endswith("passed over: 2 .txt, 1 .jpg, 1 link to a folder above\n")
+    assert error == ""
+
+
+def test_a_folder_without_permission_is_named_and_the_rest_encoded(tmp_path, codec_path):
+    """Root may read everything, so this runs as nobody."""
+    source, out = tmp_path / "music", tmp_path / "out"
+    some_music(source, "a.wav", "secret/b.wav", "c/d.wav")
+    out.mkdir()
+    out.chmod(0o777)
+    (source / "secret").chmod(0)
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own are private
+    tmp_path.chmod(0o755)
+    os.chmod(codec_path, 0o644)
+    os.chmod(os.path.dirname(codec_path), 0o755)
+    script = (
+        "import os, sys, encode_npq; from sound.codec import load_codec; load_codec(sys.argv[-1]);"
+        # All that is imported on the way lies where nobody may not read.
+        "os.geteuid() or os.setuid(65534); sys.exit(encode_npq.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, str(source), "--out-dir", str(out)]
+    done = subprocess.run(
+        [*command, "--codec", codec_path], capture_output=True, text=True, cwd=DOOR.parent
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"1 FAILED:\n  {source}/secret: Permission denied; get the right to" in done.stdout
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.npq")) == ["a.npq", "c/d.npq"]
+
+
+def test_a_quoted_glob_does_what_the_shells_own_does(tmp_path, codec_path):
+    """Both may name a cover picture and folders of albums."""
+    some_music(tmp_path, "t/one/a.wav", "t/two/b.wav", "t/c.wav")
+    (tmp_path / "t" / "cover.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "t" / "rip.log").write_bytes("text of a ripper".encode("utf-16"))
+    for words in ("t/*", "'t/*'"):
+        script = f"{sys.executable} {DOOR} {words} --out-dir out --overwrite --codec {codec_path}"
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "3 files written" in done.stdout
+        assert done.stdout.endswith("\npassed over: 1 .jpg, 1 .log\n")
+
+
+def test_a_named_file_may_have_any_suffix(tmp_path, codec_path):
+    some_music(tmp_path, "a.wav", "b.mp3", "c.flac", "d.ogg", "e.aiff")
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_suffix(f".{path.stem}"))
+    files = sorted(map(str, tmp_path.iterdir()))
+    assert main([*files, "--out-dir", str(tmp_path / "out"), "--codec", codec_path]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_samples_of_a_run_are_no_music_to_encode(tmp_path, monkeypatch):
+    for name in ("rvq_9cb_metrics.jsonl", "samples/rvq_9cb_e0005__20250901-120000.wav", "x.wav"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "heard").mkdir()
+    (tmp_path / "heard" / "rvq_9cb_e0005__20250901-120000.wav").touch()
+    (tmp_path / "song.wav").touch()
+    monkeypatch.chdir(tmp_path)
+    assert targets(".") == ["o/song.npq"]
+    assert targets("run", ".") == ["o/song.npq", "o/x.npq"]
 
 
 def test_loudness(tmp_path):

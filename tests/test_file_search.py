@@ -227,7 +227,7 @@ def test_kinds_are_counted_in_one_line(here):
     found = search(["m", "m/*", f"{here}/m/0.jpg", "m/o.wav"], AUDIO)
     assert found.lines() == ["passed over: 3 .jpg, 2 without a suffix, 1 .txt"]
     make(here, *(f"m/x.k{i}" for i in range(9)))
-    assert search(["m"], AUDIO).lines()[0].endswith(", 1 .k4, 4 of 4 other kinds")
+    assert search(["m"], AUDIO).lines()[0].endswith(", 1 .k5, 4 of 4 other kinds")
 
 
 # --- files of runs -------------------------------------------------------------------------------
