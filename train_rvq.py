@@ -12,7 +12,7 @@ a terminal that closed, Ctrl-C and SIGTERM.
 
 The file reads from top to bottom: flags, one step, evaluation, the loop, rollback, the ends of a
 run, planning, and `main`. It can be killed at any moment; the same command goes on from the last
-checkpoint and ends in the weights of an uninterrupted run.
+checkpoint and, on a CPU, ends in the very weights of an uninterrupted run.
 """
 
 from __future__ import annotations

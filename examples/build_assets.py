@@ -2,7 +2,7 @@
 """Rebuild what `examples/` bundles: music tokens, the demo corpus, the tiny codec's decoder.
 
     python examples/build_assets.py check        # the figures of examples/README.md
-    python examples/build_assets.py demo         # the demo corpus, about 6 minutes on one core
+    python examples/build_assets.py demo         # the demo corpus, about ten minutes on one core
 
     apt-get install freedoom fluidsynth fluid-soundfont-gm
     python examples/build_assets.py              # every stage, in the order below

@@ -5,7 +5,8 @@
 
 Logits are the largest tensor of a codes model: K * V numbers a frame. Here they are made for a few
 codebooks at a time and turned into gradients on the spot, so that never more than LOGITS_AT_ONCE
-of them exist, forward or backward. What is kept until backward has the size of states and head.
+of them exist, forward or backward, but for a single codebook that has more. What is kept until
+backward has the size of states and head.
 
 N frames, K codebooks, G of them at once, V entries of the largest, D width of a state.
 """

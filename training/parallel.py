@@ -7,7 +7,7 @@
 
 Every process runs the same program and takes the same decisions. What is not a function of the
 shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
-touches files. Messages about the run go through gloo, gradients on CUDA through NCCL.
+touches the run's files. Messages about the run go through gloo, gradients on CUDA through NCCL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run will take, before it begins: memory by part, hours, checkpoints on the disk.
+r"""What a run will take, before it begins: memory by part, hours, checkpoints on the disk.
 
     plan = Plan(flags, config, torch.device("cuda"), torch.bfloat16, build)
     print(plan.predict().parts, plan.predict(batch=2).total / GIB)
