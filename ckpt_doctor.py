@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import enum
 import functools
-import glob
+import itertools
 import json
 import os
 import re
@@ -43,6 +43,7 @@ from cli.command_line import (
     has_colour,
     say,
 )
+from cli.file_search import NothingFoundError, expand
 from doctor.diagnosis import Diagnosis, Verdict, diagnose
 from doctor.examined_run import History, Run
 from doctor.probe import probe
@@ -155,18 +156,24 @@ def read_runs(flags: argparse.Namespace) -> list[Run]:
 def find_checkpoints(words: Sequence[str]) -> list[str]:
     """Paths of folders' checkpoints, of globs and of files, each once, in the order named."""
     found: dict[str, None] = {}
-    for word in words:
+    for word in itertools.chain.from_iterable(map(as_by_a_shell, words)):
+        matches = [word]
         if os.path.isdir(word):
-            names = sorted(n for n in os.listdir(word) if n.endswith(SUFFIXES))
+            names = sorted(n for n in os.listdir(word) if n.lower().endswith(SUFFIXES))
             matches = [os.path.join(word, n) for n in names if not n.startswith(".")]
-            missing = f"{word}: no checkpoint in this folder (*{', *'.join(SUFFIXES)})"
-        else:
-            matches = [word] if os.path.lexists(word) else sorted(glob.glob(word))
-            missing = f"{word}: no such file; name checkpoints, a folder or a glob"
-        if not matches:
-            raise UsageError(missing)
+            if not matches:
+                kinds = ", *".join(SUFFIXES)
+                raise UsageError(f"{word}: no checkpoint in this folder (*{kinds})")
         found.update(dict.fromkeys(os.path.normpath(m) for m in matches))
     return list(found)
+
+
+def as_by_a_shell(word: str) -> list[str]:
+    """The word itself where it names something, else what it matches as a glob."""
+    try:
+        return [word] if os.path.lexists(word) else expand(word)
+    except NothingFoundError as error:
+        raise UsageError(f"{error}; name checkpoints, a folder or a glob") from error
 
 
 def summarize_all(paths: Iterable[str]) -> list[Summary]:

@@ -66,6 +66,21 @@ def search(words: Iterable[str | os.PathLike[str]], wanted: Wanted) -> Found:
     return found
 
 
+def expand(pattern: str) -> list[str]:
+    """The paths that fit a glob, sorted, of whatever kind.
+
+    Raises:
+        NothingFoundError: there is none, or a folder on the way cannot be read.
+    """
+    found = Found(Wanted(()))
+    _, paths = found._expand(pattern)
+    if found.refused:
+        raise NothingFoundError(": ".join(found.unusable[0]))
+    if not paths:
+        raise NothingFoundError(f"{pattern!r}: {found._no_such(pattern)}")
+    return paths
+
+
 class Found:
     """What a search found: files to use, files that cannot be used, and what it passed over."""
 

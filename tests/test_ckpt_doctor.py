@@ -25,7 +25,7 @@ from make_codes import make_tune
 from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 import train_rvq
-from ckpt_doctor import ExitCode, build_parser
+from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
 from doctor.examined_run import History, Run, scheduled_lr
 from doctor.reading.summary import Summary
@@ -343,6 +343,7 @@ def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
         ([], "the following arguments are required: PATH"),
         (["nowhere"], "no such file"),
         (["."], "no checkpoint in this folder"),
+        (["here/[x]*.pt"], "where [ is a letter of a name, write [[]: 'here/[[]x]*.pt'"),
         (["{run}", "--metrics", "nowhere"], "--metrics nowhere: no such file"),
         (["{run}", "--probe-data", "nowhere"], "--probe-data"),
         (["{run}", "--html", "nowhere/x.html"], "no such folder"),
@@ -350,10 +351,20 @@ def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(healthy_run, words, said, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "[x].pt").touch()
     done = doctor(*[w.format(run=healthy_run) for w in words], cwd=tmp_path)
     assert done.returncode == ExitCode.USAGE
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_quoted_glob_of_folders_is_what_a_shell_makes_of_it(healthy_run, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(healthy_run / "rvq_4cb_latest.pt", tmp_path / name / "rvq_4cb_latest.PT")
+    found = [str(tmp_path / name / "rvq_4cb_latest.PT") for name in ("a", "b")]
+    assert find_checkpoints([f"{tmp_path}/*"]) == find_checkpoints([f"{tmp_path}/[ab]/*"]) == found
 
 
 def test_json_on_standard_output_is_json_alone(healthy_run):
