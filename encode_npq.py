@@ -5,7 +5,8 @@
     python encode_npq.py npq_out --decode --out-dir wav_out   # back to .wav
     python encode_npq.py npq_out --info                       # headers, usage
 
-What is done already is skipped, so that the same command goes on after an interruption. One
+What is done already is skipped, so that the same command goes on after an interruption; what was
+made with another codec or other flags is refused until --overwrite is given. One
 waveform at a time is held in memory: 0.6 GB for an hour of mono at 44.1 kHz.
 
 Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage, 130 interrupted.
@@ -14,6 +15,9 @@ Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import enum
 import errno
 import hashlib
 import math
@@ -22,11 +26,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     from cli.command_line import tell_early_ends
@@ -53,7 +57,8 @@ from cli.file_search import Found, FoundFile, NothingFoundError, Wanted, search
 from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
 from sound.audio_file import SilentError, read_audio, resample, starts_as_audio, write_wav
-from sound.codec import CodecError, load_codec
+from sound.codec import CodecError, codec_id, load_codec
+from sound.origin import CodecId, Record, Records, find_all
 
 if TYPE_CHECKING:
     from sound.audio_file import Waveform
@@ -71,6 +76,7 @@ UNREADABLE = (  # sound that libsndfile does not know, or whose end nothing here
     ".sd2", ".aa", ".aax",
 )
 # fmt: on
+ENCODER = 1  # goes up when the same audio, codec and flags give something else than before
 LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
 NPQ = Wanted((".npq",), recognises=npq.starts_as_npq)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -93,7 +99,8 @@ def build_parser() -> FlagParser:
         help="folders (with all in them), quoted globs or files; .npq with --decode and --info")
     add("--out-dir", type=lambda text: Path(file_path(text)), metavar="DIR",
         help="where the files go; folders are mirrored")
-    add("--overwrite", action="store_true", help="do again what is done, replace what is there")
+    add("--overwrite", action="store_true",
+        help="do again what is done, and replace what is there and was made otherwise")
 
     add = parser.add_argument_group("instead of encoding").add_argument
     add("--decode", action="store_true", help="turn .npq files into .wav")
@@ -150,6 +157,7 @@ class Job:
 
     source: Path
     target: Path
+    why: str = ""  # that a target of before is made again
 
 
 def find_files(flags: argparse.Namespace) -> Found:
@@ -188,18 +196,99 @@ def find_jobs(files: Iterable[FoundFile], out_dir: Path, new_suffix: str) -> lis
     return [Job(Path(source), target) for target, (source,) in sources.items()]
 
 
-def is_done(job: Job, flags: argparse.Namespace) -> bool:
-    """Whether the target is there, no older than its source, valid, and of the shape asked for."""
-    try:
-        if job.target.stat().st_mtime_ns < job.source.stat().st_mtime_ns:
-            return False
-        if flags.decode:
-            return True
-        header = npq.read_header(job.target)
-    except (OSError, npq.NpqError):
-        return False
-    mid, side = header.num_codebooks - header.side_codebooks, header.side_codebooks
-    return side == flags.side_codebooks and mid == (flags.codebooks or mid)
+class Verdict(enum.Enum):
+    """What is to be done where there is a target."""
+
+    DONE = "made of this source, with this codec and these settings"
+    AGAIN = "is made again"
+    UNKNOWN = "may have been, and stays"
+    OTHER = "made otherwise, and stays until --overwrite is given"
+
+
+class Judge:
+    """Tells what is done from what is not, by the records that lie beside the targets."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags, self.records = flags, Records()
+
+    @cached_property
+    def codec(self) -> CodecId:
+        """The codec asked for; looked for when there is something to compare or to make."""
+        return codec_id(self.flags.codec)
+
+    def settings(self, codebooks: int, most: int) -> dict[str, Any]:
+        """Everything beside codec and source that decides what is written."""
+        if self.flags.decode:
+            return {"decoder": ENCODER}
+        sides = {"side_codebooks": self.flags.side_codebooks, "loudness": self.flags.loudness}
+        return {"encoder": ENCODER, "codebooks": codebooks, "of": most, **sides}
+
+    def verdict(self, job: Job) -> tuple[Verdict, str]:
+        """Of a job whose target is there, and why."""
+        try:
+            header = None if self.flags.decode else npq.read_header(job.target)
+            record, source = self.records.find(job.target), job.source.stat()
+        except (npq.NpqError, OSError) as error:
+            return Verdict.AGAIN, f"it could not be read ({getattr(error, 'field', error)})"
+        if record is None:
+            return self._of_unknown(job, header, source)
+        most = record.settings.get("of", 0)
+        wanted = self.settings(self.flags.codebooks or most, most)
+        unlike = [
+            f"{name.replace('_', ' ')} {record.settings.get(name)}, not {value}"
+            for name, value in wanted.items()
+            if record.settings.get(name) != value
+        ]
+        if record.weights != self.codec.weights:
+            unlike.insert(0, f"codec {record.codec_id}, not {self.codec}")
+        if unlike:
+            return Verdict.OTHER, "; ".join(unlike)
+        if (source.st_size, source.st_mtime_ns) != (record.source_size, record.source_mtime_ns):
+            return Verdict.AGAIN, "its source is another"
+        return Verdict.DONE, ""
+
+    def _of_unknown(
+        self, job: Job, header: npq.NpqHeader | None, source: os.stat_result
+    ) -> tuple[Verdict, str]:
+        """Of a target without a record: of another program, or of before there were records."""
+        is_older = job.target.stat().st_mtime_ns < source.st_mtime_ns
+        if header is None:
+            return (Verdict.AGAIN if is_older else Verdict.UNKNOWN), ""  # decode refuses the first
+        side = header.side_codebooks
+        mid = header.num_codebooks - side
+        if side != self.flags.side_codebooks or mid != (self.flags.codebooks or mid):
+            return Verdict.OTHER, f"of unknown origin, {mid} + {side} side codebooks"
+        if is_older:
+            return Verdict.AGAIN, "of unknown origin, and older than its source"
+        return Verdict.UNKNOWN, ""
+
+
+def sort_out(jobs: Sequence[Job], judge: Judge, report: Report) -> list[Job]:
+    """The jobs that are left to do; the report counts the others.
+
+    Raises:
+        UsageError: targets that were made otherwise, and --overwrite is not given.
+        CodecError: there is no such codec.
+    """
+    todo, others = [], []
+    for job in jobs:
+        if judge.flags.overwrite or not os.path.lexists(job.target):
+            todo.append(job)
+            continue
+        verdict, why = judge.verdict(job)
+        if verdict is Verdict.AGAIN:
+            todo.append(dataclasses.replace(job, why=why))
+        elif verdict is Verdict.OTHER:
+            others.append(f"{job.target} ({why})")
+        report.done_before += verdict is Verdict.DONE
+        report.unknown += verdict is Verdict.UNKNOWN
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"{len(others)} of {len(jobs)} targets were made otherwise: {', '.join(others[:3])}"
+            f"{more}; use another --out-dir, or --overwrite to replace them"
+        )
+    return todo
 
 
 def make_out_dir(folder: Path) -> None:
@@ -230,11 +319,13 @@ class NoRoomError(Exception):
 class Report:
     """What became of each file."""
 
-    done_before: int
     done: int = 0
+    done_before: int = 0
+    unknown: int = 0
     seconds: float = 0.0  # of audio
     silent: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of the search
     start: float = field(default_factory=time.monotonic)
@@ -248,7 +339,13 @@ class Report:
     def lines(self) -> list[str]:
         """Summary for the console: totals, then every silent, repeated or failed file."""
         lines = [f"{self.done} files written, {self.done_before} done before ({self.pace})"]
+        if self.unknown:
+            lines.append(
+                f"{self.unknown} of unknown origin left as they are: no record tells the codec and "
+                "flags that made them (--overwrite makes them anew)"
+            )
         for title, files in (
+            ("of before made again", self.again),
             ("silent, not encoded", self.silent),
             ("with the same audio as another, encoded all the same", self.duplicates),
             ("FAILED", self.failed),
@@ -275,6 +372,8 @@ def do_all(
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 report.seconds += work(job)
                 report.done += 1
+                if job.why:
+                    report.again.append(f"{job.target}: {job.why}")
             except CodecError:
                 raise
             except SilentError as error:
@@ -307,8 +406,8 @@ def reason_of(error: Exception) -> str:
 class Coder:
     """Encodes or decodes a file at a time; the codec is loaded when the first file needs it."""
 
-    def __init__(self, flags: argparse.Namespace, report: Report) -> None:
-        self.flags, self.report = flags, report
+    def __init__(self, judge: Judge, report: Report) -> None:
+        self.flags, self.judge, self.report = judge.flags, judge, report
         self.seen: dict[bytes, Path] = {}  # digest of the audio -> the first file that held it
 
     @cached_property
@@ -328,6 +427,7 @@ class Coder:
         """Turn audio into .npq; returns the seconds of audio."""
         import torch
 
+        source = job.source.stat()  # before it is read: it may change meanwhile
         waveform, rate = read_audio(job.source, stereo=self.flags.stereo)
         seconds: float = waveform.shape[1] / rate
         first = self.seen.setdefault(hashlib.blake2b(waveform.data).digest(), job.source)
@@ -338,21 +438,24 @@ class Coder:
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
         k_side = self.flags.side_codebooks
         codes = self.codec.encode_channels(resampled, self.flags.codebooks, k_side)
-        npq.write_npq(
-            job.target,
-            codes.numpy(),
-            vocab_sizes=[self.codec.codebook_size] * codes.shape[1],
-            frame_rate=self.codec.frame_rate,
-            bitrate=job.source.stat().st_size * 8 / 1000 / seconds,
-            side_codebooks=k_side,
-        )
+        settings = self.judge.settings(codes.shape[1] - k_side, self.codec.num_codebooks)
+        with self.published(job, settings, source) as path:
+            npq.write_npq(
+                path,
+                codes.numpy(),
+                vocab_sizes=[self.codec.codebook_size] * codes.shape[1],
+                frame_rate=self.codec.frame_rate,
+                bitrate=source.st_size * 8 / 1000 / seconds,
+                side_codebooks=k_side,
+            )
         return seconds
 
     def decode(self, job: Job) -> float:
         """Turn .npq into .wav; returns the seconds of audio."""
         import torch
 
-        if job.target.exists() and not self.flags.overwrite:  # an original, perhaps
+        source = job.source.stat()
+        if job.target.exists() and not (self.flags.overwrite or job.why):  # an original, perhaps
             raise ValueError(f"{job.target} is there and is older; --overwrite replaces it")
         header, codec = npq.read_header(job.source), self.codec
         side = header.side_codebooks
@@ -366,8 +469,22 @@ class Coder:
             remedy = "name the codec that made the file: --codec"
             raise npq.NpqError(job.source, "codes", wanted, shape.format(*needs), remedy)
         codes = torch.from_numpy(npq.map_codes(header).astype(np.int64))
-        write_wav(job.target, codec.decode_channels(codes, side).numpy(), codec.sample_rate)
+        with self.published(job, self.judge.settings(0, 0), source) as path:
+            write_wav(path, codec.decode_channels(codes, side).numpy(), codec.sample_rate)
         return header.num_frames / codec.frame_rate
+
+    @contextlib.contextmanager
+    def published(
+        self, job: Job, settings: dict[str, Any], source: os.stat_result
+    ) -> Iterator[Path]:
+        """A place to write to, which becomes the target when its record is there."""
+        path = job.target.with_name(f".encode_npq.{os.getpid()}.tmp")
+        try:
+            yield path
+            self.judge.records.add(job.target, path, self.judge.codec, settings, source)
+            os.replace(path, job.target)
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def to_loudness(waveform: Waveform, rate: int, target: float, path: Path) -> Waveform:
@@ -401,8 +518,9 @@ def print_info(found: Found) -> int:
     for path, _ in (*found.files, *found.unusable):
         try:
             header = npq.read_header(path)
-            npq.check_codes(header)
-            say("\n".join(info_lines(header)))
+            crc = npq.check_codes(header)
+            (record,) = find_all([(os.path.realpath(path), header.file_size, crc)])
+            say("\n".join((*info_lines(header), origin_line(record))))
         except npq.NpqError as error:
             failed += 1
             problem(str(error))
@@ -431,6 +549,14 @@ def info_lines(h: npq.NpqHeader) -> list[str]:
     return lines
 
 
+def origin_line(record: Record | None) -> str:
+    """What made a file."""
+    if record is None:
+        return "  made by an unknown codec: no record of it"
+    said = ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in record.settings.items())
+    return f"  made by codec {record.codec_id}: {said}"
+
+
 # --- main ----------------------------------------------------------------------------------------
 
 
@@ -441,15 +567,12 @@ def run(flags: argparse.Namespace) -> int:
     if flags.info:
         return print_info(found)
     jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq")
-    todo = [job for job in jobs if flags.overwrite or not is_done(job, flags)]
+    report = Report(failed=[f"{path}: {why}" for path, why in found.unusable], notes=found.lines())
+    judge = Judge(flags)
+    todo = sort_out(jobs, judge, report)
     if todo:
         make_out_dir(flags.out_dir)
-    report = Report(
-        done_before=len(jobs) - len(todo),
-        failed=[f"{path}: {why}" for path, why in found.unusable],
-        notes=found.lines(),
-    )
-    coder = Coder(flags, report)
+    coder = Coder(judge, report)
     try:
         do_all(todo, coder.decode if flags.decode else coder.encode, report, debug=flags.debug)
     except (KeyboardInterrupt, NoRoomError):

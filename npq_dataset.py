@@ -47,6 +47,7 @@ from sound.npq_format import (
     read_header,
     starts_as_npq,
 )
+from sound.origin import CodecId, find_all
 
 # --- the corpus: every file of a run -------------------------------------------------------------
 
@@ -69,6 +70,8 @@ class DataSummary:
     layouts: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, tuple[int, float]] = field(default_factory=dict)  # reason -> (files, hours)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    codec: CodecId | None = None  # that made the codes, where records tell
 
     def drop(self, reason: str, hours: float = 0.0) -> None:
         """Count a file that is not used."""
@@ -83,7 +86,9 @@ class DataSummary:
             f"dropped  {files} files, {hours:.2f} hours: {reason}"
             for reason, (files, hours) in sorted(self.dropped.items())
         ]
-        return [used, *dropped, *(f"note     {note}" for note in self.notes)]
+        notes = [f"note     {note}" for note in self.notes]
+        codec = self.codec or "unknown: no record of encode_npq.py beside the files"
+        return [used, f"codec    {codec}", *dropped, *notes]
 
 
 @dataclass
@@ -166,7 +171,8 @@ def scan_corpus(
     a resumed run does not read everything again.
 
     Raises:
-        BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use.
+        BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use;
+            or codes of two codecs.
     """
     summary = DataSummary()
     headers, bad = _read_headers(paths)
@@ -192,9 +198,44 @@ def scan_corpus(
     if not good:
         raise BadFilesError(
             f"no usable .npq file among {len(paths)}; change --ctx or --codebooks, or the data, as "
-            "the reasons say:\n" + "\n".join(summary.lines()[1:])
+            "the reasons say:\n" + "\n".join(summary.lines()[2:])
         )
-    return _corpus_of(good, shape, frame_rate, summary)
+    corpus = _corpus_of(good, shape, frame_rate, summary)
+    _tell_codec(corpus)
+    return corpus
+
+
+def _tell_codec(corpus: Corpus) -> None:
+    """Note which codec made the codes; raises BadFilesError where two did."""
+    sizes, crcs = corpus.files["size"].tolist(), corpus.files["crc"].tolist()
+    files = zip(real_paths(corpus.paths), sizes, crcs, strict=True)
+    paths: dict[str, list[str]] = {}  # by the weights of their codec; "" where unknown
+    names: dict[str, CodecId] = {}
+    loudness = set()
+    for path, record in zip(corpus.paths, find_all(files), strict=True):
+        paths.setdefault(record.weights if record else "", []).append(path)
+        if record is not None:
+            names[record.weights] = record.codec_id
+            loudness.add(str(record.settings.get("loudness")))
+    unknown = len(paths.get("", ()))
+    if len(names) > 1:
+        made = (
+            f"{codec} made {len(paths[key])} files, such as {paths[key][0]}"
+            for key, codec in sorted(names.items(), key=lambda named: named[1])
+        )
+        raise BadFilesError(
+            f"codes of {len(names)} codecs, which mean nothing to each other: {'; '.join(made)}; "
+            "train on those of one, and keep each in its own folder"
+        )
+    corpus.summary.codec = next(iter(names.values()), None)
+    if unknown and names:
+        corpus.summary.warnings.append(
+            f"{unknown} of {len(corpus.paths)} files are of an unknown codec, such as "
+            f"{paths[''][0]}, the others of {corpus.summary.codec}; make sure that it is the same"
+        )
+    if len(loudness) > 1:
+        levels = ", ".join(sorted(loudness))
+        corpus.summary.notes.append(f"encoded with different --loudness: {levels}")
 
 
 class _Shape(NamedTuple):

@@ -50,8 +50,16 @@ from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError, read_audio, resample, write_wav
-from sound.codec import Codec, CodecError, load_codec
-from sound.npq_format import FRAME_RATE_TOLERANCE, NpqError, map_codes, read_header, write_npq
+from sound.codec import Codec, CodecError, load_codec, misfit
+from sound.npq_format import (
+    FRAME_RATE_TOLERANCE,
+    NpqError,
+    check_codes,
+    map_codes,
+    read_header,
+    write_npq,
+)
+from sound.origin import codec_of, find_all
 from sound.sampling import Draw, generate
 from training.planning import is_out_of_memory
 
@@ -222,6 +230,8 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
         return None
     name = codec_name(flags, checkpoint["flags"])
     codec = load_codec(name)
+    if said := misfit(name, codec_of(checkpoint["data"])):
+        problem(f"{said}; see --codec")
     k, side = shape_of(checkpoint)
     has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
     sizes, rate = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]["frame_rate"]
@@ -269,6 +279,14 @@ def read_prompt(
             f"--prompt {flags.prompt}: expected {k} codebooks, {side} of them side ones, found "
             f"{header.num_codebooks}, {header.side_codebooks} of them side ones; encode it as the "
             "training data was"
+        )
+    trained = codec_of(checkpoint["data"])
+    place = os.path.realpath(flags.prompt)
+    (record,) = find_all([(place, header.file_size, check_codes(header))])
+    if trained and record and record.weights != trained.weights:
+        problem(
+            f"--prompt {flags.prompt}: codes of codec {record.codec_id}, the training data's are "
+            f"of {trained}: expect noise"
         )
     codes = torch.from_numpy(map_codes(header)[: flags.prompt_frames, :k].astype(np.int64))
     sizes = torch.tensor(checkpoint["architecture"]["vocab_sizes"])

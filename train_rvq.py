@@ -70,6 +70,7 @@ from run_folder.metrics import Console, epoch_lines, number, perplexity, step_li
 from run_folder.names import SAMPLES
 from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError, map_codes, read_header, write_npq
+from sound.origin import codec_of
 from sound.sampling import Draw, generate
 from sound.statistics import compare, describe
 from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
@@ -519,8 +520,10 @@ def write_samples(run: Run) -> None:
         path = draw_sample(run, stop_on_signal)
         codes = map_codes(read_header(path)).astype(np.int64)
         from sound.audio_file import write_wav  # training runs where no codec can be imported
-        from sound.codec import load_codec
+        from sound.codec import load_codec, misfit
 
+        if said := misfit(flags.eval_dac_repo, codec_of(run.data)):
+            run.console.problem(f"{said}; see --eval-dac-repo")
         codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
         waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
         write_wav(path.with_suffix(".wav"), waveform.numpy(), codec.sample_rate)

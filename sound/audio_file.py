@@ -9,8 +9,8 @@ C = audio channels, N = audio samples per channel. libsndfile decodes, soxr resa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import math
 import os
 import stat
@@ -86,7 +86,7 @@ def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[W
         with open(path, "rb", opener=_open_regular) as file:
             streams = find_streams(file)
         for stream in streams:
-            with _open_stream(path, stream) as sound:
+            with _opened(path, stream) as sound:
                 rates.append(sound.samplerate)
                 if stereo and sound.channels > 2:
                     raise DamagedError("one or two channels", f"{sound.channels} channels")
@@ -150,18 +150,19 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-class _Endless(io.BytesIO):
-    """A file that claims to go on, so that libsndfile does not estimate where an mp3 ends."""
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        is_for_size = whence == 2 and position == 0
-        return super().seek(1 << 40) if is_for_size else super().seek(position, whence)
-
-
-def _open_stream(path: str | os.PathLike[str], stream: Stream) -> soundfile.SoundFile:
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], stream: Stream) -> Iterator[soundfile.SoundFile]:
     if stream.content is None:
-        return soundfile.SoundFile(os.fsencode(path))  # a name need not be text
-    return soundfile.SoundFile((_Endless if stream.is_mpeg else io.BytesIO)(stream.content))
+        with soundfile.SoundFile(os.fsencode(path)) as sound:  # a name need not be text
+            yield sound
+        return
+    # Not a BytesIO: Ctrl-C within a callback from C would be lost.
+    with open(os.memfd_create("audio"), "wb") as file:
+        file.write(stream.content)
+        file.truncate(max(file.tell(), stream.claimed_bytes))
+        file.seek(0)
+        with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            yield sound
 
 
 def _blocks(sound: soundfile.SoundFile, stream: Stream) -> Iterator[Waveform]:
@@ -180,14 +181,18 @@ def _blocks(sound: soundfile.SoundFile, stream: Stream) -> Iterator[Waveform]:
         expected = sound.frames
     digest = hashlib.md5(usedforsecurity=False) if stream.md5 and subtype in SAMPLE_BYTES else None
     stop, pos = expected - stream.padding, 0
-    while len(block := sound.read(READ_BLOCK, dtype="float32", always_2d=True)):
+    while pos < expected:
+        block = sound.read(min(READ_BLOCK, expected - pos), dtype="float32", always_2d=True)
+        if not len(block):
+            break
         if digest:
             digest.update(_as_integers(block, SAMPLE_BYTES[subtype]))
         yield block[max(0, stream.delay - pos) : max(0, stop - pos)]
         pos += len(block)
-    if pos != expected:
+    found = pos if stream.audio_bytes is None else max(pos, sound.frames)
+    if found != expected:
         rate = sound.samplerate
-        raise DamagedError(f"{expected / rate:.2f} s of sound", f"{pos / rate:.2f} s that decode")
+        raise DamagedError(f"{expected / rate:.2f} s of sound", f"{found / rate:.2f} s that decode")
     if digest and digest.digest() != stream.md5:
         raise DamagedError("the sound whose MD5 its header holds", "other sound, so it is damaged")
 

@@ -39,7 +39,7 @@ class Stream:
     delay: int = 0  # samples in front that the encoder put there
     padding: int = 0  # samples that it put at the end
     md5: bytes = b""  # of the samples as little-endian integers; empty where unknown
-    is_mpeg: bool = False
+    claimed_bytes: int = 0  # size that libsndfile must see: it guesses the length of an mp3 by it
 
 
 def read_at(file: BinaryIO, position: int, count: int) -> bytes:

@@ -11,6 +11,7 @@ codec is that of Kumar et al. 2023, "High-Fidelity Audio Compression with Improv
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -23,6 +24,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sound.origin import CodecId
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,26 @@ def find_weights(name: str) -> Path:
         names = ", ".join((*OFFICIAL_WEIGHTS, "demo"))
         raise CodecError(f"codec {name!r}: expected {names} or the path of a weights file")
     return Path(name)
+
+
+def codec_id(name: str) -> CodecId:
+    """Name a codec by its weights too; as `find_weights`, and reads the file once."""
+    path = find_weights(name)
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CodecError(f"codec {name!r}: {path}: {error.strerror}; check the path") from error
+    return CodecId(name, digest.hexdigest())
+
+
+def misfit(name: str, trained: CodecId | None) -> str:
+    """What to say where a codec is not the one of the training data; "" where it is, or unknown."""
+    if trained is None or (asked := codec_id(name)).weights == trained.weights:
+        return ""
+    return f"codec {asked} is not {trained} of the training data: expect noise"
 
 
 def _download(address: str, path: Path) -> None:

@@ -127,7 +127,7 @@ class _Run:
             len(self.frames) * self.kind.samples,
             delay=tag.delay + DECODER_DELAY if has_gaps else 0,
             padding=max(0, tag.padding - DECODER_DELAY),
-            is_mpeg=True,
+            claimed_bytes=len(self.frames) * LONGEST_FRAME,
         )
 
 

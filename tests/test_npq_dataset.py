@@ -34,7 +34,8 @@ from npq_dataset import (
     scan_corpus,
     split_corpus,
 )
-from sound.npq_format import NpqError, map_codes, read_header
+from sound.npq_format import NpqError, map_codes, read_header, write_npq
+from sound.origin import CodecId, Records
 
 # --- finding and scanning ------------------------------------------------------------------------
 
@@ -959,3 +960,60 @@ def test_a_changed_file_keeps_its_name_through_a_loader_process(tmp_path):
     loader = DataLoader(windows, batch_size=None, sampler=[np.array([0])], num_workers=1)
     with pytest.raises(NpqError, match=r"x\.npq: file changed during the run"):
         list(loader)
+
+
+# --- which codec made the codes ------------------------------------------------------------------
+
+
+def made_by(folder, codec, count=1, **settings):
+    """Files of other codes each, with records as encode_npq.py leaves them."""
+    folder.mkdir(exist_ok=True)
+    for _ in range(count):
+        path = folder / f"{len(list(folder.glob('*.npq')))}.npq"
+        codes = np.random.default_rng(list(str(path).encode())).integers(64, size=(50, 4))
+        write_npq(path, codes, vocab_sizes=[64] * 4, frame_rate=86.13)
+        if codec is not None:
+            Records().add(path, path, codec, settings, path.stat())
+    return folder
+
+
+def test_codes_of_two_codecs_are_refused_and_unknown_ones_told(tmp_path):
+    demo, other = CodecId("demo", "d" * 64), CodecId("44khz", "4" * 64)
+    one = made_by(tmp_path / "one", demo, 2, loudness=None)
+    two = made_by(tmp_path / "two", other)
+    unknown = made_by(tmp_path / "unknown", None, 3)
+
+    def summary(*folders):
+        return scan_corpus(find_npq_files(folders), ctx=20).summary
+
+    said = r"2 codecs, .*44khz \(44444444\) made 1 files, such as .*demo \(dddddddd\) made 2 files"
+    with pytest.raises(BadFilesError, match=said):
+        summary(one, two)
+    with pytest.raises(BadFilesError, match="codes of 2 codecs"):
+        summary(made_by(tmp_path / "both", demo), made_by(tmp_path / "both", other))
+    known = summary(one)
+    assert (known.codec, known.notes, known.warnings) == (demo, [], [])
+    assert known.lines()[1] == "codec    demo (dddddddd)"
+    taken = summary(unknown)
+    assert (taken.codec, taken.notes, taken.warnings) == (None, [], [])
+    assert taken.lines()[1] == "codec    unknown: no record of encode_npq.py beside the files"
+    mixed = summary(one, unknown)
+    (warning,) = mixed.warnings
+    assert warning.startswith("3 of 5 files are of an unknown codec, such as ")
+    assert mixed.codec == demo
+    (one / ".encode_npq.jsonl").write_bytes(b"\xff\n{}\n")
+    assert summary(one).codec is None
+
+
+def test_a_record_follows_the_codes_and_not_the_name(tmp_path):
+    demo = CodecId("demo", "d" * 64)
+    folder = made_by(tmp_path / "a", demo, 2, loudness=-16)
+    made_by(folder, demo, 1, loudness=None)
+    (folder / "0.npq").rename(folder / "renamed.npq")
+    (tmp_path / "link.npq").symlink_to(folder / "renamed.npq")
+    summary = scan_corpus([str(tmp_path / "link.npq")], ctx=20).summary
+    assert summary.codec == demo
+    write_npq(folder / "1.npq", np.ones((50, 4), int), vocab_sizes=[64] * 4, frame_rate=86.13)
+    summary = scan_corpus(find_npq_files([folder]), ctx=20).summary
+    assert summary.warnings  # replaced by one of another origin
+    assert summary.notes == ["encoded with different --loudness: -16, None"]

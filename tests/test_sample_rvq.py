@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -20,10 +21,13 @@ from test_train_rvq import comparable, train
 import sample_rvq
 import train_rvq
 from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
-from run_folder.checkpoint import load_checkpoint
+from run_folder.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from run_folder.shared_weights import export_weights
+from sound.codec import codec_id
 from sound.npq_format import map_codes, read_header, write_npq
+from sound.origin import CodecId, Records
 from sound.statistics import compare, describe
+from training.setup import settle_data_change
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 
@@ -178,6 +182,42 @@ def test_wav_and_npq_of_several_samples(checkpoint, tmp_path, capsys):
     again = tmp_path / "b.npq"
     assert sample(checkpoint, "--npq-out", again, *flags) == 0
     assert (codes_in(tmp_path / "b_1.npq") == first).all(), "the same seed, the same codes"
+
+
+def test_another_codec_than_the_trainings_is_told(checkpoint, music, tmp_path, capsys):
+    content, path = load_checkpoint(checkpoint), tmp_path / "rvq_9cb_best.pt"
+    assert content["data"]["codec"] is None  # no record tells
+    demo, other = codec_id("demo"), CodecId("other", "0" * 64)
+    prompt = tmp_path / "prompt.npq"
+    shutil.copyfile(music / "0.npq", prompt)
+    Records().add(prompt, prompt, other, {}, prompt.stat())
+    flags = [path, "--frames", "4", "--out", tmp_path / "a.wav", "--codec", "demo"]
+    for codec in (None, "odd", demo._asdict()):
+        save_checkpoint({**content, "data": {**content["data"], "codec": codec}}, path)
+        assert sample(*flags) == 0
+        assert "expect noise" not in capsys.readouterr().err
+    save_checkpoint({**content, "data": {**content["data"], "codec": other._asdict()}}, path)
+    assert sample(*flags, "--prompt", prompt, "--prompt-frames", "3") == 0
+    assert f"! codec {demo} is not {other} of the training data" in capsys.readouterr().err
+    save_checkpoint({**content, "data": {**content["data"], "codec": demo._asdict()}}, path)
+    assert sample(*flags, "--prompt", prompt, "--prompt-frames", "3") == 0
+    assert f"! --prompt {prompt}: codes of codec {other}" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_another_codecs_codes(capsys):
+    def settle(before, now):
+        found = {"size": {}, "codec": now}
+        settle_data_change(
+            argparse.Namespace(allow_data_change=True), None, {"codec": before}, found, "a.pt", None
+        )
+        return found["codec"]
+
+    one, two = ({"name": name, "weights": name * 64} for name in "ab")
+    with pytest.raises(CheckpointError, match=r"a.pt: trained on .* a \(a{8}\), the data are of b"):
+        settle(one, two)
+    assert settle(one, None) == one  # still known
+    assert settle(None, two) == two
+    assert settle({**one, "name": "renamed"}, one) == one
 
 
 def test_prompts_from_npq_and_audio_are_carried_on(checkpoint, music, tmp_path):

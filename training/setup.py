@@ -42,6 +42,7 @@ from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, library_version
 from run_folder.files import RunFiles, find_run, load_latest, run_name
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version, number
 from run_folder.shared_weights import load_parts
+from sound.origin import codec_of
 from training.memory_prediction import gib
 from training.optimizer import build_optimizer
 from training.parallel import EveryNth, World
@@ -87,6 +88,8 @@ def set_up(
     with world.rank0_first():
         corpus, train_windows, val_windows, data = open_data(flags, console)
     config, initial = pick_architecture(flags, checkpoint, source, corpus.vocab_sizes, world)
+    if initial is not None and (said := another_codec(initial.get("data", {}), data)):
+        console.problem(f"--init-from {flags.init_from}: {said}")
     console.lines(plan_of(flags, config, device).settle_batch(explicit, world))
     check_accum(flags.accum, world)
     check_same(flags, data, world)
@@ -178,7 +181,8 @@ def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) ->
     """See that every process has the same flags and data; raises ParallelError."""
     facts = {f"--{n}": v for n, v in vars(flags).items() if n not in MACHINE_FLAGS}
     remedy = "start every machine with the same command, over the same files"
-    world.check_same({**facts, **{f"data {n}": v for n, v in data.items()}}, remedy)
+    known = {f"data {n}": v for n, v in data.items() if n != "codec"}  # a copy may lack its record
+    world.check_same({**facts, **known}, remedy)
 
 
 def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool) -> None:
@@ -443,6 +447,8 @@ def open_data(
     val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
     for line in corpus.summary.lines():
         console.line(line)
+    for line in corpus.summary.warnings:
+        console.problem(line)
     console.line(
         f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
         f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
@@ -457,6 +463,7 @@ def open_data(
         "frame_rate": corpus.frame_rate,
         "side_codebooks": corpus.side_codebooks,
         "size": size_of_data(corpus, train, val),
+        "codec": corpus.summary.codec and corpus.summary.codec._asdict(),
     }
     return corpus, train_windows, val_windows, identity
 
@@ -480,7 +487,10 @@ def settle_data_change(
     console: Console,
 ) -> None:
     """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
-    identity = found.keys() - {"size"}  # which follows from the files, and is not in older ones
+    if said := another_codec(saved, found):
+        raise CheckpointError(f"{source}: {said}; name its own data, or start anew (--no-resume)")
+    found["codec"] = found["codec"] or saved.get("codec")
+    identity = found.keys() - {"size", "codec"}  # which follow from the files
     changed = sorted(name for name in identity if saved.get(name) != found[name])
     if not changed:
         return
@@ -497,6 +507,14 @@ def settle_data_change(
     state.ladder.forget_windows()
     progress.position = progress.epoch_steps = progress.epoch_refused = 0
     progress.epoch_loss = progress.epoch_seconds = 0.0
+
+
+def another_codec(saved: dict[str, Any], found: dict[str, Any]) -> str:
+    """What to say where a checkpoint was trained on codes of another codec than the data's."""
+    before, now = codec_of(saved), codec_of(found)
+    if before is None or now is None or before.weights == now.weights:
+        return ""
+    return f"trained on codes of codec {before}, the data are of {now}, which mean nothing to it"
 
 
 def build_loader(
