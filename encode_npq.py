@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import enum
 import errno
 import hashlib
 import math
@@ -57,8 +55,9 @@ from cli.file_search import Found, FoundFile, NothingFoundError, Wanted, search
 from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
 from sound.audio_file import SilentError, read_audio, resample, starts_as_audio, write_wav
-from sound.codec import CodecError, codec_id, load_codec
-from sound.origin import CodecId, Record, Records, find_all
+from sound.codec import CodecError, load_codec
+from sound.done_before import Job, Judge, sort_out
+from sound.origin import Record, find_all
 
 if TYPE_CHECKING:
     from sound.audio_file import Waveform
@@ -76,7 +75,6 @@ UNREADABLE = (  # sound that libsndfile does not know, or whose end nothing here
     ".sd2", ".aa", ".aax",
 )
 # fmt: on
-ENCODER = 1  # goes up when the same audio, codec and flags give something else than before
 LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
 NPQ = Wanted((".npq",), recognises=npq.starts_as_npq)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -151,15 +149,6 @@ def settle(flags: argparse.Namespace) -> None:
 # --- what there is to do -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
-    """One file to make out of another."""
-
-    source: Path
-    target: Path
-    why: str = ""  # that a target of before is made again
-
-
 def find_files(flags: argparse.Namespace) -> Found:
     """What the flags name: audio to encode, or .npq to decode or to tell of.
 
@@ -194,101 +183,6 @@ def find_jobs(files: Iterable[FoundFile], out_dir: Path, new_suffix: str) -> lis
         what = f"{len(clashes)} names would be taken twice" if lines else clashes[0]
         raise UsageError("\n  ".join([f"{what}, nothing was done; {remedy}", *lines]))
     return [Job(Path(source), target) for target, (source,) in sources.items()]
-
-
-class Verdict(enum.Enum):
-    """What is to be done where there is a target."""
-
-    DONE = "made of this source, with this codec and these settings"
-    AGAIN = "is made again"
-    UNKNOWN = "may have been, and stays"
-    OTHER = "made otherwise, and stays until --overwrite is given"
-
-
-class Judge:
-    """Tells what is done from what is not, by the records that lie beside the targets."""
-
-    def __init__(self, flags: argparse.Namespace) -> None:
-        self.flags, self.records = flags, Records()
-
-    @cached_property
-    def codec(self) -> CodecId:
-        """The codec asked for; looked for when there is something to compare or to make."""
-        return codec_id(self.flags.codec)
-
-    def settings(self, codebooks: int, most: int) -> dict[str, Any]:
-        """Everything beside codec and source that decides what is written."""
-        if self.flags.decode:
-            return {"decoder": ENCODER}
-        sides = {"side_codebooks": self.flags.side_codebooks, "loudness": self.flags.loudness}
-        return {"encoder": ENCODER, "codebooks": codebooks, "of": most, **sides}
-
-    def verdict(self, job: Job) -> tuple[Verdict, str]:
-        """Of a job whose target is there, and why."""
-        try:
-            header = None if self.flags.decode else npq.read_header(job.target)
-            record, source = self.records.find(job.target), job.source.stat()
-        except (npq.NpqError, OSError) as error:
-            return Verdict.AGAIN, f"it could not be read ({getattr(error, 'field', error)})"
-        if record is None:
-            return self._of_unknown(job, header, source)
-        most = record.settings.get("of", 0)
-        wanted = self.settings(self.flags.codebooks or most, most)
-        unlike = [
-            f"{name.replace('_', ' ')} {record.settings.get(name)}, not {value}"
-            for name, value in wanted.items()
-            if record.settings.get(name) != value
-        ]
-        if record.weights != self.codec.weights:
-            unlike.insert(0, f"codec {record.codec_id}, not {self.codec}")
-        if unlike:
-            return Verdict.OTHER, "; ".join(unlike)
-        if (source.st_size, source.st_mtime_ns) != (record.source_size, record.source_mtime_ns):
-            return Verdict.AGAIN, "its source is another"
-        return Verdict.DONE, ""
-
-    def _of_unknown(
-        self, job: Job, header: npq.NpqHeader | None, source: os.stat_result
-    ) -> tuple[Verdict, str]:
-        """Of a target without a record: of another program, or of before there were records."""
-        is_older = job.target.stat().st_mtime_ns < source.st_mtime_ns
-        if header is None:
-            return (Verdict.AGAIN if is_older else Verdict.UNKNOWN), ""  # decode refuses the first
-        side = header.side_codebooks
-        mid = header.num_codebooks - side
-        if side != self.flags.side_codebooks or mid != (self.flags.codebooks or mid):
-            return Verdict.OTHER, f"of unknown origin, {mid} + {side} side codebooks"
-        if is_older:
-            return Verdict.AGAIN, "of unknown origin, and older than its source"
-        return Verdict.UNKNOWN, ""
-
-
-def sort_out(jobs: Sequence[Job], judge: Judge, report: Report) -> list[Job]:
-    """The jobs that are left to do; the report counts the others.
-
-    Raises:
-        UsageError: targets that were made otherwise, and --overwrite is not given.
-        CodecError: there is no such codec.
-    """
-    todo, others = [], []
-    for job in jobs:
-        if judge.flags.overwrite or not os.path.lexists(job.target):
-            todo.append(job)
-            continue
-        verdict, why = judge.verdict(job)
-        if verdict is Verdict.AGAIN:
-            todo.append(dataclasses.replace(job, why=why))
-        elif verdict is Verdict.OTHER:
-            others.append(f"{job.target} ({why})")
-        report.done_before += verdict is Verdict.DONE
-        report.unknown += verdict is Verdict.UNKNOWN
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UsageError(
-            f"{len(others)} of {len(jobs)} targets were made otherwise: {', '.join(others[:3])}"
-            f"{more}; use another --out-dir, or --overwrite to replace them"
-        )
-    return todo
 
 
 def make_out_dir(folder: Path) -> None:
@@ -567,9 +461,14 @@ def run(flags: argparse.Namespace) -> int:
     if flags.info:
         return print_info(found)
     jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq")
-    report = Report(failed=[f"{path}: {why}" for path, why in found.unusable], notes=found.lines())
     judge = Judge(flags)
-    todo = sort_out(jobs, judge, report)
+    todo, done, unknown = sort_out(jobs, judge)
+    report = Report(
+        done_before=done,
+        unknown=unknown,
+        failed=[f"{path}: {why}" for path, why in found.unusable],
+        notes=found.lines(),
+    )
     if todo:
         make_out_dir(flags.out_dir)
     coder = Coder(judge, report)
