@@ -33,6 +33,15 @@ def test_keys_and_shapes_that_do_not_fit(good):
     assert "builds no model" in misfits(lambda c: c.update(architecture=endless))
 
 
+def test_a_weight_without_moments_is_named(good):
+    content = content_of(good)
+    group = content["optimizer"]["param_groups"][0]
+    name, number = group["param_names"].pop(), group["params"].pop()
+    del content["optimizer"]["state"][number]
+    torch.save(content, good)
+    assert f"no optimizer state for {name}" in summarize(good).misfits
+
+
 def test_names_of_a_compiled_module(tmp_path):
     weights = {f"_orig_mod.blocks.{i}.attn.qkv.weight": torch.randn(96, 32) for i in range(2)}
     path = tmp_path / "rvq_4cb_latest.pt"

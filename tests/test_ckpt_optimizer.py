@@ -61,6 +61,15 @@ def test_odd_settings_of_muon_cost_no_more_than_the_row(key, value, muon):
     assert summarize(muon).problem is None
 
 
+@pytest.mark.parametrize("factor", [None, "x", -1.0, math.nan, math.inf, 0])
+def test_an_odd_multiple_of_the_rate_counts_as_one(factor, muon):
+    content = content_of(muon)
+    content["optimizer"]["param_groups"][0]["lr_factor"] = factor
+    torch.save(content, muon)
+    group = summarize(muon).optimizer["groups"][0]
+    assert group["lr_factor"] == 1.0
+
+
 # --- how far a step can go ------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -17,7 +18,9 @@ from doctor.diagnosis import Diagnosis, Verdict, diagnose
 from doctor.examined_run import History, Run
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Parameter, Problem, Summary
+from doctor.report import page as page_of_doctor
 from doctor.report.page import as_html
+from doctor.report.pictures import charts_of
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from pages.charts import Axis, Chart, Frame, Line, draw, fit_axis, thinned
 
@@ -94,6 +97,15 @@ def test_lines_fit_80_columns_without_colour_codes():
     lines = terminal_lines(a_sick_run(), colour=False)
     assert max(map(len, lines[:-1])) <= 80
     assert "\x1b" not in "".join(lines)
+
+
+def test_kinds_of_findings_that_are_left_out_are_counted():
+    d = a_sick_run()
+    d.findings = [dataclasses.replace(d.findings[0], check=f"X{i}") for i in range(15)]
+    text = "\n".join(terminal_lines(d, colour=False))
+    assert "... and 3 more kinds of findings" in text
+    d.findings = d.findings[:12]
+    assert "more kinds" not in "\n".join(terminal_lines(d, colour=False))
 
 
 def test_colour_changes_nothing_but_colour():
@@ -306,6 +318,29 @@ def test_an_axis_from_zero_has_a_tick_there_and_shares_its_height_truly():
     axis = fit_axis(chart, math.inf)
     assert (axis.low, axis.y(0.0), axis.ticks()[0]) == (0.0, 176, 0.0)
     assert (176 - axis.y(9.0)) / (176 - axis.y(10.0)) == pytest.approx(0.9)
+
+
+def test_charts_of_tensors_show_what_the_files_hold():
+    d = a_sick_run()
+    for s in d.run.series:
+        for p in s.parameters:
+            p.rms, p.ema_distance = s.step / 100, s.step / 1000
+    charts = {c.title: c for c in charts_of(d, Frame(20, 70, []))}
+    steps = [20, 30, 40, 50, 60, 70]
+    for line in charts["Weights: RMS, first file = 1"].lines:
+        assert line.points == [(step, pytest.approx(step / 20)) for step in steps]
+    for line in charts["Distance raw to EMA, share of RMS"].lines:
+        assert line.points == [(step, pytest.approx(0.1)) for step in steps]
+
+
+def test_a_short_onset_in_a_long_run_has_pictures_of_its_own():
+    files = [a_file(step) for step in range(1000, 11_000, 1000)]
+    d = a_sick_run(run=Run("r", files, History([])), onset=(5000, 5010), last_healthy=None)
+    whole, near = page_of_doctor._frames(d)
+    assert (whole.low, whole.high) == (1000, 10_000)
+    assert (near.low, near.high) == (5000 - 180, 5010 + 180)
+    d.onset = (1000, 9000)
+    assert page_of_doctor._frames(d)[1] is None, "most of the run"
 
 
 def test_thinning_keeps_spikes_gaps_and_both_ends():

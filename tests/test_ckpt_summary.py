@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from doctor.reading.summary import as_count, as_number, as_whole, kind_of, place_of
+from doctor.reading import summary
+from doctor.reading.summary import (
+    Unreadable,
+    as_count,
+    as_number,
+    as_whole,
+    kind_of,
+    place_of,
+    plain,
+)
 
 
 def test_old_names_sort_as_a_forward_pass_meets_them():
@@ -43,6 +53,16 @@ def test_kinds_by_name():
     assert kind_of("rvq_9cb_best.pt") == ("best", None)
     assert kind_of("rvq_9cb_panic_s00000012.pt") == ("panic", None)
     assert kind_of("model.pt") == ("other", None)
+
+
+def test_more_values_than_a_report_can_hold_are_refused(monkeypatch):
+    """However often one container is met."""
+    monkeypatch.setattr(summary, "MOST_VALUES", 9)
+    shared = [1, 2, 3]  # with itself four values
+    assert plain([shared, shared]) == [shared, shared]
+    with pytest.raises(Unreadable) as caught:
+        plain([shared, shared, 1])
+    assert "over 9 values" in caught.value.problem.text
 
 
 def test_numbers_that_are_none_or_far_too_large():

@@ -51,5 +51,6 @@ def test_the_line_has_every_figure_or_says_why_not(music):
     line = describe(figures)
     assert line.startswith(f"repeats {figures['repeats']:.3f} (held-out music ")
     assert f"entropy {np.mean(figures['entropy']):.2f} nats" in line
+    assert compare(music[0, :2], music)["repeats"] == 1
     assert compare(music[0, :1], music) == compare(music[0], music[:0]) == {}
     assert "n/a" in describe({})
