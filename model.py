@@ -4,7 +4,7 @@
     logits = model(codes)                        # [B, T, K] int64 -> [B, T, K, V]
     ce, objective = model.losses(codes, label_smoothing=0.05)
 
-    cache = KeyValueCache(model, batch=1, ctx=512)
+    cache = model.new_cache(batch=1, ctx=512)
     state = model.prefill(prompt, cache)         # [B, T, K], T may be 0 -> [B, D]
     frame = model.draw(state, choose)            # -> [B, K]
     state = model.step(frame, cache)             # -> [B, D], of the next frame
@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,21 +38,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from layers.kernels import (
-    NORM_EPS,
-    PackedLinear,
-    Rope,
-    causal_attention,
-    dropout,
-    rms_norm,
-    rotated_heads,
-    squared_relu,
-)
-from layers.loss import Losses, linear_cross_entropy
+from layers.attention import causal_attention
+from layers.cache import KeyValueCache, LayerCache
+from layers.cpu import dropout
+from layers.loss import Losses, head_logits, linear_cross_entropy
+from layers.rotary import Rope, rotary_angles, rotate
 
 PATTERNS = ("parallel", "delay", "depth")
 ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
 EMBED_STD = 0.001  # of embeddings, BOS and head at the start
+NORM_EPS = 1e-6
 EMBED_NORM_EPS = 1e-8  # far below EMBED_STD^2, a row's mean square; NORM_EPS is as large as that
 Choose = Callable[[Tensor, int], Tensor]  # logits [B, n, V], first codebook -> codes [B, n]
 
@@ -127,6 +122,28 @@ class ModelConfig:
             self, d_model=width, heads=width // 32, layers=self.depth_layers, dropout=0.0
         )
 
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary angles of positions [T]."""
+        return rotary_angles(positions, self.channels, self.rope_base)
+
+    def new_cache(
+        self,
+        batch: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        static: bool = False,
+    ) -> KeyValueCache:
+        """An empty cache of `size` positions for all layers."""
+        return KeyValueCache(
+            (self.layers, batch, self.heads, size, self.channels),
+            base=self.rope_base,
+            device=device,
+            dtype=dtype,
+            static=static,
+        )
+
 
 # --- the delay pattern ---------------------------------------------------------------------------
 
@@ -171,27 +188,23 @@ class CodesTransformer(nn.Module):
     attention first forms (benchmarks/journal.md).
 
     The keywords matter to training alone: `grad_checkpoint` keeps only the inputs of blocks and
-    runs blocks again in backward; `embed_grad` scales the embeddings' gradient; `code_dropout` is
-    the probability that a code goes in as ABSENT; `depth_share` of the frames make depth's loss.
+    runs blocks again in backward; `code_dropout` is the probability that a code goes in as ABSENT;
+    `depth_share` of the frames make depth's loss.
     """
 
     row_offset: Tensor  # [K] int64
-    sizes: Tensor  # [K] int64
-    absent: Tensor | None  # [K, V] bool; None where all codebooks are of one size
 
     def __init__(
         self,
         config: ModelConfig,
         *,
         grad_checkpoint: bool = False,
-        embed_grad: float = 1.0,
         code_dropout: float = 0.0,
         depth_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
-        self.embed_grad = embed_grad
         self.code_dropout = code_dropout
         # A whole number: a float that differs between models becomes a symbol for the compiler.
         self.drawn_of_1024 = max(1, round(1024 * depth_share))
@@ -200,15 +213,11 @@ class CodesTransformer(nn.Module):
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
         self.embed_norm = nn.RMSNorm(d, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RmsNorm(d)
+        self.norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.depth = DepthTransformer(config) if config.pattern == "depth" else None
         width = config.depth().d_model if self.depth else d
-        self.head = nn.Linear(width, k * v, bias=False)
+        self.head = Heads(width, k, v)
         self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)
-        sizes = torch.tensor(config.vocab_sizes)
-        self.register_buffer("sizes", sizes, persistent=False)
-        absent = torch.arange(v) >= sizes[:, None] if min(config.vocab_sizes) < v else None
-        self.register_buffer("absent", absent, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -237,7 +246,6 @@ class CodesTransformer(nn.Module):
         self,
         codes: Tensor,
         label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
         weights: Tensor | None = None,
     ) -> Losses:
         """Losses of codes [B, T, K] under the pattern's order; weights [K] as in `layers/loss.py`.
@@ -253,13 +261,11 @@ class CodesTransformer(nn.Module):
             hidden, frames = hidden.flatten(0, 1)[drawn][None], codes.flatten(0, 1)[drawn][None]
         return linear_cross_entropy(
             self.head_states(hidden, frames),
-            self.head.weight.unflatten(0, (len(self.sizes), -1)),
+            self.head.by_codebook(),
             frames.flatten(0, 1),
-            self.sizes,
-            absent=self.absent,
+            self.config.vocab_sizes,
             weights=weights,
             label_smoothing=label_smoothing,
-            z_loss=z_loss,
         )
 
     def hidden_states(self, codes: Tensor) -> Tensor:
@@ -269,10 +275,8 @@ class CodesTransformer(nn.Module):
             gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
             shifted = shifted.masked_fill(gone, ABSENT)
         x = self.embed_past(shifted)
-        if self.embed_grad != 1.0:  # of embeddings and BOS (GLM-130B: Zeng et al. 2022)
-            x = self.embed_grad * x + (1 - self.embed_grad) * x.detach()
         x = dropout(self.embed_norm(x), self.config.dropout if self.training else 0.0)
-        rope = rotary_angles(torch.arange(x.shape[1], device=codes.device), self.config)
+        rope = self.config.rope(torch.arange(x.shape[1], device=codes.device))
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
@@ -306,15 +310,26 @@ class CodesTransformer(nn.Module):
 
     def logits_of(self, states: Tensor) -> Tensor:
         """Head states [1 or K, N, D or E] -> [N, K, V]."""
-        k = len(self.sizes)
         if len(states) == 1:
-            logits = self.head(states[0]).unflatten(-1, (k, -1))
-        else:
-            head = self.head.weight.unflatten(0, (k, -1)).to(states.dtype)
-            logits = (states @ head.mT).transpose(0, 1)
-        return logits if self.absent is None else logits.masked_fill(self.absent, -math.inf)
+            return self._masked(self.head(states[0]).unflatten(-1, (self.config.num_codebooks, -1)))
+        return self._masked(head_logits(states, self.head.by_codebook()).transpose(0, 1))
+
+    def _masked(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Logits [N, n, V] of the codebooks from `first` on, -inf at entries that one lacks."""
+        sizes = self.config.vocab_sizes
+        if min(sizes) < max(sizes):
+            for k in range(logits.shape[1]):
+                logits[:, k, sizes[first + k] :] = -math.inf
+        return logits
 
     # --- column by column ------------------------------------------------------------------------
+
+    def new_cache(
+        self, batch: int, ctx: int, dtype: torch.dtype = torch.float32, *, static: bool = False
+    ) -> KeyValueCache:
+        """An empty cache for windows of ctx frames, on the model's device."""
+        size = ctx + self.config.lag
+        return self.config.new_cache(batch, size, self.bos.device, dtype, static=static)
 
     @torch.no_grad()
     def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
@@ -326,7 +341,7 @@ class CodesTransformer(nn.Module):
         if columns.shape[1]:
             x = torch.cat((x, self.embed_frames(columns)), dim=1)
         cache.begin(x.shape[1])
-        rope = rotary_angles(torch.arange(x.shape[1], device=x.device), self.config)
+        rope = self.config.rope(torch.arange(x.shape[1], device=x.device))
         return self._through_cache(x, rope, cache)
 
     @torch.no_grad()
@@ -337,7 +352,7 @@ class CodesTransformer(nn.Module):
 
     def advance(self, column: Tensor, cache: KeyValueCache) -> Tensor:
         """`step` after `cache.begin(1)`: static shapes and tensors alone, so it can be compiled."""
-        rope = rotary_angles(cache.position, self.config)
+        rope = self.config.rope(cache.position)
         return self._through_cache(self.embed_frames(column[:, None]), rope, cache)
 
     def _through_cache(self, x: Tensor, rope: Rope, cache: KeyValueCache) -> Tensor:
@@ -354,25 +369,17 @@ class CodesTransformer(nn.Module):
         """
         if self.depth is None:
             return choose(self.logits_of(state[None]), 0)
-        depth, (batch, k) = self.depth, (len(state), len(self.sizes))
+        depth, (batch, k) = self.depth, (len(state), self.config.num_codebooks)
         column = torch.zeros(batch, k, dtype=torch.int64, device=state.device)
-        cache = KeyValueCache(depth, batch=batch, ctx=k)
-        rope = rotary_angles(torch.arange(k, device=state.device), depth.config)
+        cache = depth.config.new_cache(batch, k, state.device)
+        rope = depth.config.rope(torch.arange(k, device=state.device))
         inputs = depth.inputs(state).to(state.dtype)
         for i in range(k):
             cache.begin(1)
             states = depth.step(inputs[:, i : i + 1], column[:, :i], rope, cache)
-            logits = self.codebook_logits(states, i)
-            column[:, i] = choose(logits[:, None], i)[:, 0]
+            logits = self._masked(self.head(states, i)[:, None], i)
+            column[:, i] = choose(logits, i)[:, 0]
         return column
-
-    def codebook_logits(self, states: Tensor, k: int) -> Tensor:
-        """States [N, D or E] of codebook k alone -> its logits [N, V]."""
-        if isinstance(self.head, PackedLinear):
-            logits = self.head(states, k)
-        else:
-            logits = F.linear(states, self.head.weight.unflatten(0, (len(self.sizes), -1))[k])
-        return logits if self.absent is None else logits.masked_fill(self.absent[k], -math.inf)
 
     # --- size ------------------------------------------------------------------------------------
 
@@ -391,9 +398,25 @@ class CodesTransformer(nn.Module):
         head = self.head.weight.numel()
         if self.depth:
             inner = sum(p.numel() for p in self.depth.blocks.parameters() if p.dim() == 2)
-            head += self.depth.proj.weight.numel() + len(self.sizes) * inner
+            head += self.depth.proj.weight.numel() + self.config.num_codebooks * inner
             head = head * self.drawn_of_1024 // 1024
         return 6 * (weights + head) + 6 * self.config.layers * ctx * self.config.d_model
+
+
+class Heads(nn.Linear):
+    """The heads of K codebooks as one matrix [K * V, D]."""
+
+    def __init__(self, width: int, k: int, v: int) -> None:
+        super().__init__(width, k * v, bias=False)
+        self.k = k
+
+    def forward(self, x: Tensor, k: int | None = None) -> Tensor:
+        """[..., D] -> logits of all codebooks [..., K * V], or of codebook k alone [..., V]."""
+        return F.linear(x, self.weight if k is None else self.by_codebook()[k])
+
+    def by_codebook(self) -> Tensor:
+        """[K, V, D]."""
+        return self.weight.unflatten(0, (self.k, -1))
 
 
 class DepthTransformer(nn.Module):
@@ -413,7 +436,7 @@ class DepthTransformer(nn.Module):
         self.embed = nn.Embedding((k - 1) * v, e)
         self.embed_norm = nn.RMSNorm(e, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
-        self.norm = RmsNorm(e)
+        self.norm = nn.RMSNorm(e, eps=NORM_EPS)
         self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
 
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
@@ -422,7 +445,7 @@ class DepthTransformer(nn.Module):
         x = self.inputs(states)[:, :k]
         lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
         x = x + F.pad(lower, (0, 0, 1, 0))
-        rope = rotary_angles(torch.arange(k, device=codes.device), self.config)
+        rope = self.config.rope(torch.arange(k, device=codes.device))
         for block in self.blocks:
             x = block(x, rope)
         return self.norm(x).transpose(0, 1)
@@ -452,9 +475,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.norm1 = RmsNorm(config.d_model)
+        self.norm1 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.attn = Attention(config)
-        self.norm2 = RmsNorm(config.d_model)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.mlp = SquaredReluMlp(config)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
@@ -462,17 +485,6 @@ class Block(nn.Module):
         p = self.dropout if self.training else 0.0
         x = x + dropout(self.attn(self.norm1(x), rope, cache), p)
         return x + dropout(self.mlp(self.norm2(x)), p)
-
-
-class RmsNorm(nn.RMSNorm):
-    """`kernels.rms_norm` with a gain to train."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D], in the dtype that a product takes in."""
-        return rms_norm(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -486,32 +498,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        norm = RmsNorm if config.qk_norm else nn.Identity
-        self.q_norm = norm(config.channels)
-        self.k_norm = norm(config.channels)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
-        if cache is not None:
-            return self.recall(x, rope, cache)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, C]
-        mixed = causal_attention(*rotated_heads(qkv, self.gains(), rope))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.q_norm(q.float()), self.k_norm(k.float()), v.contiguous()
+        if cache is None:
+            mixed = causal_attention(rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v)
+        else:
+            mixed = cache.attend(rotate(q, rope), rotate(k, rope), v, k)
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def recall(self, x: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
-        """`forward` over all that the cache holds: float32 but for the products and the cache."""
-        qkv = self.qkv(x).float().unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        mixed = cache.attend(rotate(q, rope), rotate(k, rope), v, k)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def gains(self) -> Tensor | None:
-        """[2, C] of queries and keys; None where they are not normalised."""
-        if isinstance(self.q_norm, RmsNorm) and isinstance(self.k_norm, RmsNorm):
-            return torch.stack((self.q_norm.weight, self.k_norm.weight))
-        return None
 
 
 class SquaredReluMlp(nn.Module):
@@ -525,115 +526,5 @@ class SquaredReluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(squared_relu(self.up(x)))
-
-
-# --- positions -----------------------------------------------------------------------------------
-
-
-def rotary_angles(positions: Tensor, config: ModelConfig) -> Rope:
-    """Factors of `rotate` for positions [T]: the angle of pair i at t is t * base^(-2i/C).
-
-    [T, C] float32 each. Rotary position embedding (Su et al. 2021).
-    """
-    channels = config.channels
-    exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
-    angle = positions.float()[:, None] * config.rope_base**-exponent  # [T, C / 2]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame.
-
-    For the few rows of sampling, where operations cost; `kernels.rotated_heads` turns windows.
-    """
-    cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-# --- the cache of sampling -----------------------------------------------------------------------
-
-
-class KeyValueCache:
-    """Keys and values of BOS and the newest size - 1 columns: [L, B, H, size, C] each.
-
-    Size is what a window of ctx frames takes: ctx columns, and `lag` more. Past it the oldest
-    column gives way, but BOS stays in slot 0, turned so that it always seems as far away as in
-    training at the farthest: models lean on their first position, and fall apart when it leaves
-    (attention sinks: Xiao et al. 2023).
-
-    A step attends over the slots in use; with `static` over all of them, the others masked, so that
-    its shapes never change and it can be compiled.
-    """
-
-    def __init__(
-        self,
-        model: CodesTransformer | DepthTransformer,
-        *,
-        batch: int,
-        ctx: int,
-        dtype: torch.dtype = torch.float32,
-        static: bool = False,
-    ) -> None:
-        config, device = model.config, model.embed.weight.device
-        size = ctx + config.lag
-        shape = (config.layers, batch, config.heads, size, config.channels)
-        self.config, self.size, self.static = config, size, static
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.bos_keys = torch.zeros((*shape[:3], 1, config.channels), device=device)  # float32
-        self.layers = [
-            LayerCache(self, self.keys[i], self.values[i], self.bos_keys[i])
-            for i in range(config.layers)
-        ]
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next input
-        self.slot = torch.zeros_like(self.position)  # where it goes
-        self.host_position = 0  # of the input after it; known without reading the device
-
-    def begin(self, inputs: int) -> None:
-        """Settle where the next inputs go and what they see: nothing is read from the device."""
-        p, last = self.host_position, self.size - 1
-        self.host_position += inputs
-        self.prefilling, is_full = p == 0, p > last
-        self.position.fill_(p)
-        self.slot.fill_(p if p <= last else 1 + (p - 1) % last)
-        self.held = self.size if self.static else min(p + 1, self.size)
-        self.unseen: Tensor | None = None  # [1, size], -inf where nothing is yet
-        if self.static and not is_full:
-            empty = torch.arange(self.size, device=self.slot.device) > p
-            self.unseen = torch.zeros_like(self.keys[0, 0, 0, :, 0]).masked_fill(empty, -math.inf)
-        if is_full:
-            self.keys[..., :1, :] = rotate(
-                self.bos_keys, rotary_angles(self.position - last, self.config)
-            )
-
-
-class LayerCache(NamedTuple):
-    """One block's keys and values [B, H, size, C], and its BOS key before rotation."""
-
-    cache: KeyValueCache
-    keys: Tensor
-    values: Tensor
-    bos_key: Tensor
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, unrotated_k: Tensor) -> Tensor:
-        """Store k and v [B, H, T, C] and attend over all that is held; T = 1 but for a prefill.
-
-        One query is best served by plain products: SDPA's kernels on CPUs took 3 times as long in
-        float32 and 10 times in bfloat16 (benchmarks/journal.md).
-        """
-        cache, dtype = self.cache, self.keys.dtype
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if cache.prefilling:
-            self.keys[:, :, : k.shape[2]] = k
-            self.values[:, :, : k.shape[2]] = v
-            self.bos_key.copy_(unrotated_k[:, :, :1])
-            return causal_attention(q, k, v)
-        self.keys.index_copy_(2, cache.slot, k)
-        self.values.index_copy_(2, cache.slot, v)
-        keys, values = self.keys[:, :, : cache.held], self.values[:, :, : cache.held]
-        scores = (q * q.shape[-1] ** -0.5) @ keys.mT
-        if cache.unseen is not None:
-            scores = scores + cache.unseen
-        return scores.softmax(-1) @ values
+        hidden = F.relu(self.up(x))
+        return self.down(hidden * hidden)  # CUDA's autocast would make `square` in float32

@@ -133,7 +133,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="on embeddings and on each block's two outputs")
     add("--pattern", choices=PATTERNS, default="depth",
         help="what a code may depend on within its frame; see model.py")
-    add("--depth-layers", type=at_least(1, 1000), default=1, help="blocks of --pattern depth")
     add("--depth-share", type=fraction_or_one, default=0.5,
         help="depth: share of the frames in each micro-batch that its loss is made of")
     add("--code-dropout", type=fraction, default=0.0,
@@ -175,13 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="refuse steps so many sigma above the recent past; 0 = only absolute limits")
     add("--outlier-ema-beta", type=fraction, default=1 - 1 / 128,
         help="the guard looks back over 1 / (1 - beta) accepted steps")
-    add("--qk-norm", action=switch, default=True, help="normalise queries and keys")
-    add("--z-loss", type=not_negative, default=0.0,
-        help="weight of the squared log partition in the objective; PaLM: 1e-4")
     add("--decay-all", action=switch, default=False,
         help="weight decay on embeddings and gains as well")
-    add("--embed-grad", type=fraction_or_one, default=1.0,
-        help="factor on the embedding tables' gradient; GLM-130B: 0.1")
     add("--panic-lr-mul", type=positive, default=0.5,
         help="factor on lr at each rollback")
     add("--panic-snapshot", action=switch, default=False,
@@ -489,7 +483,7 @@ def evaluate(run: Run) -> Validation | None:
         # With nothing left of its own a process goes through the motions, for the others' sake.
         codes = run.val_windows[windows if len(windows) else np.arange(1)].to(run.device).long()
         with run.autocast():
-            losses = model.losses(codes, flags.label_smoothing, flags.z_loss, run.weights)
+            losses = model.losses(codes, flags.label_smoothing, run.weights)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
     objective, *ce = (total / count if count else total * math.nan).tolist()

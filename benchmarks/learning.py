@@ -45,7 +45,6 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "depth": ("--pattern depth", "a transformer over the codes of a frame"),
     "depth-share-0.25": ("--pattern depth --depth-share 0.25", "its loss on fewer frames"),
     "depth-share-1": ("--pattern depth --depth-share 1", "its loss on all frames"),
-    "depth-2-layers": ("--pattern depth --depth-layers 2", "a deeper transformer in depth"),
     "no-jitter": ("--no-jitter", "the same windows in each epoch"),
     "code-dropout-0.1": ("--code-dropout 0.1", "a tenth of the input codes hidden"),
     "wsd": ("--schedule wsd", "stable, then a cooldown over the last fifth"),
@@ -59,7 +58,6 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "dropout-0.3": ("--dropout 0.3", "more dropout"),
     "smoothing-0": ("--label-smoothing 0", "without label smoothing"),
     "even-weights": ("--cb-weights-auto-alpha 0", "all codebooks weigh the same"),
-    "no-qk-norm": ("--no-qk-norm", "queries and keys as they are"),
     "ema-0.99": ("--ema 0.99", "average over some 100 steps"),
     "ema-0.9999": ("--ema 0.9999", "average over some 10,000 steps"),
 }

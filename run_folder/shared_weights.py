@@ -41,10 +41,10 @@ SHARED_PROGRESS = ("step", "epoch", "best_val", "best_epoch")
 # nobody's business.
 SHARED_FLAGS = (
     "ctx", "step", "jitter", "val_split", "codebooks",
-    "d_model", "layers", "heads", "qk_norm", "dropout", "code_dropout",
-    "pattern", "depth_layers", "depth_share", "batch", "accum", "epochs", "max_steps",
+    "d_model", "layers", "heads", "dropout", "code_dropout",
+    "pattern", "depth_share", "batch", "accum", "epochs", "max_steps",
     "max_seconds", "optim", "lr", "schedule", "cooldown", "weight_decay", "decay_all",
-    "warmup_ratio", "eta_min", "ema", "label_smoothing", "z_loss", "embed_grad",
+    "warmup_ratio", "eta_min", "ema", "label_smoothing",
     "cb_weights", "cb_weights_auto_alpha", "grad_clip", "seed", "outlier_skip_factor",
     "outlier_ema_beta", "panic_lr_mul", "amp", "amp_dtype", "eval_dac_repo",
 )  # fmt: skip

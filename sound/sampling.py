@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers.kernels import PackedLinear, QuickNorm
-from model import ABSENT, CodesTransformer, KeyValueCache, ModelConfig, shift, unshift
+from layers.cpu import PackedLinear, QuickNorm
+from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 
@@ -130,7 +130,7 @@ def generate(
         model = packed_copy(model, dtype, eager=not compiled)
     # A CPU attends faster in float32: it has no products of one row in bfloat16.
     kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
-    cache = KeyValueCache(model, batch=batch, ctx=ctx, dtype=kept, static=compiled)
+    cache = model.new_cache(batch, ctx, kept, static=compiled)
     # Compiled twice at most: before the cache is full, and after.
     advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
     start = known.shape[1] - lag
@@ -181,7 +181,7 @@ def packed_copy(
     packed = copy.deepcopy(model, shared).eval()  # what the memo names is not copied
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            parts = len(model.sizes) if model.depth and module is model.head else 1
+            parts = model.config.num_codebooks if model.depth and module is model.head else 1
             packed.set_submodule(name, PackedLinear(module.weight, dtype, parts, eager=eager))
         elif eager and isinstance(module, nn.RMSNorm) and model.embed.weight.is_cpu:
             packed.set_submodule(name, QuickNorm(module))

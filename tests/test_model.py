@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers.loss import LOGITS_AT_ONCE
 from model import (
     ABSENT,
     PATTERNS,
@@ -157,25 +156,21 @@ def test_logits_match_a_slow_reference():
     torch.testing.assert_close(model(codes), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 10**6], ids=["one codebook at a time", "all"])
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.05, 0.0), (0.1, 0.01)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.05])
+@pytest.mark.parametrize("vocab_sizes", [(16, 7, 11), (16, 16, 16)])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_losses_and_gradients_match_cross_entropy_per_codebook(
-    pattern, smoothing, z_loss, at_once, monkeypatch
-):
-    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
-    config = ModelConfig((16, 7, 11), 32, layers=1, heads=2, dropout=0.0, pattern=pattern)
+def test_losses_and_gradients_match_cross_entropy_per_codebook(pattern, vocab_sizes, smoothing):
+    config = ModelConfig(vocab_sizes, 32, layers=1, heads=2, dropout=0.0, pattern=pattern)
     model, codes = make_model(config).double(), make_codes(config)
     weights = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
-    losses = model.losses(codes, smoothing, z_loss, weights)
+    losses = model.losses(codes, smoothing, weights)
     logits, expected = model(codes), 0.0
     for k, v in enumerate(config.vocab_sizes):
         assert logits[:, :, k, v:].isneginf().all(), "entries a codebook lacks cannot be drawn"
         flat, target = logits[:, :, k, :v].reshape(-1, v), codes[:, :, k].reshape(-1)
         torch.testing.assert_close(losses.ce[k], F.cross_entropy(flat, target))
         smoothed = F.cross_entropy(flat, target, label_smoothing=smoothing)
-        squares = flat.logsumexp(-1).square().mean()
-        expected = expected + weights[k] / 3 * (smoothed + z_loss * squares)
+        expected = expected + weights[k] / 3 * smoothed
     torch.testing.assert_close(losses.objective, expected)
     parameters = list(model.parameters())
     ours = torch.autograd.grad(3 * losses.objective, parameters)
@@ -185,24 +180,20 @@ def test_losses_and_gradients_match_cross_entropy_per_codebook(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_losses_never_hold_the_logits_of_all_codebooks():
-    """The largest tensor of a training step is that of one codebook, forward and backward."""
-    model = make_model(ModelConfig((512,) * 9, 32, layers=1, heads=2))
-    codes = make_codes(model.config, batch=16, frames=512)
+def test_the_activation_stays_in_its_inputs_dtype():
+    """Autocast on CUDA makes powers in float32, `square` too: 29 % more memory in run #3."""
+    called = set()
 
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
+    class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.numbers = max(self.numbers, tensor.numel())
-            return out
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
 
-    with Largest() as largest:
-        model.losses(codes, 0.05).objective.backward()
-    assert largest.numbers == 16 * 512 * 512
+    mlp = make_model().blocks[0].mlp
+    with Names(), torch.autocast("cpu", torch.bfloat16):
+        mlp(torch.randn(3, 32))
+    assert "mul" in called
+    assert "pow" not in called
 
 
 def test_a_new_model_guesses_evenly():
@@ -294,6 +285,6 @@ def test_compiles_with_all_that_training_adds():
     config = ModelConfig((16, 16, 7), 32, 2, 2, dropout=0.1, pattern="depth")
     model = make_model(config, code_dropout=0.1, depth_share=0.5).train()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05, 1e-4)
+        losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05)
     losses.objective.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -21,6 +21,7 @@ from model import PATTERNS, CodesTransformer, ModelConfig
 from run_folder.checkpoint import load_checkpoint, save_checkpoint
 from sound.npq_format import map_codes, read_header
 from train_rvq import lr_at_step
+from training import setup
 from training.optimizer import (
     ADAMW_FACTOR,
     HEAD_WIDTH,
@@ -237,7 +238,7 @@ def test_a_run_of_each_kind_resumes_bit_for_bit_from_every_step(pattern, optim, 
 def age(folder: Path) -> None:
     """Leave of a run's `latest` what the version before --optim and --pattern wrote."""
     checkpoint = load_checkpoint(folder / "rvq_4cb_latest.pt")
-    for name in ("optim", "pattern", "depth_layers", "depth_share", "code_dropout", "schedule"):
+    for name in ("optim", "pattern", "depth_share", "code_dropout", "schedule"):
         del checkpoint["flags"][name]
     for name in ("pattern", "depth_layers"):
         del checkpoint["architecture"][name]
@@ -324,3 +325,37 @@ def assert_codes(path: Path, frames: int | None) -> None:
     assert codes.max() < 64
     assert frames in (None, len(codes))
     assert len(np.unique(codes)) > 8, "drawn, and not filled in"
+
+
+def test_a_run_of_flags_that_are_gone_goes_on_and_says_so(tunes, tmp_path, monkeypatch, capsys):
+    """Saved with --no-qk-norm --depth-layers 2 --z-loss 1e-4 --embed-grad 0.1."""
+    flags = ("--data", tunes, "--epochs", "2", "--layers", "1", "--save_dir")
+    pick = setup.pick_architecture
+
+    def as_flagged(*args: Any) -> tuple[ModelConfig, None]:
+        return dataclasses.replace(pick(*args)[0], qk_norm=False, depth_layers=2), None
+
+    with monkeypatch.context() as before:
+        before.setattr(setup, "pick_architecture", as_flagged)
+        whole = comparable(train(*flags, tmp_path / "whole"))
+        train(*flags, tmp_path / "cut", stop_at=10)
+    latest = tmp_path / "cut" / "rvq_4cb_latest.pt"
+    checkpoint = load_checkpoint(latest)
+    gone = {"qk_norm": False, "depth_layers": 2, "z_loss": 1e-4, "embed_grad": 0.1}
+    checkpoint["flags"] |= gone
+    save_checkpoint(checkpoint, latest)
+    capsys.readouterr()
+    run = make_run(*flags, tmp_path / "cut")
+    said = capsys.readouterr().out
+    for flag in ("--z-loss 0.0001", "--embed-grad 0.1"):
+        assert f"{flag} of the saved run: this version has no such flag" in said
+    assert "qk-norm" not in said, "that and the layers of depth belong to the architecture"
+    assert (run.state.model.config.qk_norm, run.state.model.config.depth_layers) == (False, 2)
+    assert checkpoint["guard"]["losses"]
+    assert not run.state.guard.losses, "the loss has another level now"
+    resumed = train(*flags, tmp_path / "cut")
+    assert_same_tensors(comparable(resumed) | {"guard": whole["guard"]}, whole)
+    assert not gone.keys() & resumed["flags"].keys()
+    capsys.readouterr()
+    make_run(*flags, tmp_path / "cut")
+    assert "no such flag" not in capsys.readouterr().out

@@ -10,13 +10,11 @@ import pytest
 import torch
 from test_model import CONFIG, make_codes, make_model
 
+from layers.rotary import rotate
 from model import (
     PATTERNS,
     CodesTransformer,
-    KeyValueCache,
     ModelConfig,
-    rotary_angles,
-    rotate,
     shift,
 )
 from sound.sampling import Draw, generate, packed_copy
@@ -41,8 +39,8 @@ def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> 
         for p in range(length):
             seen = [0, *range(max(1, p - ctx + 2), p + 1)] if p else [0]
             positions = torch.tensor([max(0, p - ctx + 1), *seen[1:]])
-            query = rotate(q[:, :, p : p + 1], rotary_angles(torch.tensor([p]), config))
-            keys = rotate(k[:, :, seen], rotary_angles(positions, config))
+            query = rotate(q[:, :, p : p + 1], config.rope(torch.tensor([p])))
+            keys = rotate(k[:, :, seen], config.rope(positions))
             weights = (query @ keys.mT / math.sqrt(q.shape[-1])).softmax(-1)
             mixed[:, :, p : p + 1] = weights @ v[:, :, seen]
         x = x + attn.out(mixed.transpose(1, 2).flatten(2))
@@ -54,7 +52,7 @@ def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> 
 def test_cached_equals_uncached_within_ctx(prompt_frames):
     model, codes = make_model().eval(), make_codes(frames=12)
     expected = model(codes)
-    cache = KeyValueCache(model, batch=2, ctx=20)
+    cache = model.new_cache(2, ctx=20)
     state = model.prefill(codes[:, :prompt_frames], cache)
     torch.testing.assert_close(model.logits_of(state[None]), expected[:, prompt_frames])
     for frame in range(prompt_frames, 11):
@@ -91,7 +89,7 @@ def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_fram
 def test_cached_equals_uncached_past_ctx(static):
     model, codes = make_model().eval(), make_codes(frames=30)
     expected = banded_reference(model, codes, ctx=8)
-    cache = KeyValueCache(model, batch=2, ctx=8, static=static)
+    cache = model.new_cache(2, ctx=8, static=static)
     state = model.prefill(codes[:, :3], cache)
     for frame in range(3, 30):
         logits = model.logits_of(state[None])
@@ -140,7 +138,7 @@ def test_bfloat16_samples_come_from_the_logits_of_autocast(pattern):
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(codes)[:, -1, 0].float()
     packed = packed_copy(model, torch.bfloat16)
-    cache, columns = KeyValueCache(packed, batch=2, ctx=8), shift(codes, config.lag)
+    cache, columns = packed.new_cache(2, ctx=8), shift(codes, config.lag)
     packed.prefill(columns[:, :4], cache)
     state = packed.step(columns[:, 4], cache)
     logits = []

@@ -277,5 +277,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 _CUDA_KERNELS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
+    # It keeps its input and a number a row, as the kernel of layer_norm does everywhere.
+    F.rms_norm: lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps),
     F.dropout: lambda x, p, **_: torch.native_dropout(x, p, True)[0],
 }

@@ -76,7 +76,7 @@ class Plan:
         return Step(
             build=functools.partial(self.build, flags, config),
             shape=(flags.batch, flags.ctx, config.num_codebooks),
-            losses={"label_smoothing": flags.label_smoothing, "z_loss": flags.z_loss},
+            losses={"label_smoothing": flags.label_smoothing},
             accum=flags.accum,
             amp_dtype=self.amp_dtype,
         )

@@ -55,11 +55,12 @@ from training.state import Progress, Run, StopRequest, TrainState
 MACHINE_FLAGS: tuple[str, ...] = ("data", "val_list", "save_dir", "resume", "init_from")
 MACHINE_FLAGS += ("eval_outdir", "eval_dac_repo", "num_workers", "prefetch", "persistent_workers")
 # A resumed run keeps these.
-ARCHITECTURE_FLAGS: tuple[str, ...] = ("d_model", "layers", "heads", "codebooks", "qk_norm")
-ARCHITECTURE_FLAGS += ("pattern", "depth_layers")
+ARCHITECTURE_FLAGS: tuple[str, ...] = ("d_model", "layers", "heads", "codebooks", "pattern")
 # Flags that shift loss or gradient norm: the guard learns their level anew when one changes.
-LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "z_loss", "embed_grad", "dropout", "batch")
-LEVEL_FLAGS += ("code_dropout", "accum", "cb_weights", "cb_weights_auto_alpha", "jitter")
+LEVEL_FLAGS: tuple[str, ...] = ("label_smoothing", "dropout", "batch", "code_dropout", "accum")
+LEVEL_FLAGS += ("cb_weights", "cb_weights_auto_alpha", "jitter")
+# Flags of older versions that moved the loss or its gradient, with the value that did nothing.
+GONE_FLAGS = {"z_loss": 0.0, "embed_grad": 1.0}
 # What a run did that was saved before a flag existed, where that is not the flag's default.
 BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
 # Flags that belong to one command and not to the run: never restored from a checkpoint.
@@ -115,7 +116,7 @@ def set_up(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
         losses=functools.partial(
-            state.model.losses, label_smoothing=flags.label_smoothing, z_loss=flags.z_loss,
+            state.model.losses, label_smoothing=flags.label_smoothing,
             weights=weights,
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
@@ -219,7 +220,8 @@ def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
 def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
     """Let the guard learn anew where flags move loss or gradient norm to another level."""
     now = vars(flags)
-    if any(now[name] != saved.get(name, now[name]) for name in LEVEL_FLAGS):
+    moved = any(now[name] != saved.get(name, now[name]) for name in LEVEL_FLAGS)
+    if moved or gone_flags(saved):
         guard.forget()
 
 
@@ -309,6 +311,11 @@ def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**BEFORE_THE_FLAG, **checkpoint["flags"]}
 
 
+def gone_flags(saved: dict[str, Any]) -> list[str]:
+    """Names of the saved flags that did something and that this version no longer has."""
+    return [name for name, idle in GONE_FLAGS.items() if saved.get(name, idle) != idle]
+
+
 def settle_flags(
     flags: argparse.Namespace,
     explicit: dict[str, Any],
@@ -342,6 +349,9 @@ def merge_flags(
     )
     if explicit.get("init_from"):
         console.line("  --init-from is left unread: weights are the run's own (or --no-resume)")
+    for name in gone_flags(saved):
+        flag = f"--{name.replace('_', '-')} {saved[name]}"
+        console.line(f"  {flag} of the saved run: this version has no such flag, goes on without")
     for name, value in explicit.items():
         if name in COMMAND_FLAGS or name not in saved or saved[name] == value or name == "quiet":
             continue
@@ -577,7 +587,7 @@ def pick_architecture(
                 "use the program that wrote it"
             ) from error
     else:
-        names = ("d_model", "layers", "heads", "dropout", "qk_norm", "pattern", "depth_layers")
+        names = ("d_model", "layers", "heads", "dropout", "pattern")
         try:
             config = ModelConfig(vocab_sizes, **{name: getattr(flags, name) for name in names})
         except ValueError as error:
@@ -599,7 +609,6 @@ def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransforme
     return CodesTransformer(
         config,
         grad_checkpoint=flags.grad_checkpoint,
-        embed_grad=flags.embed_grad,
         code_dropout=flags.code_dropout,
         depth_share=flags.depth_share,
     )
