@@ -40,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 
 from layers.attention import causal_attention
 from layers.cache import KeyValueCache, LayerCache
-from layers.cpu import dropout
 from layers.loss import Losses, head_logits, linear_cross_entropy
 from layers.rotary import Rope, rotary_angles, rotate
 
@@ -275,7 +274,7 @@ class CodesTransformer(nn.Module):
             gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
             shifted = shifted.masked_fill(gone, ABSENT)
         x = self.embed_past(shifted)
-        x = dropout(self.embed_norm(x), self.config.dropout if self.training else 0.0)
+        x = F.dropout(self.embed_norm(x), self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(x.shape[1], device=codes.device))
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -482,9 +481,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        p = self.dropout if self.training else 0.0
-        x = x + dropout(self.attn(self.norm1(x), rope, cache), p)
-        return x + dropout(self.mlp(self.norm2(x)), p)
+        x = x + F.dropout(self.attn(self.norm1(x), rope, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 
 class Attention(nn.Module):

@@ -9,7 +9,6 @@ A variant stands here for as long as it saves a twentieth of a whole step on a C
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,56 +38,6 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 
 
-# --- dropout -------------------------------------------------------------------------------------
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014): 0 with probability p, else divided by 1 - p.
-
-    Of any shape; p = 0 returns x itself.
-    """
-    if not p:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    return _Dropout.apply(x, _kept_bits(x, p), p)
-
-
-class _Dropout(torch.autograd.Function):
-    """y = x * kept / (1 - p); dx = dy * kept / (1 - p), with the same bits."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.p = p
-        return _masked(x, kept).mul_(1 / (1 - p))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _masked(grad, *ctx.saved_tensors).mul_(1 / (1 - ctx.p)), None, None
-
-
-def _kept_bits(x: Tensor, p: float) -> Tensor:
-    """Of x's shape, int16: all bits set with probability 1 - p, else none; from 15 random bits.
-
-    torch's own dropout takes four times as long on a CPU (benchmarks/README.md), and comparisons
-    that make booleans are slow there as well.
-    """
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
-    drawn >>= 1  # so that the difference below cannot overflow; its sign, spread, is the mask
-    return drawn.neg_().add_(round(p * 2**15) - 2**14 - 1).bitwise_right_shift_(15)
-
-
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-
-
-def _masked(x: Tensor, kept: Tensor) -> Tensor:
-    """x where the bits of `kept` are set, else 0."""
-    words = _WORDS[x.element_size()]
-    return (x.contiguous().view(words) & kept.to(words)).view(x.dtype)
-
-
 # --- sampling's products -------------------------------------------------------------------------
 
 
@@ -96,7 +45,7 @@ class PackedLinear(nn.Module):
     """A product without bias for sampling's few rows; weight [out, in] is kept in `dtype`.
 
     On CPUs in oneDNN's own layout: rearranging it at every call takes as long as the product
-    (benchmarks/README.md). `parts` blocks of rows can be asked for one by one.
+    (benchmarks/journal.md). `parts` blocks of rows can be asked for one by one.
     """
 
     def __init__(

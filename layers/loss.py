@@ -1,7 +1,7 @@
 """Cross-entropy of K codebooks from the states that their heads read.
 
-    logits = head_logits(states, head)          # [1 or K, N, D], [K, V, D] -> [N, K, V]
-    ce, objective = linear_cross_entropy(states, head, codes, vocab_sizes)  # [N, K]
+    ce, objective = linear_cross_entropy(states, head, codes, vocab_sizes, label_smoothing=0.05)
+    objective.backward()  # states [1 or K, N, D], head [K, V, D], codes [N, K]
 
 N frames, K codebooks, V entries of the largest, D width of a state.
 """
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     entries (Szegedy et al. 2016, section 7).
     """
     logits = head_logits(states, head)
-    books = 1 if len(states) == 1 else 0  # the dimension of logits that is the codebooks'
+    books = 1 if len(states) == 1 else 0  # which dimension of the logits has the codebooks
     codes = codes if books == 1 else codes.mT
     if min(vocab_sizes) == logits.shape[-1]:
         ce, smoothed = cross_entropy(logits, codes, label_smoothing)
@@ -48,10 +48,9 @@ def linear_cross_entropy(
         each = zip(logits.split(1, books), codes.split(1, books), vocab_sizes, strict=True)
         pairs = [cross_entropy(x[..., :v], y, label_smoothing) for x, y, v in each]
         ce, smoothed = (torch.cat(parts, books) for parts in zip(*pairs, strict=True))
-    objective = smoothed.mean(1 - books)
-    return Losses(
-        ce.detach().mean(1 - books), (objective if weights is None else objective * weights).mean()
-    )
+    by_codebook = smoothed.mean(1 - books)
+    objective = (by_codebook if weights is None else by_codebook * weights).mean()
+    return Losses(ce.detach().mean(1 - books), objective)
 
 
 def head_logits(states: Tensor, head: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ def head_logits(states: Tensor, head: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Of each code [N, K] under its logits [N, K, V], plain and with label smoothing."""
+    """Of each code [M, L] under its logits [M, L, V], plain and with label smoothing."""
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     ce = F.nll_loss(log_p.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
     # Not `mean`: its backward writes out a gradient of all logits, that of `sum` expands one.

@@ -51,6 +51,17 @@ def test_sampling_speed_has_every_pattern_and_dtype(tmp_path):
     assert "86 frames/s" in printed
 
 
+def test_cpu_variants_has_a_row_for_each_variant(tmp_path):
+    rows, _ = table_of("cpu_variants.py", f"{TINY} --batch 2 --accum 1 --frames 3", tmp_path)
+    assert [row[0] for row in rows] == [
+        "training", "training without blocked attention",
+        *(f"drawing, {pattern}{way}" for pattern in ("parallel", "depth") for way in (
+            "", " without packed products", " without quick norms", " without any",
+        )),
+    ]  # fmt: skip
+    assert all(number(row[1]) > 0 for row in rows)
+
+
 def test_checkpoint_speed_has_saving_and_loading(tmp_path):
     rows, _ = table_of("checkpoint_speed.py", "--megabytes 8 --rounds 1 --folder .", tmp_path)
     assert [row[0] for row in rows] == [

@@ -279,5 +279,7 @@ _CUDA_KERNELS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     # It keeps its input and a number a row, as the kernel of layer_norm does everywhere.
     F.rms_norm: lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps),
-    F.dropout: lambda x, p, **_: torch.native_dropout(x, p, True)[0],
+    F.dropout: lambda x, p, training, **_: (
+        torch.native_dropout(x, p, True)[0] if p and training else x
+    ),
 }
