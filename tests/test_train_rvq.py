@@ -259,7 +259,7 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--no-fused-optim", "--no-amp")
     meta = torch.device("meta")
     model = CodesTransformer(run.state.model.config).to(meta)
-    run.state = run_setup.build_state(run.flags, model, None, meta, run.world)
+    run.state = run_setup.build_state(run.flags, model, None, meta)
     run.device, run.weights = meta, run.weights.to(meta)
     run.losses = lambda codes: model.losses(codes, 0.05)
     facts = backward(run, iter(run.loader))
@@ -301,7 +301,7 @@ def test_gradients_and_means_of_micro_batches_equal_those_of_one_batch(
         used = batches[3 * step : 3 * step + 3]
         whole.load_state_dict(run.state.model.state_dict())
         whole.zero_grad()
-        losses = whole.losses(torch.cat(used).long().to(device), 0.05, 0.0, run.weights)
+        losses = whole.losses(torch.cat(used).long().to(device), 0.05, run.weights)
         losses.objective.backward()
         stats = train_rvq.train_step(run, iter(used))
         assert stats.loss == pytest.approx(losses.objective.item(), rel=1e-4)
