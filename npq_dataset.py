@@ -19,10 +19,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
+import resource
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +162,7 @@ def scan_corpus(
     codebooks: int | None = None,
     skip_bad: bool = False,
     checked_file: str | os.PathLike[str] | None = None,
+    on_file: Callable[[str], None] = lambda _: None,
 ) -> Corpus:
     """Read every header, check every code, keep the files that fit together, count the rest.
 
@@ -168,14 +172,14 @@ def scan_corpus(
     than `ctx` frames are dropped.
 
     `checked_file` remembers (JSON: path -> size, mtime, CRC) which files were read before, so that
-    a resumed run does not read everything again.
+    a resumed run does not read everything again. `on_file` is told each file before it is read.
 
     Raises:
         BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use;
             or codes of two codecs.
     """
     summary = DataSummary()
-    headers, bad = _read_headers(paths)
+    headers, bad = _read_headers(paths, on_file)
     shape = _shape_of_run(headers, codebooks)
     frame_rate = _median_rate(h for h in headers if _shape_taken(h, codebooks) == shape)
     fitting = []
@@ -188,7 +192,7 @@ def scan_corpus(
             summary.drop(f"shorter than a window of {ctx} frames", h.hours)
         else:
             fitting.append(h)
-    good, bad_codes = _check_all_codes(fitting, _CheckedFiles(checked_file))
+    good, bad_codes = _check_all_codes(fitting, _CheckedFiles(checked_file), on_file)
     bad += bad_codes
     if bad and not skip_bad:
         raise BadFilesError(_listing(bad, len(paths)))
@@ -272,10 +276,13 @@ def _median_rate(headers: Iterable[NpqHeader]) -> float:
     return rates[len(rates) // 2] if rates else math.nan
 
 
-def _read_headers(paths: Sequence[str]) -> tuple[list[NpqHeader], list[NpqError]]:
+def _read_headers(
+    paths: Sequence[str], on_file: Callable[[str], None]
+) -> tuple[list[NpqHeader], list[NpqError]]:
     headers: list[NpqHeader] = []
     bad: list[NpqError] = []
     for path in paths:
+        on_file(path)
         try:
             headers.append(read_header(path))
         except NpqError as error:
@@ -295,12 +302,13 @@ def _listing(bad: Sequence[NpqError], files: int) -> str:
 
 
 def _check_all_codes(
-    headers: Sequence[NpqHeader], checked: _CheckedFiles
+    headers: Sequence[NpqHeader], checked: _CheckedFiles, on_file: Callable[[str], None]
 ) -> tuple[list[tuple[int, NpqHeader]], list[NpqError]]:
     """CRC-32 and header of the files whose codes are all in range, and the errors of the others."""
     good: list[tuple[int, NpqHeader]] = []
     bad: list[NpqError] = []
     for h, real_path in zip(headers, real_paths(h.path for h in headers), strict=True):
+        on_file(h.path)
         try:
             good.append((checked.crc(h, real_path), h))
         except NpqError as error:
@@ -457,27 +465,95 @@ def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarra
 
 # --- windows -------------------------------------------------------------------------------------
 
-MAX_OPEN_FILES = 256  # per process; 1024 file descriptors is a common limit
+MAX_OPEN_FILES = 256  # of one dataset; more gain little
+SPARE_DESCRIPTORS = 64  # for checkpoints, metrics, sockets, libraries
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly, however many there are
 
 
-class _OpenFiles(OrderedDict[int, int]):
-    """Descriptors of a corpus's files by number, the MAX_OPEN_FILES that were opened last."""
+def open_files_allowed() -> int:
+    """How many files a dataset may keep open: a run has two, and `ulimit -n` bounds them both."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_OPEN_FILES
+    left = limit - len(os.listdir("/proc/self/fd")) - SPARE_DESCRIPTORS
+    return max(1, min(MAX_OPEN_FILES, left // 2))
+
+
+class _OpenFiles:
+    """Reads a corpus's files, by number, from any number of threads; the last used stay open.
+
+    A descriptor that is in use is not among those kept, so no other thread closes it.
+    """
 
     def __init__(self, paths: Sequence[str], files: np.ndarray[Any, Any]) -> None:
-        super().__init__()
         self.paths, self.files = paths, files
+        self.most = open_files_allowed()
+        self.kept: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, last used at the end
+        self.reading: dict[int, int] = {}  # thread -> file
+        self.reads = 0
+        self.lock = threading.Lock()
 
-    def __missing__(self, file: int) -> int:
+    def read_into(self, buffer: memoryview, file: int, position: int) -> int:
+        """Fill the buffer with a file's bytes from `position` on, as far as there are any.
+
+        Raises:
+            OSError: names the file.
+            NpqError: it is no longer the file that was scanned.
+        """
+        thread = threading.get_ident()
+        with self.lock:
+            descriptor = self.kept.pop(file, None)
+            self.reading[thread] = file
+        try:
+            if descriptor is None:
+                descriptor = self._open(file)
+            found = os.preadv(descriptor, [buffer], position)
+        except BaseException as error:
+            with self.lock:
+                del self.reading[thread]
+            if descriptor is not None:
+                os.close(descriptor)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, self.paths[file]) from error
+            raise
+        with self.lock:
+            del self.reading[thread]
+            self.reads += 1
+            twin = self.kept.pop(file, None)  # of another thread that read it at the same time
+            self.kept[file] = descriptor
+            oldest = self.kept.popitem(last=False)[1] if len(self.kept) > self.most else None
+        for unused in (twin, oldest):
+            if unused is not None:
+                os.close(unused)
+        return found
+
+    def _open(self, file: int) -> int:
+        """A new descriptor. Where there are none left all that are kept are given back first."""
         *_, size, mtime_ns, _ = self.files[file].item()
-        self[file] = descriptor = open_unchanged(self.paths[file], size, mtime_ns)
-        if len(self) > MAX_OPEN_FILES:
-            os.close(self.popitem(last=False)[1])
-        return descriptor
+        try:
+            return open_unchanged(self.paths[file], size, mtime_ns)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.close():
+                raise
+        self.most = max(1, self.most // 2)  # others took what was spare
+        return open_unchanged(self.paths[file], size, mtime_ns)
+
+    def close(self) -> int:
+        """Close what is kept and not in use; how many that were."""
+        with self.lock:
+            closed, self.kept = self.kept, OrderedDict()
+        for descriptor in closed.values():
+            os.close(descriptor)
+        return len(closed)
+
+    def sign(self) -> tuple[int, str]:
+        """How many reads have ended, and the file of the one that began first of those going on."""
+        with self.lock:
+            file = next(iter(self.reading.values()), None)
+            return self.reads, "the data" if file is None else self.paths[file]
 
     def __del__(self) -> None:
-        for descriptor in self.values():
-            os.close(descriptor)
+        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _OpenFiles, (self.paths, self.files)  # descriptors stay with their process
@@ -488,7 +564,8 @@ class WindowDataset(Dataset[torch.Tensor]):
 
     Indexed by an array of window numbers, it returns a whole batch: [B, ctx, K], int16 (int32 where
     a vocabulary exceeds 2^15), so that codes travel narrow and are widened on the device. The index
-    is a few numbers per file and a binary search; at most MAX_OPEN_FILES files are open at a time.
+    is a few numbers per file and a binary search; a bounded number of files is open at a time.
+    Threads may share it.
 
     Numbers count on from epoch to epoch: epoch * len + window. With a `jitter_seed` each file's
     windows move together, to other frames in each epoch, as (seed, epoch, file) alone say; else
@@ -598,10 +675,7 @@ class WindowDataset(Dataset[torch.Tensor]):
         Raises:
             NpqError: the file is no longer what it was when it was scanned.
         """
-        try:
-            found = os.preadv(self.open_files[file], [buffer], position)
-        except OSError as error:
-            raise file_changed(self.paths[file], "a readable file", error) from error
+        found = self.open_files.read_into(buffer, file, position)
         if found != buffer.nbytes:
             size, end = self.files["size"][file], position + found
             raise file_changed(self.paths[file], f"{size} bytes", f"an end at byte {end}")

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import signal
 import time
 import traceback
@@ -61,6 +60,7 @@ from cli.command_line import (
     steady_streams,
     unexpected,
 )
+from cli.waiting import NoAnswerError
 from model import PATTERNS
 from npq_dataset import BadFilesError
 from pages.run_page import write_report
@@ -77,6 +77,7 @@ from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.planning import PlanError, is_out_of_memory
 from training.saving import (
+    MAX_FAILED_SAVES,
     check_save,
     finish_save,
     quarantine,
@@ -120,10 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="text file of validation files; overrides --val_split")
     add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
     add("--skip-bad-files", action="store_true", help="train without files that are not valid .npq")
-    add("--num_workers", type=at_least(0, 256), default=2, help="loader processes; 0 = none")
-    add("--persistent-workers", action=switch, default=True, help="keep them between epochs")
+    add("--num_workers", type=at_least(0, 256), default=2,
+        help="threads that read ahead; 0 = each micro-batch is read when its turn comes")
+    add("--persistent-workers", action=switch, default=True,
+        help="taken for older commands' sake: threads stay in any case")
     add("--prefetch", type=at_least(1, 1000), default=6,
-        help="micro-batches each worker reads ahead")
+        help="micro-batches that each thread reads ahead")
 
     add = parser.add_argument_group("model").add_argument
     add("--d_model", type=at_least(2, 65536), default=768, help="width")
@@ -385,7 +388,8 @@ def compile_losses(run: Run) -> None:
     started = time.perf_counter()
     try:
         with rng_kept():
-            trial = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)]
+            first = np.zeros(run.flags.batch, dtype=np.int64)
+            (trial,) = run.loader.read(run.train_windows, [first])
             accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
@@ -474,24 +478,25 @@ def evaluate(run: Run) -> Validation | None:
     k = len(run.weights)
     total = torch.zeros(k + 1, device=run.device)
     count = len(run.val_windows)
-    for first in range(0, count, flags.batch * world.size):
-        agree(run)
-        if run.stop.signal is not None:
+    firsts = np.arange(0, count, flags.batch * world.size) + flags.batch * world.rank
+    mine = [np.arange(first, min(first + flags.batch, count)) for first in firsts]
+    # With nothing left of its own a process goes through the motions, for the others' sake.
+    batches = run.loader.read(run.val_windows, (w if len(w) else np.arange(1) for w in mine))
+    for windows in mine:
+        codes = next_codes(run, batches, 1)
+        if codes is None:
             return None
-        first += flags.batch * world.rank
-        windows = np.arange(first, min(first + flags.batch, count))
-        # With nothing left of its own a process goes through the motions, for the others' sake.
-        codes = run.val_windows[windows if len(windows) else np.arange(1)].to(run.device).long()
+        whole = codes[0].to(run.device).long()
         with run.autocast():
-            losses = model.losses(codes, flags.label_smoothing, run.weights)
+            losses = model.losses(whole, flags.label_smoothing, run.weights)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
     objective, *ce = (total / count if count else total * math.nan).tolist()
     return Validation(sum(ce) / k, objective, ce)
 
 
-class StopSampling(Exception):
-    """A signal came while codes were drawn."""
+class Stopped(Exception):
+    """A signal came while data was waited for, or codes were drawn."""
 
 
 def write_samples(run: Run) -> None:
@@ -506,7 +511,7 @@ def write_samples(run: Run) -> None:
 
     def stop_on_signal() -> None:
         if run.stop.signal is not None or run.stop.received is not None:
-            raise StopSampling
+            raise Stopped
 
     codes: np.ndarray[Any, Any] | None = None
     outcome: dict[str, Any]
@@ -521,7 +526,7 @@ def write_samples(run: Run) -> None:
         codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
         waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
         write_wav(path.with_suffix(".wav"), waveform.numpy(), codec.sample_rate)
-    except StopSampling:
+    except Stopped:
         return
     except Exception as error:  # a missing codec, a full disk, no memory left: train on
         run.console.problem(f"evaluation audio failed, training goes on: {in_words(error)}")
@@ -537,7 +542,11 @@ def write_samples(run: Run) -> None:
 def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, Any]:
     """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
     try:
-        figures = compare(codes, run.val_windows.excerpts(min(len(codes), 2048)))
+        length = min(len(codes), 2048)
+        read = run.loader.begin(lambda: run.val_windows.excerpts(length))
+        figures = compare(codes, run.loader.result(read, run.val_windows))
+    except Stopped:
+        return {}
     except Exception as error:  # a file that changed, no memory left: train on
         run.console.problem(f"statistics of the sample failed, training goes on: {in_words(error)}")
         return {}
@@ -586,6 +595,7 @@ def train(run: Run) -> int:
     An epoch may turn out to lie behind the run, after a rollback.
     """
     p = run.state.progress
+    run.loader.meanwhile = lambda: while_waiting(run)
     if run.is_finished() and p.validated_step == p.step:
         run.console.line(
             f"Nothing to do: the run was finished at step {p.step}; a larger --epochs, --max-steps "
@@ -620,7 +630,10 @@ def take_steps(run: Run) -> bool:
                 continue
             p.cooling = p.cooling or cools
         started = time.perf_counter()
-        stats = train_step(run, batches)
+        codes = next_codes(run, batches, run.flags.accum // run.world.size)
+        if codes is None:
+            break
+        stats = train_step(run, iter(codes))
         seconds = agree(run, time.perf_counter() - started)
         p.seconds += seconds
         p.epoch_seconds += seconds
@@ -659,35 +672,35 @@ def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
     done, end = p.position // run.windows_per_step, order.end()
     run.console.end_epoch()
     run.console.start_epoch(p.epoch + 1, run.flags.epochs, done, end // run.windows_per_step)
-    if run.flags.num_workers and not run.flags.persistent_workers:
-        # A process forked now would hold the half-written file open, and its space, for an epoch.
-        check_save(run, wait=True)
-    batches = iter(run.loader)
-    # torch's handler would raise for a dead loader in the middle of a step, where nothing can be
-    # saved; without it the next micro-batch does, between two steps.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return name_dead_loaders(batches), end
+    return iter(run.loader), end
 
 
-class LoaderError(RuntimeError):
-    """A loader process died, or met data that is not what it was."""
+def next_codes(run: Run, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
+    """This process's next micro-batches; None when a signal asks to stop.
 
-
-def name_dead_loaders(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same micro-batches.
-
-    Raises:
-        LoaderError: a pipe that broke is a loader that died, and no fault of a disk; what a loader
-            raised comes as text, its traceback first.
+    They are waited for here, where the state is whole, and of many processes by all together:
+    within a step a signal could not be served.
     """
     try:
-        yield from batches
-    except (ConnectionError, EOFError, RuntimeError) as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        reason = re.sub(r"^[\w.]+Error: ", "", told)
-        if isinstance(error, (ConnectionError, EOFError)):
-            reason = "a loader process died (killed, or no memory left: lower --num_workers)"
-        raise LoaderError(f"loading data failed: {reason}; the same command goes on") from error
+        codes = list(itertools.islice(batches, count))
+    except Stopped:
+        codes = []
+    agree(run)
+    return codes if run.stop.signal is None else None
+
+
+def while_waiting(run: Run) -> None:
+    """Serve signals several times a second while data is waited for.
+
+    Of many processes none can save or stop alone; the others learn of it from `agree`.
+    """
+    if run.stop.signal is not None or run.stop.received is not None:
+        raise Stopped
+    if run.world.size == 1:
+        check_save(run)
+        if run.stop.save:
+            with torch.inference_mode(False):  # else copies made in a validation stay read-only
+                save(run)
 
 
 def report_step(run: Run, stats: StepStats) -> None:
@@ -988,11 +1001,9 @@ def train_or_save(run: Run) -> int:
             raise
         run.stop.settle(run.stop.received or 0, False)
         if run.stop.signal is not None and run.between_steps:
-            return interrupted(run)  # the signal went to every process, and ended a loader too
-        if run.between_steps and not isinstance(error, OSError):
-            run.console.problem(f"failed at step {run.state.progress.step}; saving first")
-            save(run)
-            finish_save(run)
+            return interrupted(run)  # the signal went to every process, and ended others before
+        if run.between_steps and run.failed_saves < MAX_FAILED_SAVES:
+            save_first(run)
         if is_out_of_memory(error):
             tell_out_of_memory(run)
         run.metrics.write(
@@ -1001,9 +1012,18 @@ def train_or_save(run: Run) -> int:
         update_report(run)
         raise
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, NoAnswerError):
             check_save(run, wait=True)
         run.metrics.close()
+
+
+def save_first(run: Run) -> None:
+    """Save before a failure ends the run; if that fails too, the first failure is told."""
+    run.console.problem(f"failed at step {run.state.progress.step}; saving first")
+    run.loader.give_back()
+    with contextlib.suppress(OSError, NoAnswerError):  # told by `check_save`
+        save(run)
+        finish_save(run)
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -1085,7 +1105,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(world, *ending_of(error, flags))
 
 
-EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, LoaderError, OSError)
+EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, NoAnswerError, OSError)
 
 
 def ending_of(

@@ -23,7 +23,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from npq_dataset import MAX_OPEN_FILES, WindowDataset, find_npq_files, scan_corpus, split_corpus
 from sound.npq_format import map_codes, read_header
+from training.loader import Loader
 
 CTX, CODEBOOKS, VOCAB, BATCH = 512, 9, 1024, 32
 RATE = 44_100 / 512  # frames per second
@@ -76,12 +76,12 @@ def in_batches(batch: Callable[[np.ndarray], object]) -> Read:
     return read
 
 
-def by_loader(dataset: Dataset[torch.Tensor], workers: int, collate: bool) -> Read:
-    """Reads through a DataLoader, whose processes live on from call to call."""
-    order: list[Any] = []
+def by_peer_loader(dataset: Dataset[torch.Tensor], workers: int) -> Read:
+    """Reads through a DataLoader that collates, whose processes live on from call to call."""
+    order: list[int] = []
     loader = DataLoader(
         dataset,
-        batch_size=BATCH if collate else None,
+        batch_size=BATCH,
         sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -89,7 +89,20 @@ def by_loader(dataset: Dataset[torch.Tensor], workers: int, collate: bool) -> Re
     )
 
     def read(numbers: np.ndarray) -> None:
-        order[:] = numbers.tolist() if collate else np.split(numbers, len(numbers) // BATCH)
+        order[:] = numbers.tolist()
+        for _ in loader:
+            pass
+
+    return read
+
+
+def by_loader(windows: WindowDataset, threads: int) -> Read:
+    """Reads through the loader of a run."""
+    order: list[np.ndarray] = []
+    loader = Loader(windows, order, threads=threads, ahead=6)
+
+    def read(numbers: np.ndarray) -> None:
+        order[:] = np.split(numbers, len(numbers) // BATCH)
         for _ in loader:
             pass
 
@@ -180,10 +193,10 @@ def readers_of(windows: WindowDataset, jittered: WindowDataset) -> dict[str, tup
     return {
         "this project, one process": (in_batches(windows.__getitem__), 1),
         "the same with jitter": (in_batches(jittered.__getitem__), 1),
-        "through a DataLoader, 0 workers": (by_loader(jittered, 0, collate=False), 1),
-        "through a DataLoader, 2 workers": (by_loader(jittered, 2, collate=False), 1),
-        "peer: whole files, DataLoader, 0 workers": (by_loader(files, 0, collate=True), SLOW),
-        "peer: whole files, DataLoader, 2 workers": (by_loader(files, 2, collate=True), SLOW),
+        "through the loader, nothing read ahead": (by_loader(jittered, 0), 1),
+        "through the loader, 2 threads": (by_loader(jittered, 2), 1),
+        "peer: whole files, DataLoader, 0 workers": (by_peer_loader(files, 0), SLOW),
+        "peer: whole files, DataLoader, 2 workers": (by_peer_loader(files, 2), SLOW),
         f"memory maps, {MAX_OPEN_FILES} kept": (by_maps(windows), 1),
         "limit: open, fstat, preadv, close": (limit_of_system_calls(windows), 1),
         "limit: bare slices of kept maps": (limit_of_slices(windows), 1),

@@ -3,7 +3,7 @@
     python benchmarks/kill_soak.py --runs 300                          # codes that it makes up
     python benchmarks/kill_soak.py --runs 300 --data "npq_out/*.npq" --flags "--ctx 64"
 
-A run is started, killed with its loader processes, and started again with the same command, five
+A run is started, killed, and started again with the same command, five
 times or so, then left to end. A third of the kills falls into start-up, a third onto a save (as
 soon as its temporary file is seen), a third anywhere. After each kill the newest step that a `save`
 row reports must be loaded; in the end weights, moments, EMA, guard and random state must equal, bit
@@ -99,7 +99,7 @@ class Trainer:
         return self.code is not None
 
     def kill(self) -> None:
-        """The trainer alone: its loader processes must notice by themselves."""
+        """The trainer, without a warning."""
         os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         self.code = os.waitstatus_to_exitcode(status)
@@ -296,7 +296,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=300, help="kills, at least")
     parser.add_argument("--data", nargs="+", help=".npq files; without it made-up codes")
     parser.add_argument("--flags", default="", help="for the trainer, over those of a tiny run")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of each trainer")
+    parser.add_argument("--workers", type=int, default=2, help="of each trainer; read ahead")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", help="where runs live; those that failed are kept there")

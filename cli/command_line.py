@@ -19,6 +19,7 @@ import io
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -30,6 +31,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+OPEN_FILES = 1024  # descriptors that serve every command well
 HELP_WIDTH = 80  # columns of a terminal
 RED = "\033[31m"
 PLAIN = "\033[0m"
@@ -309,9 +311,14 @@ def _leave_imports(*_: object) -> None:
 
 
 def begin_work() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt, as is usual."""
+    """From here on Ctrl-C raises KeyboardInterrupt, as is usual; enough files may be open."""
     if signal.getsignal(signal.SIGINT) is _leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:  # of what a shell gives (`ulimit -Sn`) a process may take more
+        wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 REMEDIES = {
@@ -327,6 +334,10 @@ REMEDIES = {
     errno.EDQUOT: "free some, or name a place on another disk",
     errno.EFBIG: "raise `ulimit -f`, or name a place on another disk",
     errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "close other programs, or raise the sysctl fs.file-max",
+    errno.EIO: "check the disk, or the network folder's server",
+    errno.ESTALE: "the network folder changed on its server; mount it anew",
+    errno.ETIMEDOUT: "check the network folder's server",
     errno.ENOMEM: "free some memory, or ask for less",
 }
 

@@ -10,6 +10,7 @@ K = codebooks, T = frames, V = entries of a codebook. Everything on disk is litt
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import mmap
@@ -39,26 +40,19 @@ CHECK_CHUNK_BYTES = 4 << 20
 
 
 class NpqError(ValueError):
-    """A file is not a valid .npq: says where, what was expected, what was found, what to do.
-
-    Made of one argument it says just that: so torch rebuilds it out of a loader process.
-    """
+    """A file is not a valid .npq: says where, what was expected, what was found, what to do."""
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        field: str = "",
-        expected: object = "",
-        found: object = "",
+        field: str,
+        expected: object,
+        found: object,
         remedy: str = "encode the track again or restore the file from a copy",
     ) -> None:
         self.path, self.field, self.expected, self.found = str(path), field, expected, found
         self.remedy = remedy
-        super().__init__(
-            f"{self.path}: {field}: expected {expected}, found {found}; {remedy}"
-            if field
-            else self.path
-        )
+        super().__init__(f"{self.path}: {field}: expected {expected}, found {found}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +132,7 @@ def _read_head(path: str) -> tuple[bytes, os.stat_result]:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise_unless_of_file(error)
         what, remedy = "folder" if os.path.isdir(path) else "file", "check path and permissions"
         raise NpqError(path, what, f"a readable {what}", error, remedy) from error
     if head is None:
@@ -251,6 +246,20 @@ def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
     return None
 
 
+# Errors of a file, or of where it lies. Others are of this process or this moment (no descriptor or
+# memory left, a server that does not answer) and say nothing of the file.
+OF_A_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO),
+    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EINVAL),
+}
+
+
+def raise_unless_of_file(error: Exception) -> None:
+    """In a handler: raise a system error again that does not make its file a bad one."""
+    if isinstance(error, OSError) and error.errno not in OF_A_FILE:
+        raise error
+
+
 # --- codes ---------------------------------------------------------------------------------------
 
 
@@ -277,6 +286,8 @@ def open_unchanged(path: str, size: int, mtime_ns: int) -> int:
     try:
         descriptor = os.open(path, OPEN_FLAGS)
     except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
         raise file_changed(path, "the file that was there at the start", error) from error
     now = os.fstat(descriptor)
     if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
@@ -314,6 +325,7 @@ def check_codes(header: NpqHeader) -> int:
                     _refuse_bad_code(header, codes.reshape(-1, header.num_codebooks), frame)
                 frame += len(chunk) // row_bytes
     except OSError as error:
+        raise_unless_of_file(error)
         raise NpqError(header.path, "codes", "a readable file", error, "check the disk") from error
     if frame != header.num_frames:
         raise file_changed(header.path, f"{header.num_frames} frames", f"{frame} frames")

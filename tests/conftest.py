@@ -54,6 +54,18 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture(scope="session")
+def odd_file_system(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which system calls can fail; see odd_file_system.c. Skips without cc."""
+    if shutil.which("cc") is None:
+        pytest.skip("faults of system calls are compiled by cc")
+    library = tmp_path_factory.mktemp("odd") / "odd_file_system.so"
+    source = Path(__file__).with_name("odd_file_system.c")
+    command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"]
+    subprocess.run(list(map(str, command)), check=True)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library)}
+
+
+@pytest.fixture(scope="session")
 def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four files of structured codes, K = 4, V = 64."""
     folder = tmp_path_factory.mktemp("tunes")
@@ -152,7 +164,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a trainer; its loader processes have to notice by themselves."""
+    """SIGKILL to a trainer and what it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

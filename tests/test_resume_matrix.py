@@ -1,4 +1,4 @@
-"""Exact resuming: cut at every step, with and without loader processes, accumulation and amp."""
+"""Exact resuming: cut at every step, with and without reading ahead, accumulation and amp."""
 
 from __future__ import annotations
 

@@ -63,8 +63,6 @@ def train(*flags: str | Path, stop_at: int | None = None) -> dict[str, Any]:
 
     run.losses = interrupting
     code = train_rvq.train_or_save(run)
-    if run.loader._iterator is not None:  # left to the garbage collector it takes ten seconds
-        run.loader._iterator._shutdown_workers()
     assert code == (0 if run.stop.signal is None else 143)
     return load_checkpoint(run.files.latest)
 
@@ -398,7 +396,6 @@ def test_a_refusal_names_the_frames_that_were_used(tunes, tmp_path):
 
     run.losses = refusing
     assert train_rvq.train_or_save(run) == 0
-    run.loader._iterator._shutdown_workers()
     (row,) = rows(tmp_path, "skip")
     assert row["epoch"] == 2
     for place, codes in zip(row["windows"], seen, strict=True):

@@ -252,12 +252,14 @@ def is_loss_of_peer(error: BaseException) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; one of many at once, since gloo's threads may abort an orderly exit."""
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """End this process at once: an orderly exit waits for threads that a dead disk may hold.
+
+    And of many processes gloo's threads may abort it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            stream.flush()
+    os._exit(code)
 
 
 class EveryNth(Sampler[T]):

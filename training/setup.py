@@ -17,25 +17,19 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
-from cli.command_line import UsageError
+from cli.command_line import UsageError, problem
 from model import CodesTransformer, ModelConfig
 from npq_dataset import (
     Corpus,
     EpochOrder,
     Spans,
     WindowDataset,
-    find_npq_files,
-    scan_corpus,
     split_corpus,
 )
 from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, library_versions, load_checkpoint
@@ -43,6 +37,7 @@ from run_folder.files import RunFiles, find_run, load_latest, run_name
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version, number
 from run_folder.shared_weights import load_parts
 from sound.origin import codec_of
+from training.loader import Loader, scan
 from training.memory_prediction import gib
 from training.optimizer import build_optimizer
 from training.parallel import EveryNth, World
@@ -121,7 +116,7 @@ def set_up(
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=weights,
-        loader=build_loader(flags, train_windows, EveryNth(order, world), device), data=data,
+        loader=build_loader(flags, train_windows, order, console, device, world), data=data,
         stop=StopRequest(world),
         best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
@@ -242,8 +237,6 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
         f"{flags.accum}), {run.planned_steps} in all"
         + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
     )
-    if flags.num_workers > (cores := len(os.sched_getaffinity(0))):
-        run.console.detail(f"note     --num_workers {flags.num_workers} on {cores} cores")
     if flags.init_from and not resumed:
         run.console.line(f"weights  EMA weights of {flags.init_from}")
     run.metrics.write(
@@ -430,8 +423,9 @@ def open_data(
     flags: argparse.Namespace, console: Console
 ) -> tuple[Corpus, WindowDataset, WindowDataset, dict[str, Any]]:
     """Scan, split and index the files; the last item tells one set of windows from another."""
-    corpus = scan_corpus(
-        find_npq_files(flags.data, tell=console.line),
+    corpus = scan(
+        flags.data,
+        tell=console.line,
         ctx=flags.ctx,
         codebooks=flags.codebooks,
         skip_bad=flags.skip_bad_files,
@@ -528,37 +522,26 @@ def another_codec(saved: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def build_loader(
-    flags: argparse.Namespace, windows: WindowDataset, order: Sampler[Any], device: torch.device
-) -> DataLoader[Tensor]:
-    """Micro-batches in the epoch's order; the dataset itself gathers a batch."""
-    workers = flags.num_workers
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # `announce` says it
-    return DataLoader(
+    flags: argparse.Namespace,
+    windows: WindowDataset,
+    order: EpochOrder,
+    console: Console,
+    device: torch.device,
+    world: World,
+) -> Loader:
+    """Reads this process's micro-batches, in the epoch's order."""
+
+    def tell_too(text: str) -> None:
+        problem(f"{world.name}: {text}")
+
+    return Loader(
         windows,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        persistent_workers=flags.persistent_workers and workers > 0,
-        prefetch_factor=flags.prefetch if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_trainer,
-        generator=torch.Generator(),  # of its own: the global one is dropout's, and exact on resume
+        EveryNth(order, world),
+        threads=flags.num_workers,
+        ahead=flags.prefetch,
+        pinned=device.type == "cuda",
+        tell=console.problem if world.is_first else tell_too,
     )
-
-
-def leave_signals_to_the_trainer(_: int) -> None:
-    """In a loader process: a group of its own, so that Ctrl-C and the like reach the trainer alone.
-
-    SIGTERM gets its default action back: with it the trainer ends its loaders. If the trainer is
-    killed the kernel kills them, else they could outlive it and hold the folder's lock.
-    """
-    os.setpgid(0, 0)
-    # Threads of a loader whose trainer ended print tracebacks; its errors reach the trainer else.
-    sys.excepthook = lambda *_: None
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 # --- model and state ------------------------------------------------------------------------------

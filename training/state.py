@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from layers.loss import Losses
 from model import CodesTransformer
@@ -32,6 +31,7 @@ from npq_dataset import EpochOrder, WindowDataset
 from run_folder.checkpoint import BackgroundSaver
 from run_folder.files import RunFiles
 from run_folder.metrics import Console, MetricsLog
+from training.loader import Loader
 from training.parallel import World
 from training.stability import Ema, Guard, Ladder
 
@@ -92,7 +92,7 @@ class Run:
     train_windows: WindowDataset
     val_windows: WindowDataset
     order: EpochOrder
-    loader: DataLoader[Tensor]
+    loader: Loader
     data: dict[str, Any]  # what the windows are made of; a resume compares it
     world: World
     stop: StopRequest

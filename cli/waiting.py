@@ -1,0 +1,80 @@
+"""Waits that serve signals, say what they wait for, and end.
+
+    scan = in_thread(lambda: scan_corpus(paths, on_file=seen.append))
+    corpus = wait_for(scan, lambda: (len(seen), seen[-1]))
+
+A disk or a network folder can take minutes, or never answer, and a thread that it holds cannot be
+ended. So what may block is done in a thread of its own, which does not hold up the process's end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+from cli.command_line import problem
+
+FIRST_WORD = 30.0  # seconds without a sign of progress until a line says so; then twice as long ...
+PATIENCE = 600.0  # ... and until the wait ends: a file server that restarts needs some minutes
+TICK = 0.2  # seconds between two looks at signals
+T = TypeVar("T")
+Sign = tuple[object, str]  # what changes as the work goes on; what it is at
+
+
+class NoAnswerError(RuntimeError):
+    """Something was waited for in vain; says what, how long, and what to do."""
+
+
+def in_thread(work: Callable[[], T], name: str = "working") -> Future[T]:
+    """Begin work in a thread that the end of the process does not wait for."""
+    future: Future[T] = Future()
+    threading.Thread(target=carry_out, args=(future, work), name=name, daemon=True).start()
+    return future
+
+
+def carry_out(future: Future[T], work: Callable[[], T]) -> None:
+    """Do work that nobody has cancelled; its result or its error goes to the future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def wait_for(
+    future: Future[T],
+    sign: Callable[[], Sign],
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = problem,
+) -> T:
+    """The result of work that a thread does; what it raised is raised here.
+
+    `meanwhile` is called every TICK seconds and ends the wait by raising. As long as the first part
+    of `sign` changes the work goes on, however slowly.
+
+    Raises:
+        NoAnswerError: PATIENCE seconds without a change. The thread is left to itself.
+    """
+    seen, waited, word, looked = object(), 0.0, FIRST_WORD, time.monotonic()
+    while not future.done():
+        wait([future], timeout=TICK)
+        meanwhile()
+        (mark, place), now = sign(), time.monotonic()
+        # Of a long gap this process was stopped itself, which is no fault of what it waits for.
+        waited, looked = waited + min(now - looked, 10 * TICK), now
+        if mark != seen:
+            seen, waited, word = mark, 0.0, FIRST_WORD
+        if waited >= PATIENCE:
+            raise NoAnswerError(
+                f"{place}: no answer for {PATIENCE:.0f} s; see to its disk or network folder, "
+                "then the same command goes on"
+            )
+        if waited >= word:
+            tell(f"{place}: waiting since {waited:.0f} s (for {PATIENCE:.0f} s at most)")
+            word *= 2
+    return future.result()
