@@ -26,7 +26,7 @@ lint: .venv/installed-dev
 smoke: .venv/installed  ## a fixed tiny run; a refactor must print the same loss
 	rm -rf smoke_ckpts demo_codes
 	$(BIN)/python examples/make_codes.py demo_codes
-	$(BIN)/python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 \
+	OMP_NUM_THREADS=2 $(BIN)/python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 --heads 2 \
 	    --ctx 64 --batch 4 --accum 1 --max-steps 30 --save_dir smoke_ckpts
 	@$(BIN)/python -c "import json; print('smoke loss', [json.loads(r)['train'] for r in \
 	    open('smoke_ckpts/rvq_4cb_metrics.jsonl') if '\"epoch\"' in r[:20]][-1])"

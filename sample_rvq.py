@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -46,6 +45,7 @@ from cli.command_line import (
     problem,
     say,
 )
+from cli.device import PRECISIONS, fast_precision, pick_device
 from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
@@ -175,19 +175,28 @@ def check_output(flag: str, path: str | None, ending: str) -> None:
 # --- what the flags name -------------------------------------------------------------------------
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The device asked for, or the best present; raises UsageError where it is absent."""
-    if wanted == "best":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", wanted):
-        raise UsageError(f"--device: expected best, cpu, cuda, cuda:1 or mps, found {wanted!r}")
-    try:
-        return torch.empty(1, device=wanted).device
-    except (RuntimeError, AssertionError) as error:  # torch raises both for an absent device
-        reason = re.split(r"\. |\n", str(error))[0]
-        raise UsageError(
-            f"--device {wanted}: not usable here ({reason}); leave it out or pass --device cpu"
-        ) from error
+def pick_dtype(
+    flags: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device
+) -> torch.dtype | None:
+    """Precision of the products: the run's own where the device is fast in it; None: float32.
+
+    A CPU is slow in fp16, and bf16 rounds more: it draws such a run in float32.
+    """
+    trained = checkpoint["flags"]
+    was_mixed = trained.get("amp", False)
+    if not (was_mixed if flags.amp is None else flags.amp):
+        return None
+    name = trained.get("amp_dtype", "auto") if was_mixed else fast_precision(device)
+    if name == "fp16" and device.type == "cpu":
+        name = "float32"
+    return PRECISIONS["bf16" if name == "auto" else name]
+
+
+def use_threads_of(checkpoint: dict[str, Any]) -> None:
+    """Compute with as many threads as the training found best; OMP_NUM_THREADS wins."""
+    count = checkpoint["progress"].get("threads", 0)
+    if count and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(count, torch.get_num_threads()))
 
 
 def load_model(
@@ -324,7 +333,6 @@ def draw_samples(
 ) -> torch.Tensor:
     """Codes [samples, frames, K], with a progress bar that tells how much faster than real time."""
     frame_rate = checkpoint["data"]["frame_rate"]
-    mixed = checkpoint["flags"].get("amp", False) if flags.amp is None else flags.amp
     started = time.perf_counter()
     with tqdm(total=flags.frames, unit="frame", disable=None) as bar:
 
@@ -342,7 +350,7 @@ def draw_samples(
             batch=flags.samples,
             prompt=prompt,
             compiled=flags.compile,
-            dtype=torch.bfloat16 if mixed else None,
+            dtype=pick_dtype(flags, checkpoint, model.bos.device),
             on_frame=on_frame,
         ).cpu()
     seconds = time.perf_counter() - started
@@ -398,7 +406,9 @@ def write_samples(
 
 def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> None:
     """Draw and write; all that the flags name is opened first."""
-    device, draw = pick_device(flags.device), read_draw(flags, checkpoint)
+    device = pick_device(None if flags.device == "best" else flags.device)
+    draw = read_draw(flags, checkpoint)
+    use_threads_of(checkpoint)
     codec = open_codec(flags, checkpoint)
     prompt = read_prompt(flags, checkpoint, codec)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)

@@ -60,6 +60,7 @@ from cli.command_line import (
     steady_streams,
     unexpected,
 )
+from cli.device import pick_device
 from cli.waiting import NoAnswerError
 from model import PATTERNS
 from npq_dataset import BadFilesError
@@ -85,12 +86,12 @@ from training.saving import (
     save,
     unsound,
 )
+from training.schedule import cooldown_begins, learning_rate
 from training.setup import (
     ALONE,
     check_windows,
     open_data,
     pick_architecture,
-    pick_device,
     plan_of,
     set_up,
     settle_flags,
@@ -189,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="cuda, cuda:1, mps or cpu; without it the best device present")
     add("--amp", action=switch, default=True, help="mixed precision")
     add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto",
-        help="auto: bf16 if it is fast")
+        help="auto: bf16 where the device is fast in it, else fp16, on a CPU float32")
     add("--compile", action=switch, help="torch.compile; without it on for CUDA only")
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
         help="reduce-overhead and max-autotune use CUDA graphs")
@@ -403,60 +404,6 @@ def compile_losses(run: Run) -> None:
     if (failure := run.world.first(failure)) is not None:
         run.losses, run.compiled = eager, False
         run.console.problem(f"torch.compile failed, going on without it ({failure})")
-
-
-# --- learning rate -------------------------------------------------------------------------------
-
-
-def lr_at_step(
-    step: float,
-    total: float,
-    *,
-    lr: float,
-    eta_min: float,
-    warmup_ratio: float,
-    schedule: str = "cosine",
-    cooldown: float = 0.2,
-) -> float:
-    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, fall, then eta_min.
-
-    `cosine` falls from the end of the warm-up on (Loshchilov and Hutter 2017). `wsd` stays, and
-    falls linearly over the last share `cooldown` of the run (warm-up, stable, decay: Hu et al.
-    2024, section 4; Haegele et al. 2024). Past `total` it is eta_min for ever. Steps may also be
-    seconds of a time budget.
-    """
-    warmup = warmup_ratio * total
-    if step < warmup:
-        return lr * step / warmup
-    if schedule == "wsd":
-        left = max(0.0, total - step) / (cooldown * total)
-        return eta_min + (lr - eta_min) * min(1.0, left)
-    progress = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
-    return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def learning_rate(run: Run) -> float:
-    """Of the step about to be taken; groups of parameters run at multiples of it."""
-    flags = run.flags
-    names = ("lr", "eta_min", "warmup_ratio", "schedule", "cooldown")
-    shape = {name: getattr(flags, name) for name in names}
-    return run.state.progress.lr_scale * lr_at_step(*schedule_position(run), **shape)
-
-
-def schedule_position(run: Run) -> tuple[float, float]:
-    """Of the step about to be taken, and the end; in seconds where those are the budget."""
-    p, flags = run.state.progress, run.flags
-    if flags.max_seconds:
-        return p.seconds + p.epoch_seconds / max(p.epoch_steps, 1), flags.max_seconds
-    return p.step + 1, p.schedule_steps
-
-
-def cooldown_begins(run: Run) -> bool:
-    """Whether the step about to be taken is the first that wsd lowers the learning rate for."""
-    if run.flags.schedule != "wsd" or run.state.progress.cooling:
-        return False
-    position, total = schedule_position(run)
-    return position > (1 - run.flags.cooldown) * total
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -724,6 +671,8 @@ def report_step(run: Run, stats: StepStats) -> None:
     )
     total = 0 if flags.max_seconds else run.planned_steps
     run.console.line(step_line(row, total, run.seconds_left()))
+    if (told := run.pace.note(frames_per_s, p.log_seconds, run.device.type)) is not None:
+        run.console.problem(told)
     p.log_loss, p.log_steps, p.log_seconds = 0.0, 0, 0.0
 
 
@@ -761,8 +710,10 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
 
 # --- rollback ------------------------------------------------------------------------------------
 
-# Of the present, not of the state gone back to: clocks run on, and `best` is still on the disk.
-NOT_ROLLED_BACK = ("seconds", "elapsed", "best_val", "best_epoch", "validated_seconds")
+# Of the present, not of the state gone back to: clocks run on, `best` is still on the disk, and the
+# learning rate's schedule is the one that this start settled.
+NOT_ROLLED_BACK: tuple[str, ...] = ("seconds", "elapsed", "best_val", "best_epoch")
+NOT_ROLLED_BACK += ("validated_seconds", "schedule_steps", "schedule_seconds")
 
 
 def roll_back(run: Run, reason: str) -> bool:
@@ -795,6 +746,7 @@ def roll_back(run: Run, reason: str) -> bool:
     state.guard.refused = refused
     state.optimizer.zero_grad(set_to_none=True)
     place = {"epoch": p.epoch, "position": p.position, "windows": run.order.num_windows}
+    run.metrics.rewind(p.step)
     ladder.roll_back(event, p.step, suspects=suspects, **place)
     report_rollback(run, event, reason, found[1] if found else None)
     save(run)

@@ -216,7 +216,7 @@ class RunFiles:
         """Every file of the run that exists."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
         shared = self.folder / f"{self.name}_best.safetensors"
-        named += [shared, shared.with_suffix(".md")]
+        named += [shared, shared.with_suffix(".md"), self.folder / f"{self.name}_tb"]
         found = [p for p in named if os.path.lexists(p)]
         found += self.archives("epoch") + self.archives("best")
         for kind in ("ring", "quarantine", "panic"):

@@ -138,16 +138,28 @@ HISTORY_ROWS = 1000  # of metrics that travel in a checkpoint
 class MetricsLog:
     """Appends rows to `*_metrics.jsonl` and TensorBoard; keeps the newest in memory.
 
-    Without a path nothing is written: another process does.
+    Without a path nothing is written: another process does. TensorBoard forgets what it was told
+    after `step`, where this part of the run begins.
     """
 
-    def __init__(self, path: Path | None, *, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path | None, *, tensorboard: bool = False, step: int = 0) -> None:
         self.file = open(path or os.devnull, "ab")  # noqa: SIM115 - open for the whole run
         if path and self.file.tell() and not _ends_with_newline(path):
             self.file.write(b"\n")  # a killed run may have left half a row
         self.failed = False  # the newest row was not written
         self.history: list[dict[str, Any]] = []
-        self.board = _summary_writer(path) if path and tensorboard else None
+        self.board_path = board_folder(path) if path and tensorboard else None
+        self.board: Any = None
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Let TensorBoard forget later steps: they are taken once more."""
+        if self.board is not None:
+            self.board.close()
+        if self.board_path is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.board_path), purge_step=step + 1)
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append a row at once; returns it. A full disk costs the row, never the run."""
@@ -227,7 +239,6 @@ def check_tensorboard() -> None:
         )
 
 
-def _summary_writer(path: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path.with_name(path.name.removesuffix("_metrics.jsonl") + "_tb")))
+def board_folder(metrics: Path) -> Path:
+    """Folder of TensorBoard's event files, beside a run's metrics."""
+    return metrics.with_name(metrics.name.removesuffix("_metrics.jsonl") + "_tb")

@@ -361,6 +361,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(_whole(2)[1], value))
 
 
+AMP_DTYPES = ("bf16", "fp16", "float32", "auto")
 SWITCH = "true or false", lambda x: type(x) is bool
 # Fields that the program reads, in words and as a test; all may be left out but the NEEDED ones.
 FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
@@ -380,6 +381,7 @@ FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "flags": {
         "ctx": _whole(2),
         "amp": SWITCH,
+        "amp_dtype": ("bf16, fp16, float32 or auto", lambda x: x in AMP_DTYPES),
         "eval_dac_repo": ("a name", lambda x: type(x) is str and bool(CODEC_NAME.fullmatch(x))),
     },
     "progress": {"step": _whole(0, 1 << 60), "epoch": _whole(0, 1 << 60)},

@@ -24,13 +24,13 @@ from conftest import ROOT, TINY, rows, run_trainer, wait_for
 from make_codes import make_tune
 from planted_faults import MUON_FAULTS, copy_run, plant, train
 
-import train_rvq
 from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
 from doctor.examined_run import History, Run, scheduled_lr
 from doctor.reading.summary import Summary
 from run_folder.checkpoint import load_checkpoint, save_checkpoint
 from sound.npq_format import write_npq
+from training.schedule import lr_at_step
 
 EPOCHS = 8
 ADAMW = ("--optim", "adamw", "--lr", "3e-3", "--pattern", "parallel")
@@ -418,7 +418,7 @@ def test_the_planned_lr_is_the_trainers(step):
     flags = {"lr": 3e-3, "eta_min": 1e-5, "warmup_ratio": 0.01}
     summary = Summary("x", "latest", None, style="own", flags=flags)
     summary.progress = {"schedule_steps": 1000, "lr_scale": 0.5}
-    expected = 0.5 * train_rvq.lr_at_step(step, 1000, **flags)
+    expected = 0.5 * lr_at_step(step, 1000, **flags)
     assert scheduled_lr(summary, step) == pytest.approx(expected, rel=1e-12)
 
 

@@ -20,7 +20,6 @@ import train_rvq
 from model import PATTERNS, CodesTransformer, ModelConfig
 from run_folder.checkpoint import load_checkpoint, save_checkpoint
 from sound.npq_format import map_codes, read_header
-from train_rvq import lr_at_step
 from training import setup
 from training.optimizer import (
     ADAMW_FACTOR,
@@ -33,6 +32,7 @@ from training.optimizer import (
     state_tensors,
 )
 from training.saving import unsound
+from training.schedule import lr_at_step
 
 SMALL = ModelConfig((16,) * 3, d_model=32, layers=2, heads=2, dropout=0.0)
 

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from run_folder.files import RunFiles
 from run_folder.metrics import (
     HISTORY_ROWS,
     Console,
     MetricsLog,
+    board_folder,
     duration,
     number,
     perplexity,
@@ -79,11 +82,32 @@ def test_half_a_row_does_not_spoil_the_next(tmp_path):
     assert json.loads(lines[2])["event"] == "resume"
 
 
-def test_tensorboard_files_appear(tmp_path):
-    log = MetricsLog(tmp_path / "x_metrics.jsonl", tensorboard=True)
+def test_tensorboard_has_each_step_once_after_a_resume_and_a_rollback(tmp_path):
+    """A killed run repeats the steps since its last save, a rolled back one those it gave up."""
+    path = tmp_path / "x_metrics.jsonl"
+    log = MetricsLog(path, tensorboard=True)
+    for step in range(1, 9):
+        log.write("step", step=step, loss=1.0 * step)
+    log.close()
+    log = MetricsLog(path, tensorboard=True, step=5)
+    for step in range(6, 12):
+        log.write("step", step=step, loss=10.0 * step)
+    log.rewind(7)
+    log.write("step", step=8, loss=800.0)
+    log.close()
+    board = EventAccumulator(str(board_folder(path))).Reload()
+    points = [(e.step, e.value) for e in board.Scalars("step/loss")]
+    assert points == [(s, s) for s in range(1, 6)] + [(6, 60), (7, 70), (8, 800)]
+
+
+def test_a_new_run_gets_a_board_of_its_own(tmp_path):
+    files = RunFiles(tmp_path, "x")
+    log = MetricsLog(files.metrics, tensorboard=True)
     log.write("step", step=1, loss=2.5)
     log.close()
-    assert list((tmp_path / "x_tb").glob("events.*"))
+    aside = files.set_aside()
+    assert list((aside / "x_tb").glob("events.*"))
+    assert not (tmp_path / "x_tb").exists()
 
 
 BAR = """

@@ -33,10 +33,11 @@ from run_folder.checkpoint import load_checkpoint, save_checkpoint
 from run_folder.files import FolderLock
 from run_folder.metrics import Console
 from sound.npq_format import map_codes, read_header, write_npq
-from train_rvq import backward, lr_at_step, parse_flags, update
+from train_rvq import backward, parse_flags, update
 from training import saving as run_saving
 from training import setup as run_setup
 from training.optimizer import parameter_groups
+from training.schedule import lr_at_step
 from training.setup import codebook_weights, set_up
 from training.state import Run
 

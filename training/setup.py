@@ -10,20 +10,26 @@ differs. Its architecture stays, and its data must be what it was.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cli.command_line import UsageError, problem
+from cli.device import (
+    PRECISIONS,
+    device_name,
+    fast_precision,
+    faster_thread_count,
+    pick_device,
+    tune_for,
+)
 from model import CodesTransformer, ModelConfig
 from npq_dataset import (
     Corpus,
@@ -32,7 +38,13 @@ from npq_dataset import (
     WindowDataset,
     split_corpus,
 )
-from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, library_versions, load_checkpoint
+from run_folder.checkpoint import (
+    WEIGHTS_KEYS,
+    CheckpointError,
+    library_versions,
+    load_checkpoint,
+    rng_kept,
+)
 from run_folder.files import RunFiles, find_run, load_latest, run_name
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version, number
 from run_folder.shared_weights import load_parts
@@ -43,6 +55,7 @@ from training.optimizer import build_optimizer
 from training.parallel import EveryNth, World
 from training.planning import Plan
 from training.saving import load_weights, restore
+from training.schedule import schedule_words, settle_schedule
 from training.stability import Ema, Guard
 from training.state import Progress, Run, StopRequest, TrainState
 
@@ -62,6 +75,8 @@ BEFORE_THE_FLAG = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
 COMMAND_FLAGS: tuple[str, ...] = ("save_dir", "resume", "no_resume", "init_from", "ignore_arch")
 COMMAND_FLAGS += ("allow_data_change", "effective_batch", "plan", "memory_gb", "device_tflops")
 COMMAND_FLAGS += ("mfu", "debug")
+AUTO_FLAGS: tuple[str, ...] = ("batch", "amp_dtype")
+BUDGET_FLAGS: tuple[str, ...] = ("epochs", "max_steps", "max_seconds")
 
 ALONE = World()
 
@@ -76,7 +91,8 @@ def set_up(
         raise UsageError("--data: expected .npq files to train on, found none; name some")
     if flags.tensorboard:
         check_tensorboard()
-    device = pick_device(flags.device, world)
+    device = pick_device(flags.device, world.local_rank if world.size > 1 else None)
+    settle_amp_dtype(flags, device, world, resumed=checkpoint is not None)
     amp_dtype = pick_amp_dtype(flags, device)
     tune_for(device)
 
@@ -109,10 +125,10 @@ def set_up(
     written = files.metrics if world.is_first else None
     run = Run(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
-        metrics=MetricsLog(written, tensorboard=flags.tensorboard), state=state, world=world,
+        metrics=MetricsLog(written, tensorboard=flags.tensorboard, step=state.progress.step),
+        state=state, world=world,
         losses=functools.partial(
-            state.model.losses, label_smoothing=flags.label_smoothing,
-            weights=weights,
+            state.model.losses, label_smoothing=flags.label_smoothing, weights=weights,
         ),
         compiled=False, train_windows=train_windows, val_windows=val_windows, order=order,
         weights=weights,
@@ -122,6 +138,7 @@ def set_up(
     )  # fmt: skip
     run.metrics.history = checkpoint["history"] if checkpoint is not None else []
     settle_schedule(run, checkpoint)
+    settle_threads(run, resumed=checkpoint is not None)
     announce(run, source, resumed=checkpoint is not None)
     return run
 
@@ -192,26 +209,6 @@ def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool)
     files.remove_leftovers()
 
 
-def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Fix the steps that lr falls over: for a cosine at the first start, for wsd at each.
-
-    Raises:
-        UsageError: a longer run would raise a cooling lr again.
-    """
-    p, flags = run.state.progress, run.flags
-    if checkpoint is not None and flags.schedule == "cosine":
-        return
-    longer = run.planned_steps > p.schedule_steps
-    if checkpoint is not None and flags.max_seconds and checkpoint["flags"].get("max_seconds"):
-        longer = flags.max_seconds > checkpoint["flags"]["max_seconds"]
-    if longer and p.cooling:
-        raise UsageError(
-            f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
-            "--resume the archive that was kept when it began, or --init-from for a new schedule"
-        )
-    p.schedule_steps = run.planned_steps
-
-
 def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
     """Let the guard learn anew where flags move loss or gradient norm to another level."""
     now = vars(flags)
@@ -253,14 +250,6 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
         libraries=library_versions(),
         code=code_version(Path(__file__).parent.parent),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """`cuda: NVIDIA H100`, `cpu, 16 threads`."""
-    if device.type == "cuda":
-        return f"{device}: {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
 
 
 def parallel_words(run: Run) -> str:
@@ -330,8 +319,8 @@ def merge_flags(
 ) -> argparse.Namespace:
     """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
     saved, progress = saved_flags(checkpoint), checkpoint["progress"]
-    if explicit.get("batch") == "auto":  # picked once: another number would be another run
-        explicit = {name: value for name, value in explicit.items() if name != "batch"}
+    # What `auto` is was settled at the first start: another number would be another run.
+    explicit = {n: v for n, v in explicit.items() if n not in AUTO_FLAGS or v != "auto"}
     merged = dict(vars(flags))
     merged.update({n: v for n, v in saved.items() if n in merged and n not in COMMAND_FLAGS})
     merged.update(explicit)
@@ -353,9 +342,9 @@ def merge_flags(
             merged[name] = saved[name]
         winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
         console.line(f"  --{name.replace('_', '-')}: saved {saved[name]}, asked {value}; {winner}")
-        if name in ("epochs", "max_steps") and merged["schedule"] == "cosine":
+        if name in BUDGET_FLAGS and merged["schedule"] == "cosine":
             console.line(
-                f"  the lr schedule still spans {progress['schedule_steps']} steps and stays at "
+                f"  the lr schedule still spans {schedule_words(progress, saved)} and stays at "
                 "--eta-min after them; --init-from starts a new schedule from these weights"
             )
     return argparse.Namespace(**merged)
@@ -364,56 +353,55 @@ def merge_flags(
 # --- device ---------------------------------------------------------------------------------------
 
 
-def pick_device(wanted: str | None, world: World = ALONE) -> torch.device:
-    """The device asked for, or the best present; an absent one is an error and no fall back.
+def settle_amp_dtype(
+    flags: argparse.Namespace, device: torch.device, world: World, *, resumed: bool
+) -> None:
+    """Write into the flags what `auto` is, so that a resumed run computes as it did.
 
-    Of CUDA devices each process of a machine takes its own.
+    Runs that were saved with `auto` itself took bf16 on every CPU.
     """
-    if world.size > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
-        wanted = f"cuda:{world.local_rank}"
-    if wanted is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
-        raise UsageError(f"--device: expected cuda, cuda:1, mps or cpu, found {wanted!r}")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise UsageError(
-            f"--device {wanted}: not usable here ({reason}); leave the flag out to take the best "
-            "device present, or pass --device cpu"
-        ) from error
-    return device
-
-
-def tune_for(device: torch.device) -> None:
-    """Settings of the whole process that make a device faster."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
-        # glibc keeps what is freed: fetching a step's pages anew took a tenth of its time.
-        trim_threshold, mmap_threshold = -1, -3  # as in <malloc.h>
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(trim_threshold, -1)
-            mallopt(mmap_threshold, 32 << 20)  # the most it accepts
+    if flags.amp and flags.amp_dtype == "auto":
+        was_bf16 = resumed and device.type == "cpu"
+        flags.amp_dtype = world.from_first("bf16" if was_bf16 else fast_precision(device))
 
 
 def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
-    """Of mixed precision: bfloat16 where the device computes in it, else float16; None without."""
+    """Dtype of mixed precision; None without."""
     if not flags.amp:
         return None
-    if flags.amp_dtype != "auto":
-        return torch.bfloat16 if flags.amp_dtype == "bf16" else torch.float16
-    here = device.type == "cuda" and torch.cuda.is_available()
-    if here and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    return PRECISIONS[fast_precision(device) if flags.amp_dtype == "auto" else flags.amp_dtype]
+
+
+def settle_threads(run: Run, *, resumed: bool) -> None:
+    """Take one thread or all on a CPU, by a trial at the first start; a resumed run keeps it.
+
+    So sums keep their order. OMP_NUM_THREADS wins over it. The trial leaves no trace.
+    """
+    p, most = run.state.progress, torch.get_num_threads()
+    if run.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    if resumed:
+        if p.threads > most:
+            run.console.problem(
+                f"the run computes with {p.threads} threads, this machine has {most}: its sums are "
+                "rounded in another order from here on"
+            )
+        torch.set_num_threads(min(p.threads or most, most))
+        return
+    if most > 1 and run.world.size == 1:
+        codes = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)].long()
+
+        def micro_batch() -> None:
+            with run.autocast():
+                objective = run.losses(codes).objective
+            objective.backward()
+
+        with rng_kept():
+            count, times = faster_thread_count(micro_batch)
+        run.state.optimizer.zero_grad(set_to_none=True)
+        figures = ", ".join(f"{1e3 * t:.0f} ms with {n}" for n, t in sorted(times.items()))
+        run.console.line(f"threads  {count}: a micro-batch takes {figures} (kept on every resume)")
+    p.threads = torch.get_num_threads()
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from run_folder.checkpoint import BackgroundSaver
 from run_folder.files import RunFiles
 from run_folder.metrics import Console, MetricsLog
 from training.loader import Loader
+from training.pace import Pace
 from training.parallel import World
 from training.stability import Ema, Guard, Ladder
 
@@ -46,6 +47,8 @@ class Progress:
     seconds: float = 0.0  # in training steps, since the very first start
     elapsed: float = 0.0  # wall clock, likewise, over all processes
     schedule_steps: int = 0  # of the lr schedule; fixed at the very first start but for wsd
+    schedule_seconds: float = 0.0  # the same where --max-seconds is the budget, else 0
+    threads: int = 0  # that a CPU computes with, so that sums keep their order; 0 = torch's number
     cooling: bool = False  # wsd's cooldown has begun
     lr_scale: float = 1.0  # cut by rollbacks
     lr_goal: float = 1.0  # where it comes back to
@@ -101,6 +104,7 @@ class Run:
     saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
     saving: Saving | None = None  # the save in flight
     best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
+    pace: Pace = dataclasses.field(default_factory=Pace)
     failed_saves: int = 0
     report_failed: bool = False  # the newest try to write the run's page
     guard_stop: str | None = None  # why the guard ends the run
