@@ -3,9 +3,10 @@
     python ckpt_doctor.py rvq_ckpts                # a folder, files or globs
     python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
     python ckpt_doctor.py rvq_ckpts --probe-data "npq_out/*.npq"
+    python ckpt_doctor.py rvq_9cb_latest.pt        # one file alone
 
 Exit code: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead, 4 corrupt or
-unsafe, 5 nothing usable (or the doctor itself failed), 130 interrupted.
+unsafe, 5 nothing usable or of other programs (or the doctor itself failed), 130 interrupted.
 
 Files are only read, each in a child process with limits; no pickle is run and nothing is written
 but the reports that are asked for. The metrics beside the checkpoints are found by themselves.
@@ -44,11 +45,12 @@ from cli.command_line import (
     say,
 )
 from cli.file_search import NothingFoundError, expand
-from doctor.diagnosis import Diagnosis, Verdict, diagnose
+from doctor.diagnosis import GRAVITY, Diagnosis, Verdict, diagnose
 from doctor.examined_run import History, Run
-from doctor.probe import probe
+from doctor.probe import WINDOWS, probe, probe_own_data
+from doctor.reading.foreign import by_folder
 from doctor.reading.reader import summarize
-from doctor.reading.summary import FILE_KINDS, Summary, kind_of
+from doctor.reading.summary import FILE_KINDS, Problem, Summary, kind_of
 from doctor.report.page import as_html
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from npq_dataset import BadFilesError
@@ -76,6 +78,7 @@ EXIT_CODES = {
     Verdict.DEAD: ExitCode.DIVERGED,
     Verdict.CORRUPT: ExitCode.CORRUPT,
     Verdict.UNSAFE: ExitCode.CORRUPT,
+    Verdict.FOREIGN: ExitCode.NOTHING,
     Verdict.NOTHING: ExitCode.NOTHING,
 }
 SUFFIXES = (".pt", ".pth", ".ckpt")
@@ -91,6 +94,8 @@ def build_parser() -> FlagParser:
         help="the run's *_metrics.jsonl, if it lies elsewhere")
     add("--probe-data", type=file_path, action=Several, nargs="+", metavar="GLOB",
         help=".npq files to run the models on")
+    add("--no-probe", action="store_true",
+        help="do not run a lone file's model on the data that it was trained on")
     add("--probe-windows", type=at_least(1), default=8, help="windows of it")
 
     add = parser.add_argument_group("reports").add_argument
@@ -126,12 +131,7 @@ def examine(flags: argparse.Namespace) -> int:
         report(flags, diagnoses)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}; name another file") from error
-    return max((EXIT_CODES[d.verdict] for d in diagnoses), key=_gravity)
-
-
-def _gravity(code: ExitCode) -> int:
-    order = (ExitCode.HEALTHY, ExitCode.SUSPECT, ExitCode.CORRUPT, ExitCode.DIVERGED)
-    return order.index(code) if code in order else len(order)
+    return EXIT_CODES[max((d.verdict for d in diagnoses), key=GRAVITY.index)]
 
 
 # --- files to runs -------------------------------------------------------------------------------
@@ -149,8 +149,26 @@ def read_runs(flags: argparse.Namespace) -> list[Run]:
                 run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
             except (NpqError, BadFilesError, FileNotFoundError) as error:
                 raise UsageError(f"--probe-data: {error}") from error
+        elif len(run.series) == 1 and not flags.no_probe:
+            probe_alone(run, run.series[0])
         runs.append(run)
     return runs
+
+
+def probe_alone(run: Run, s: Summary) -> None:
+    """Run a lone file's model on its own data, or note why that cannot be."""
+    answer: dict[str, Any] | Problem
+    if s.style == "old":
+        answer = Problem("missing", "the older script saved no fingerprint of it")
+    elif s.misfits:
+        answer = Problem("missing", "it does not fit its own architecture")
+    else:
+        answer = probe_own_data(s)
+    if isinstance(answer, Problem):
+        run.probe_note = f"Not run on its own data: {answer.text}; --probe-data GLOB runs it."
+    else:
+        run.probes[s.path], run.on_own_data = answer, True
+        run.probe_note = f"Run on {WINDOWS} windows of its own data; --no-probe leaves that out."
 
 
 def find_checkpoints(words: Sequence[str]) -> list[str]:
@@ -161,6 +179,8 @@ def find_checkpoints(words: Sequence[str]) -> list[str]:
         if os.path.isdir(word):
             names = sorted(n for n in os.listdir(word) if n.lower().endswith(SUFFIXES))
             matches = [os.path.join(word, n) for n in names if not n.startswith(".")]
+            if by_folder(word) and all(kind_of(n)[0] == "other" for n in names):
+                matches = [word]  # a checkpoint as a folder, of another program
             if not matches:
                 kinds = ", *".join(SUFFIXES)
                 raise UsageError(f"{word}: no checkpoint in this folder (*{kinds})")

@@ -5,6 +5,7 @@
     python benchmarks/doctor_scoreboard.py --quick        # one seed, fewer healthy runs
     python benchmarks/doctor_scoreboard.py --muon --extra # the same of runs with --optim muon
     python benchmarks/doctor_scoreboard.py --pattern depth # of runs with another --pattern
+    python benchmarks/doctor_scoreboard.py --single       # one file alone, diverged or healthy
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
+import single_files  # noqa: E402
 import torch  # noqa: E402
 from planted_faults import (  # noqa: E402
     FILE_EXTRA,
@@ -309,11 +311,12 @@ def make_overfit(bench: Bench, seed: int, folder: Path) -> Truth:
 # --- asking the doctor ---------------------------------------------------------------------------
 
 
-def ask(folder: Path) -> Verdict:
+def ask(folder: Path, *more: str) -> Verdict:
     """Run the doctor on a folder as a user would."""
     report = folder.with_name(folder.name + ".json")
     report.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "ckpt_doctor.py"), str(folder), "--json", str(report)]
+    command += more
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if not report.exists():
         raise RuntimeError(f"{folder}: the doctor ended with {done.returncode}: {done.stderr}")
@@ -322,6 +325,47 @@ def ask(folder: Path) -> Verdict:
         run["verdict"], done.returncode, run["findings"], run["onset"]["last_good_step"],
         run["onset"]["first_bad_step"], os.path.basename(run["last_healthy"] or ""),
     )  # fmt: skip
+
+
+# --- one file alone ------------------------------------------------------------------------------
+
+SINGLE_QUICK = (
+    *("adamw", "muon, depth", "one step", "old", "old, before the first step"),
+    *("old at lr 1", "matrices x 30", "a head that drifted", "old: matrices x 30, a head x 1500"),
+)
+
+
+def run_singles(bench: Bench, names: Sequence[str]) -> bool:
+    """Judge each file with nothing beside it and no data: the worst that a user can have."""
+    for data in single_files.DATA:
+        single_files.data_at(bench.root, data)
+    later = {*single_files.SPOILED, "fine-tuned"}
+    bases = {single_files.SPOILED[n][0] for n in names if n in single_files.SPOILED}
+    bases |= {"adamw"} if "fine-tuned" in names else set()
+    for stage in (sorted({*names, *bases} - later), [n for n in names if n in later]):
+        in_background([lambda n=n: single_files.make(bench.root, n) for n in stage])
+    answers = in_background(
+        [lambda n=n: ask(single_files.make(bench.root, n).parent, "--no-probe") for n in names]
+    )
+    called = named = sick = accused = sound = 0
+    for name, said in zip(names, answers, strict=True):
+        where = single_files.TRUTH[name]
+        lost = [f for f in said.findings if f["level"] in ("diverged", "dead")]
+        if where is None:
+            sound, wrong = sound + 1, said.verdict not in ("HEALTHY", "OVERFITTING")
+            accused += wrong
+        else:
+            is_called = said.verdict in ("DIVERGED", "DEAD")
+            is_named = any(f["where"] and where in f"{f['where']} {f['text']}" for f in lost)
+            sick, called, named = sick + 1, called + is_called, named + is_named
+            wrong = not (is_called and is_named)
+        checks = " ".join(dict.fromkeys(f"{f['check']}:{f['where'] or '-'}" for f in lost))
+        print(f"{'WRONG' if wrong else 'right'}  {name:<36} {said.verdict:<11} {checks[:90]}")
+    print(
+        f"\n{called} of {sick} diverged files called DIVERGED or DEAD, the guilty part named in "
+        f"{named}; {accused} of {sound} healthy ones accused"
+    )
+    return called >= 0.95 * sick and named >= 0.8 * sick and not accused
 
 
 # --- judging -------------------------------------------------------------------------------------
@@ -458,6 +502,9 @@ def main() -> int:
     parser.add_argument("--extra", action="store_true", help="also the faults beyond the list")
     parser.add_argument("--muon", action="store_true", help="train with --optim muon")
     parser.add_argument("--pattern", default="parallel", help="of the runs' models")
+    parser.add_argument(
+        "--single", action="store_true", help="single files instead of runs' folders"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults alone")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the runs there, leave them")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
@@ -466,7 +513,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = (flags.keep or Path(name)).absolute()
         bench = Bench(root, quick=flags.quick, muon=flags.muon, pattern=flags.pattern)
-        passed = run_bench(bench, flags)
+        every = SINGLE_QUICK if flags.quick else tuple(single_files.TRUTH)
+        passed = (
+            run_singles(bench, flags.only or every) if flags.single else run_bench(bench, flags)
+        )
     print(f"{time.perf_counter() - started:.0f} s")
     return 0 if passed else 1
 

@@ -27,6 +27,7 @@ class Verdict(enum.Enum):
     """What became of a run."""
 
     HEALTHY = "HEALTHY"
+    FOREIGN = "FOREIGN"
     SUSPECT = "SUSPECT"
     OVERFITTING = "OVERFITTING"
     CORRUPT = "CORRUPT"
@@ -94,13 +95,18 @@ def diagnose(run: Run) -> Diagnosis:
     first_sign = min(trouble, key=_first_known, default=None)
     verdict = max((VERDICT_OF[f.level] for f in grave), key=GRAVITY.index, default=Verdict.HEALTHY)
     if not run.readable:
-        verdict = Verdict.NOTHING
+        verdict = Verdict.FOREIGN if _foreign(run) else Verdict.NOTHING
     onset = _onset(run, first_sign)
     healthy = _last_healthy(run, findings, trouble)
     cause = _cause(grave, first_sign)
     command, remedy = _way_on(run, verdict, cause, healthy, findings)
     headline = _headline(run, verdict, grave, onset, cause)
     return Diagnosis(run, verdict, headline, findings, first_sign, onset, healthy, command, remedy)
+
+
+def _foreign(run: Run) -> list[Summary]:
+    """Files that are no run of this trainer."""
+    return [s for s in run.summaries if s.problem is not None and s.problem.kind == "foreign"]
 
 
 def _is_of_a_file(finding: Finding) -> bool:
@@ -113,18 +119,19 @@ def _first_known(finding: Finding) -> tuple[int, int]:
 
 def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
     """Warnings instead: signs of instability before a new best val, and files set aside as bad."""
+    sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
+    guessing = math.log(max([2, *sizes])) if sizes else math.inf
     best_at = [
         r["step"] for i, r in enumerate(run.history.epochs)
-        if isinstance(r.get("val"), float)
+        if isinstance(r.get("val"), float) and r["val"] < guessing
         and all(r["val"] < (q.get("val") or math.inf) for q in run.history.epochs[:i])
     ]  # fmt: skip
     healed = max(best_at, default=-1)
-    aside = {s.path for s in run.readable if s.kind in ("panic", "quarantine")}
 
     def softened(f: Finding) -> Finding:
         if f.level < Level.SUSPECT:
             return f
-        if f.path in aside:
+        if f.path in run.set_aside:
             why = "the trainer itself set this file aside"
         elif f.check in ("H1", "H2", "H3") and f.step is not None and f.step < healed:
             why = "val healed since"
@@ -154,7 +161,7 @@ def _last_healthy(run: Run, findings: list[Finding], trouble: list[Finding]) -> 
     good = [
         s for s in run.readable
         if s.path not in bad and s.step is not None and s.step <= limit
-        and s.kind not in ("panic", "quarantine") and s.style in ("own", "old")
+        and s.path not in run.set_aside
     ]  # fmt: skip
     by_kind = ("latest", "archive", "previous", "ring", "best", "best archive", "other")
     return max(good, key=lambda s: (s.step or 0, -by_kind.index(s.kind)), default=None)
@@ -181,6 +188,10 @@ def _headline(
     cause: Cause | None,
 ) -> str:
     files = {f.path for f in grave if f.path}
+    if verdict is Verdict.FOREIGN:
+        first, *others = [f"{s.name} is {s.problem.text}" for s in _foreign(run) if s.problem]
+        more = f" (and {len(others)} more files)" if others else ""
+        return f"{first}{more}: no run of this trainer"
     if verdict is Verdict.NOTHING:
         return f"none of {len(run.summaries)} files can be read"
     if verdict is Verdict.HEALTHY:
@@ -220,14 +231,21 @@ def _way_on(
     healthy: Summary | None,
     findings: list[Finding],
 ) -> tuple[str | None, str]:
+    if verdict is Verdict.FOREIGN:
+        ways = dict.fromkeys(s.problem.way for s in _foreign(run) if s.problem)
+        return (
+            None,
+            f"There is nothing to mend here. To get at what it holds: {'; or '.join(ways)}.",
+        )
     if verdict is Verdict.NOTHING:
         return None, "No file can be read: restore a backup, or start anew with --no-resume."
     if healthy is None:
-        return _from_average(run, findings)
+        return _without_healthy(run, findings)
     if healthy.style != "own":
         return None, (
             f"{healthy.name} is of an older script, whose weights train_rvq.py cannot take over: "
-            "resume it there, at half the lr, or train anew here."
+            f"resume it there{'' if verdict is Verdict.HEALTHY else ', at half the lr'}, or train "
+            "anew here."
         )
     command = ["python", "train_rvq.py", "--resume", healthy.path, *_folder_flags(run, healthy)]
     lr = healthy.flag("lr", 0.0)
@@ -257,38 +275,74 @@ def _folder_flags(run: Run, summary: Summary) -> list[str]:
     return ["--save_dir", folder, *(["--tag", tag[1]] if tag else [])]
 
 
-def _from_average(run: Run, findings: list[Finding]) -> tuple[str | None, str]:
-    """Where raw weights are lost and the EMA is finite, its weights can start a new run."""
-    lost = {f.path for f in findings if f.check in FILE_CHECKS and f.level >= Level.SUSPECT}
+def _without_healthy(run: Run, findings: list[Finding]) -> tuple[str | None, str]:
+    """What is left where no file is healthy: mended names, averaged weights, or a new start."""
+    if wrapped := [s for s in run.readable if s.prefix and s.style == "own"]:
+        bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.check != "I3"}
+        if (s := wrapped[-1]).path not in bad and not s.misfits:
+            return _without_prefix(run, s)
+    lost = {
+        f.path for f in findings
+        if (f.check in FILE_CHECKS and f.level >= Level.SUSPECT)
+        or (f.cause is Cause.EMA and f.level >= Level.DIVERGED)
+    }  # fmt: skip
     for s in reversed(run.readable):
         whole = s.style == "own" and s.path not in lost
         if not whole or any(p.bad.get("ema") or math.isnan(p.ema_rms) for p in s.parameters):
             continue
-        folder = os.path.dirname(s.path) or "."
-        command = [
-            *("python", "train_rvq.py", "--init-from", s.path),
-            *("--save_dir", os.path.join(folder, "from_ema"), *_run_flags(s)),
-        ]
+        command = ["python", "train_rvq.py", "--init-from", s.path, *_new_run(s, "from_ema")]
         return shlex.join(command), (
-            "No file is healthy, but this one's averaged weights are finite: a new run starts "
-            "from them. Listen to them first."
+            "No file is healthy, but this one's averaged weights show nothing: a new run starts "
+            "from them, at a lower learning rate. Listen to them first."
         )
-    return None, "No healthy file is left: restore a backup, or start anew with --no-resume."
+    newest = run.readable[-1]
+    others = (
+        "Older files of the run, if there are any (*_previous.pt, *_best.pt, *_epoch_*.pt), may"
+    )
+    if not newest.flags.get("data"):
+        return None, f"Nothing here is sound. {others} be: name them too. Else train anew."
+    command = ["python", "train_rvq.py", *_new_run(newest, "anew", SHAPE_FLAGS)]
+    return shlex.join(command), (
+        f"Nothing here is sound, averaged weights included. {others} be: name them too. Else this "
+        "trains anew, at a lower learning rate."
+    )
 
 
-def _run_flags(summary: Summary) -> list[str]:
-    """The saved run's flags that shape a new one."""
-    words: list[str] = []
+def _without_prefix(run: Run, s: Summary) -> tuple[str, str]:
+    """The command that writes a copy without the prefix of its names and goes on from it."""
+    copy = f"{os.path.splitext(s.path)[0]}_unwrapped.pt"
+    script = (
+        f"import torch; c = torch.load({s.path!r}, weights_only=True); "
+        f"cut = lambda names: [n.removeprefix({s.prefix!r}) for n in names]; "
+        "c.update({k: dict(zip(cut(c[k]), c[k].values())) for k in ('model', 'ema')}); "
+        "[g.update(param_names=cut(g['param_names'])) for g in c['optimizer']['param_groups']]; "
+        f"torch.save(c, {copy!r})"
+    )
+    resume = ["python", "train_rvq.py", "--resume", copy, *_folder_flags(run, s)]
+    return f"{shlex.join(['python', '-c', script])} && {shlex.join(resume)}", (
+        "Its weights are sound and only their names are not: this writes a copy whose names are "
+        "right and goes on from that."
+    )
+
+
+SHAPE_FLAGS = ("d_model", "layers", "heads", "pattern", "depth_layers", "ema", "label_smoothing")
+SANE_LR = 1e-3  # for both optimizers
+
+
+def _new_run(summary: Summary, folder: str, more: tuple[str, ...] = ()) -> list[str]:
+    """Flags of a new run in a folder beside: those of the saved one that shape it, a lower lr."""
+    words = ["--save_dir", os.path.join(os.path.dirname(summary.path) or ".", folder)]
     for name in (
         *("data", "ctx", "step", "batch", "accum", "epochs", "dropout", "weight_decay"),
         *("optim", "schedule", "cooldown"),
+        *more,
     ):
         value = summary.flags.get(name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     lr = summary.flag("lr", 0.0)
-    return [*words, *(["--lr", f"{lr / 2:g}"] if lr else [])]
+    return [*words, *(["--lr", f"{min(lr / 2, SANE_LR):g}"] if lr else [])]
 
 
 def _against_overfitting(run: Run, command: list[str], healthy: Summary) -> tuple[str, str]:

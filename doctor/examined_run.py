@@ -120,6 +120,8 @@ class Run:
     summaries: list[Summary]
     history: History
     probes: dict[str, Any] = field(default_factory=dict)  # by path: what doctor/probe.py found
+    probe_note: str = ""  # of a probe that nobody asked for: what was done, or why it was not
+    on_own_data: bool = False  # whether the probes are on what the files were trained on
 
     @cached_property
     def readable(self) -> list[Summary]:
@@ -127,6 +129,12 @@ class Run:
         found = [s for s in self.summaries if s.problem is None]
         found = [s for s in found if not self.history.is_abandoned(s)]
         return sorted(found, key=lambda s: (s.step or 0, s.saved_at, s.kind))
+
+    @cached_property
+    def set_aside(self) -> set[str]:
+        """Paths of files that the trainer itself took out of the run; none if there is no other."""
+        bad = {s.path for s in self.readable if s.kind in ("panic", "quarantine")}
+        return bad if len(bad) < len(self.readable) else set()
 
     @cached_property
     def series(self) -> list[Summary]:
@@ -138,7 +146,7 @@ class Run:
         for summary in self.readable:
             if summary.step is None or (summary.style != "own" and "best" in summary.kind):
                 continue
-            if summary.kind not in ("panic", "quarantine"):
+            if summary.path not in self.set_aside:
                 chosen.setdefault(summary.moment, summary)
         return sorted(chosen.values(), key=lambda s: s.moment[:2])
 

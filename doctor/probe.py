@@ -1,78 +1,160 @@
 """Run checkpoints' models on real windows: what the weights do, and not only what they are.
 
     probes = probe(summaries, ["npq_out/*.npq"], windows=8)
-    probes[path]["raw"]["ce"]      # [K] nats per code
+    probes[path]["raw"]["ce"]               # [K] nats per code
+    probe_own_data(summary)                 # the same, on the data that its own flags name
 
-Each model is built and run in a child process, like all reading of checkpoints.
+Each model is built and run in a child process with limits, like all reading of checkpoints.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from doctor.reading.child import in_child
 from doctor.reading.container import open_safely
-from doctor.reading.summary import Summary, as_count
+from doctor.reading.summary import (
+    Problem,
+    Summary,
+    Unreadable,
+    as_count,
+    as_dict,
+    as_list,
+    as_number,
+    as_text,
+    as_whole,
+)
 from model import CodesTransformer, ModelConfig
-from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
+from npq_dataset import Corpus, WindowDataset, find_npq_files, scan_corpus, split_corpus
 
 MAX_FRAMES = 512  # of a window: enough for the figures, and quick on a CPU
+Forward = Callable[[Tensor], Tensor]  # codes [T, K] -> logits [T, K, V], -inf for no code
+# Of a probe that nobody asked for:
+WINDOWS, SECONDS, MOST_PARAMETERS = 4, 60.0, 400_000_000
 
 
 def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> dict[str, Any]:
-    """By path, for raw and EMA weights: figures of `_forward`; or a Problem where it failed.
+    """By path, for raw and EMA weights: figures of `_figures`; or a Problem where it failed.
 
-    Files of other programs, whose models are not known, and those that do not fit are left out.
+    Files of this trainer that do not fit their own architecture are left out.
 
     Raises:
         NpqError, BadFilesError: the data cannot be read.
     """
-    known = [s for s in summaries if s.style == "own" and not s.misfits]
+    known = [s for s in summaries if s.style == "old" or not s.misfits]
     if not known:
         return {}
-    codes = probe_windows(data, known, windows)
+    ctx = min(map(_ctx_of, known))
+    codebooks = next((len(s.vocab_sizes) for s in known if s.vocab_sizes), None)
+    corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
+    codes = _windows(corpus, ctx, windows)
     return {s.path: in_child(_probe_in_child, s.path, lambda _: None, codes) for s in known}
 
 
-def probe_windows(data: Sequence[str], summaries: Sequence[Summary], windows: int) -> np.ndarray:
-    """Windows [N, T, K] of 16-bit codes, spread evenly over the files."""
-    ctx = min([MAX_FRAMES, *[as_count(s.flags.get("ctx")) or MAX_FRAMES for s in summaries]])
-    codebooks = next((len(s.vocab_sizes) for s in summaries if s.vocab_sizes), None)
-    corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
-    train, _ = split_corpus(corpus, ctx=ctx, val_split=0.0)
+def probe_own_data(summary: Summary) -> dict[str, Any] | Problem:
+    """Figures of a file on some windows that it was trained on; a Problem where that cannot be.
+
+    Its flags name the data, relative to this folder or to that of its run; the fingerprint that it
+    saved must match.
+    """
+    answer: dict[str, Any] | Problem = in_child(
+        _probe_own_in_child, summary.path, lambda _: None, silence=SECONDS
+    )
+    return answer
+
+
+def _ctx_of(summary: Summary) -> int:
+    return min(MAX_FRAMES, as_count(summary.flags.get("ctx")) or MAX_FRAMES)
+
+
+def _windows(corpus: Corpus, ctx: int, windows: int, val_split: float = 0.0) -> np.ndarray:
+    """Windows [N, T, K] of 16-bit codes, spread evenly over the files' share for training."""
+    train, _ = split_corpus(corpus, ctx=ctx, val_split=val_split)
     dataset = WindowDataset(corpus, train, ctx=ctx, stride=ctx)
     chosen = np.linspace(0, len(dataset) - 1, min(windows, len(dataset))).astype(np.int64)
     return dataset[chosen].numpy()
 
 
-def _probe_in_child(path: str, tell: Callable[[int], None], codes: np.ndarray) -> dict[str, Any]:
+# --- in the child --------------------------------------------------------------------------------
+
+
+def _probe_own_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any]:
     content = open_safely(path)
+    count = sum(t.numel() for t in content["model"].values() if isinstance(t, Tensor))
+    if count > MOST_PARAMETERS:
+        raise Unreadable("missing", f"its {count:,} parameters would take long")
+    flags, told = as_dict(content.get("flags")), as_dict(content.get("data"))
+    patterns = [os.path.expanduser(p) for p in map(as_text, as_list(flags.get("data"))) if p]
+    if not patterns:
+        raise Unreadable("missing", "its flags name no data")
+    ctx, split = as_count(flags.get("ctx")) or MAX_FRAMES, as_number(flags.get("val_split"))
+    corpus = scan_corpus(
+        _own_files(path, patterns, as_text(flags.get("save_dir"))),
+        ctx=ctx,
+        codebooks=as_count(flags.get("codebooks")),
+        skip_bad=flags.get("skip_bad_files") is True,
+    )
+    if corpus.fingerprint() != told.get("files"):
+        raise Unreadable("missing", f"the data at {', '.join(patterns)} has changed since")
+    codes = _windows(corpus, ctx, WINDOWS, split if 0 < split < 1 else 0.0)
+    return _probe_content(content, codes[:, :MAX_FRAMES])
+
+
+def _own_files(path: str, patterns: list[str], save_dir: str) -> list[str]:
+    """Regular .npq files alone: nothing that a hostile file names is opened for what it is not."""
+    folder = os.path.dirname(os.path.abspath(path))
+    home = folder[: -len(save_dir)] if save_dir and folder.endswith(f"/{save_dir}") else folder
+    for base in dict.fromkeys((os.getcwd(), home)):
+        try:
+            found = find_npq_files([os.path.join(base, p) for p in patterns])
+        except (FileNotFoundError, ValueError):
+            continue
+        return [f for f in found if f.endswith(".npq") and os.path.isfile(f)]
+    raise Unreadable("missing", f"the data that its flags name is not here: {', '.join(patterns)}")
+
+
+def _probe_in_child(path: str, tell: Callable[[int], None], codes: np.ndarray) -> dict[str, Any]:
+    return _probe_content(open_safely(path), codes)
+
+
+def _probe_content(content: dict[str, Any], codes: np.ndarray) -> dict[str, Any]:
+    windows = torch.from_numpy(codes).long()
+    parts = {"raw": content["model"], "ema": as_dict(content.get("ema"))}
+    if not isinstance(content.get("architecture"), dict):
+        return _probe_old(content, {k: w for k, w in parts.items() if w}, windows)
     model = CodesTransformer(ModelConfig.from_dict(content["architecture"])).eval()
-    figures: dict[str, Any] = {}
-    for part, name in (("model", "raw"), ("ema", "ema")):
-        model.load_state_dict(content[part])
-        figures[name] = _forward(model, torch.from_numpy(codes).long())
-        tell(len(figures))
+    figures = {}
+    for name, weights in parts.items():
+        model.load_state_dict(weights)
+        activations = [0.0] * len(model.blocks)
+        hooks = [
+            block.register_forward_hook(_note_largest(activations, layer))
+            for layer, block in enumerate(model.blocks)
+        ]
+        figures[name] = {
+            **_figures(lambda window: model(window[None])[0], windows),
+            "activations": activations,
+        }
+        for hook in hooks:
+            hook.remove()
     return figures
 
 
 @torch.inference_mode()
-def _forward(model: CodesTransformer, codes: torch.Tensor) -> dict[str, Any]:
-    """Figures of codes [N, T, K]: "ce" and "entropy" [K], largest log partition and logit, and the
-    largest activation that leaves each block ("activations" [L])."""
-    activations = [0.0] * len(model.blocks)
-    hooks = [
-        block.register_forward_hook(_note_largest(activations, layer))
-        for layer, block in enumerate(model.blocks)
-    ]
+def _figures(forward: Forward, codes: Tensor) -> dict[str, Any]:
+    """Of codes [N, T, K]: "ce" and "entropy" [K], largest log partition and logit."""
     ce, entropy, partition, largest = [], [], 0.0, 0.0
     for window in codes:
-        logits = model(window[None]).float()[0]  # [T, K, V]
+        logits = forward(window).float()  # [T, K, V]
         log_z = logits.logsumexp(-1)
         target = logits.gather(-1, window[..., None])[..., 0]
         ce.append((log_z - target).mean(0))
@@ -80,14 +162,11 @@ def _forward(model: CodesTransformer, codes: torch.Tensor) -> dict[str, Any]:
         entropy.append((log_z - (p * logits.nan_to_num(neginf=0.0)).sum(-1)).mean(0))
         partition = max(partition, float(log_z.abs().max().nan_to_num(math.inf)))
         largest = max(largest, float(logits.amax().nan_to_num(math.inf)))
-    for hook in hooks:
-        hook.remove()
     return {
         "ce": torch.stack(ce).mean(0).tolist(),
         "entropy": torch.stack(entropy).mean(0).tolist(),
         "log_partition": partition,
         "largest_logit": largest,
-        "activations": activations,
     }
 
 
@@ -97,3 +176,74 @@ def _note_largest(activations: list[float], layer: int) -> Callable[..., None]:
         activations[layer] = max(activations[layer], largest)
 
     return hook
+
+
+# --- the older script's model --------------------------------------------------------------------
+
+ACTIVATIONS = (F.gelu, F.relu, F.silu)
+
+
+def _probe_old(
+    content: dict[str, Any], parts: dict[str, dict[str, Tensor]], windows: Tensor
+) -> dict[str, Any]:
+    """Its file tells neither its activation nor surely its heads: the reading that fits best is
+    the one it was trained with, and a model that has diverged fits none."""
+    cfg = content.get("cfg")
+    told = as_whole((cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})).get("heads"))
+    if (positions := _positions(parts["raw"])) is not None:
+        windows = windows[:, : len(positions)]
+    readings = [
+        functools.partial(old_logits, parts["raw"], heads=heads, activation=activation)
+        for heads in dict.fromkeys((told or 1, 1))
+        for activation in ACTIVATIONS
+    ]
+    losses = [float(np.mean(_figures(reading, windows[:1])["ce"])) for reading in readings]
+    chosen = readings[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))].keywords
+    return {
+        name: {**_figures(functools.partial(old_logits, w, **chosen), windows), "activations": []}
+        for name, w in parts.items()
+    }
+
+
+def old_logits(
+    weights: dict[str, Tensor], codes: Tensor, *, heads: int, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The older script's model on codes [T, K]: logits [T, K, V] of the codes at the same places.
+
+    A pre-norm transformer with biases, LayerNorm and learned positions over summed embeddings.
+    """
+    w = {name: tensor.float() for name, tensor in weights.items()}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    embedded = [w[f"embeds.{k}.weight"][codes[:, k]] for k in range(codes.shape[1])]
+    x = torch.stack(embedded).sum(0)[:-1]
+    if "bos" in w:
+        x = torch.cat((w["bos"].reshape(1, -1), x))
+    if (positions := _positions(w)) is not None:
+        x = x + positions[: len(x)]
+    for block in sorted({n.split(".attn.")[0] for n in w if ".attn.qkv.weight" in n}, key=_number):
+        up, *_, down = sorted({n.rpartition(".")[0] for n in w if n.startswith(f"{block}.mlp.")})
+        qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x))
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # [H, T, C] each
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(f"{block}.attn.out", mixed.transpose(0, 1).flatten(1))
+        x = x + linear(down, activation(linear(up, norm(f"{block}.norm2", x))))
+    x = norm("ln_f", x)
+    logits = [linear(f"heads.{k}", x).T for k in range(codes.shape[1])]
+    padded = torch.nn.utils.rnn.pad_sequence(logits, padding_value=-math.inf)  # [V, K, T]
+    return F.pad(padded, (len(codes) - len(x), 0)).permute(2, 1, 0)  # without BOS: first frame even
+
+
+def _positions(weights: dict[str, Tensor]) -> Tensor | None:
+    """Learned positions [T, D], if there are any."""
+    found = weights.get("pos.weight", weights.get("pos"))
+    return None if found is None else found.reshape(-1, found.shape[-1])
+
+
+def _number(block: str) -> int:
+    return int(block.rpartition(".")[2])

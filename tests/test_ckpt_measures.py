@@ -20,7 +20,7 @@ from doctor.reading.summary import Parameter
 
 
 def save(path: Path, model: dict[str, Any], **others: Any) -> Path:
-    torch.save({"model": model, "global_step": 5, **others}, path)
+    torch.save({"model": model, "global_step": 5, "cfg": {}, **others}, path)
     return path
 
 
@@ -194,23 +194,6 @@ def test_rows_of_codebooks(measured):
             assert r.median <= sorted(norms)[32] * 1.00001
             assert r.low == pytest.approx(float(np.quantile(norms, 0.05)), rel=1e-4)
             assert r.zero == 0
-            mean_row = float(table.mean(0).norm())
-            assert r.drift == pytest.approx(mean_row / math.sqrt(np.mean(np.square(norms))), 1e-4)
-
-
-def test_bounds_of_attention_logits_hold(tmp_path):
-    torch.manual_seed(0)
-    qkv = torch.randn(96, 32)
-    content = {"model": {"blocks.0.attn.qkv.weight": qkv}, "cfg": {"heads": 4}, "global_step": 1}
-    path = tmp_path / "a.pt"
-    torch.save(content, path)
-    bounds = summarize(path).parameters[0].logit_bounds
-    x = torch.randn(500, 32)
-    x = x / x.norm(dim=1, keepdim=True)
-    q, k, _ = (x @ qkv.T).unflatten(1, (3, 4, 8)).unbind(1)
-    for head, bound in enumerate(bounds):
-        logits = q[:, head] @ k[:, head].T / math.sqrt(8)
-        assert float(logits.abs().max()) <= bound
 
 
 def test_moments_over_the_bound_are_counted_and_no_others(good):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import content_of
+from single_files import OldModel
 from torch import nn
 
 from doctor.reading import child as ckpt_child
@@ -104,41 +105,6 @@ def test_shared_containers_are_not_walked_once_for_each_reference(good):
 # --- checkpoints of the script before this project ------------------------------------------------
 
 
-class OldBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.Module()
-        self.attn.qkv, self.attn.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.attn.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return x + self.mlp(self.norm2(x))
-
-
-class OldModel(nn.Module):
-    def __init__(self, sizes: list[int], width: int = 32, ctx: int = 16) -> None:
-        super().__init__()
-        self.embeds = nn.ModuleList(nn.Embedding(v, width) for v in sizes)
-        self.bos = nn.Parameter(torch.zeros(width))
-        self.pos = nn.Embedding(ctx, width)
-        self.blocks = nn.ModuleList(OldBlock(width) for _ in range(2))
-        self.ln_f = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, v) for v in sizes)
-
-    def forward(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        x = sum(e(codes[..., k]) for k, e in enumerate(self.embeds))
-        x = torch.cat((self.bos.expand(len(codes), 1, -1), x[:, :-1]), 1)
-        x = x + self.pos(torch.arange(x.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return [head(self.ln_f(x)) for head in self.heads]
-
-
 def old_checkpoint(steps: int = 30, *, namespace: bool = False, numpy: bool = False) -> Any:
     """What the older script saved, from a real training of its kind of model."""
     torch.manual_seed(0)
@@ -201,7 +167,8 @@ def test_an_old_checkpoint_is_described(namespace, numpy, tmp_path):
         assert found[name].m_rms == pytest.approx(float(state["exp_avg"].square().mean().sqrt()))
         assert found[name].m_over_bound == 0
     assert [r.codebook for r in found["heads.2.weight"].rows] == [2]
-    assert len(found["blocks.0.attn.qkv.weight"].logit_bounds) == 4
+    qkv = [x.number for x in summary.scales["raw"] if x.where == "blocks.0.attn.qkv.weight"]
+    assert qkv == [0, 1, 2, 3], "a figure of each attention head"
 
 
 def test_an_old_checkpoint_with_other_things_left_out(tmp_path):
@@ -263,9 +230,10 @@ def test_memory_stays_bounded_on_a_large_file(good, monkeypatch):
                           "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}],
     }  # fmt: skip
     ema = {n: w + 0.01 for n, w in weights.items()}
-    torch.save({"model": weights, "ema": ema, "optimizer": optimizer, "global_step": 9}, good)
+    content = {"model": weights, "ema": ema, "optimizer": optimizer, "global_step": 9, "cfg": {}}
+    torch.save(content, good)
     assert good.stat().st_size > 400_000_000
-    del weights, ema, optimizer
+    del weights, ema, optimizer, content
     before, peak, _ = in_child(peak_memory, str(good))
     print(f"{(peak - before) / 1024:.0f} MB above {before / 1024:.0f}")
     assert (peak - before) < 250 * 1024

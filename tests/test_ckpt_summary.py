@@ -28,7 +28,6 @@ def test_old_names_sort_as_a_forward_pass_meets_them():
     ]  # fmt: skip
     backwards = order[::-1]
     assert sorted(backwards, key=place_of) == order
-    assert place_of("_orig_mod." + order[5]) == place_of(order[5])
 
 
 def test_names_of_a_depth_transformer_and_unknown_ones():

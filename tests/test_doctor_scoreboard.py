@@ -1,4 +1,4 @@
-"""The doctor's scoreboard in small: real runs, planted faults, the doctor as a process."""
+"""The doctor's scoreboard in small: real runs and files, faults, the doctor as a process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
-def test_planted_faults_are_found_and_no_healthy_run_accused():
-    command = [sys.executable, str(ROOT / "benchmarks" / "doctor_scoreboard.py"), "--quick"]
+@pytest.mark.parametrize("kind", [(), ("--single",)], ids=["runs", "single files"])
+def test_planted_faults_are_found_and_nothing_healthy_is_accused(kind):
+    script = ROOT / "benchmarks" / "doctor_scoreboard.py"
+    command = [sys.executable, str(script), "--quick", *kind]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -233,10 +233,10 @@ def check_average(run: Run) -> Iterator[Finding]:
 
 def _ema_span(s: Summary) -> float:
     """Steps over which the EMA averages, warm-up of its decay included; NaN where it is unknown."""
-    decay = s.flag("ema")
-    if s.style != "own" or not math.isfinite(decay) or not s.step:
+    decay, step = s.flag("ema"), s.step or 0
+    if s.style != "own" or not math.isfinite(decay) or step < 10:  # too few to judge an average by
         return math.nan
-    return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
+    return 1 / (1 - min(decay, (1 + step) / (10 + step)))
 
 
 def _ema_lr(run: Run, s: Summary, span: float) -> float:

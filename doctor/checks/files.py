@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 from doctor.examined_run import Run
 from doctor.findings import Cause, Finding, Level, in_file
+from doctor.reading.foreign import wrapped_by
 from doctor.reading.summary import ProblemKind, Summary
 
 LEVEL_OF: dict[ProblemKind, Level] = {
     "missing": Level.CORRUPT,
     "unsafe": Level.UNSAFE,
     "corrupt": Level.CORRUPT,
-    "foreign": Level.INCOMPATIBLE,
+    "foreign": Level.WARN,  # beside a run's files it is none of the run's business
 }
 
 
@@ -39,6 +40,12 @@ def check_keys(run: Run) -> Iterator[Finding]:
             more = f" and {len(s.misfits) - 3} more" if len(s.misfits) > 3 else ""
             text = "; ".join(s.misfits[:3]) + more
             yield in_file(s, "I3", Level.INCOMPATIBLE, Cause.FILE, text)
+        if s.prefix:
+            text = (
+                f"all its names begin with `{s.prefix}`: it was saved from inside "
+                f"{wrapped_by(s.prefix)}, and nothing else is wrong with them"
+            )
+            yield in_file(s, "I3", Level.SUSPECT, Cause.FILE, text)
 
 
 def check_steps(run: Run) -> Iterator[Finding]:

@@ -36,39 +36,34 @@ def _is_gain(p: Parameter) -> bool:
 def _check_gain(s: Summary, p: Parameter, gains: dict[str, float]) -> Iterator[Finding]:
     """Against the last healthy RMS in `gains`, which a healthy one replaces."""
     before = gains.get(p.name)
-    doubled = before is not None and p.rms > 2 * before and p.rms > 2
-    if not p.largest > 10 and not doubled:
+    if before is None or not (p.rms > 2 * before and p.rms > 2):
         gains[p.name] = p.rms
         return
-    text = f"gains of {p.name}: RMS {p.rms:.3g}, largest {p.largest:.3g}"
+    text = f"gains of {p.name}: RMS {p.rms:.3g}, before {before:.3g}, largest {p.largest:.3g}"
     bounds_logits = p.place.role.endswith(("attn.q_norm", "attn.k_norm"))
     if bounds_logits:
         text += "; the attention logits that they bound can run away"
     yield in_file(
         s, "G4" if bounds_logits else "G6", Level.SUSPECT, Cause.INSTABILITY, text,
-        where=p.name, value=p.largest, baseline=before or 1.0,
+        where=p.name, value=p.rms, baseline=before,
     )  # fmt: skip
 
 
 def _check_logit_bounds(run: Run) -> Iterator[Finding]:
-    """Of models without QK-norm, whose logits nothing else bounds."""
-    before: dict[str, list[float]] = {}
+    """Growth from file to file, in models without QK-norm, whose logits nothing else bounds."""
+    before: dict[tuple[str, int], float] = {}
     for s in run.series:
-        if any(p.place.role == "attn.q_norm" for p in s.parameters):
-            continue
-        for p in s.parameters:
-            pairs = enumerate(zip(before.get(p.name, []), p.logit_bounds, strict=False))
-            ratios = [(y / max(x, 1e-9), head) for head, (x, y) in pairs]
-            ratio, head = max(ratios, default=(0.0, 0))
+        for x in s.scales.get("raw", []):
+            if x.what != "attention" or "norm" in x.where:
+                continue
+            ratio = x.value / max(before.get((x.where, x.number), math.inf), 1e-9)
             if ratio > 3:
-                text = (
-                    f"{p.name}: the bound of head {head}'s attention logits grew {ratio:.1f} fold"
-                )
+                text = f"{x.where}: the attention logits of head {x.number} grew {ratio:.1f} fold"
                 yield in_file(
-                    s, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=p.name, value=ratio
+                    s, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=x.where, value=ratio
                 )
-            elif p.logit_bounds:
-                before[p.name] = p.logit_bounds
+            else:
+                before[x.where, x.number] = x.value
 
 
 def check_ranks(run: Run) -> Iterator[Finding]:
@@ -139,11 +134,7 @@ def _judge_rows(
     # Codes that never come keep their short first rows: where some rows are long, none has shrunk.
     short = r.median < 0.2 * typical and r.largest < typical
     stands_out = short or r.median > 5 * typical  # never, where `typical` is NaN
-    if (stands_out and (old is None or jumped)) or (jumped and settled):
-        ground = old.median if old else typical
-        text = (
-            f"rows of {which} have norm {r.median:.3g}, {'before' if old else 'elsewhere'} "
-            f"{ground:.3g}"
-        )
-        return "G7", text, r.median, ground
+    if old is not None and jumped and (settled or stands_out):
+        text = f"rows of {which} have norm {r.median:.3g}, before {old.median:.3g}"
+        return "G7", text, r.median, old.median
     return None

@@ -17,6 +17,9 @@ from doctor.examined_run import History, Run, finite_number, scheduled_lr, sprea
 from doctor.findings import Cause, Finding, Level, in_file
 from doctor.reading.summary import Summary
 
+LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
+BADLY = 1.0  # ... and a few windows of a codebook that is being learned
+
 # --- learning rate, best value -------------------------------------------------------------------
 
 
@@ -142,25 +145,56 @@ def check_best(run: Run) -> Iterator[Finding]:
 
 
 def check_guessing(run: Run) -> Iterator[Finding]:
-    """H1: a codebook predicted worse than by guessing."""
+    """H1: a codebook predicted worse than by guessing, in a file's own latest steps or in val."""
+    for s in run.readable:
+        yield from _guesses_lately(s)
     sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
     if _overfits(run.history):
         return
-    before = None
+    before, lowest = None, math.inf
     for row in run.history.epochs:
-        values = row.get("val_per_codebook") or []
+        values, train = row.get("val_per_codebook") or [], finite_number(row.get("train"))
+        # A codebook that has hardly been learned may fit other music worse than no knowledge does.
+        margin = BADLY if train is not None and train < lowest else LASTING
+        lowest = min(lowest, math.inf if train is None else train)
         for k, (value, size) in enumerate(zip(values, sizes, strict=False)):
-            limit = math.log(max(size, 2)) + 0.1
-            if value is None or value > limit:
+            guess = math.log(max(size, 2))
+            if value is None or value > guess + margin:
                 said = "not finite" if value is None else f"{value:.3f}"
-                text = f"val CE of codebook {k} is {said}, guessing gives {limit - 0.1:.3f}"
+                text = f"val CE of codebook {k} is {said}, guessing gives {guess:.3f}"
                 yield Finding(
                     "H1", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=before,
                     where=f"codebook {k}", value=value if value is not None else math.inf,
-                    baseline=limit - 0.1,
+                    baseline=guess,
                 )  # fmt: skip
                 return
         before = row["step"]
+
+
+def _guesses_lately(s: Summary) -> Iterator[Finding]:
+    """The guard's average over the latest steps, which it would not have let become a checkpoint;
+    without it the last losses of the file's own history."""
+    limits = [math.log(max(size, 2)) + LASTING for size in s.vocab_sizes]
+    pairs = list(zip(s.recent_ce, limits, strict=False))
+    over = [k for k, (ce, limit) in enumerate(pairs) if not ce <= limit]
+    if over:
+        k = max(over, key=lambda k: s.recent_ce[k])
+        ce, where = s.recent_ce[k], f"codebook {k}"
+        text = f"CE of {where} averaged {ce:.3f} over the latest steps, guessing gives "
+        text += f"{limits[k] - LASTING:.3f} ({len(over)} of {len(pairs)} codebooks)"
+        yield in_file(
+            s, "H1", Level.DIVERGED, Cause.INSTABILITY, text, where=where, value=ce,
+            baseline=limits[k] - LASTING, n=len(pairs),
+        )  # fmt: skip
+        return
+    rows = [r for r in s.history if r.get("event") == "step"][-3:]
+    losses = [x for r in rows if (x := finite_number(r.get("loss"))) is not None]
+    if len(losses) == 3 and not pairs and limits and min(losses) > max(limits):
+        text = f"its last losses are {losses[0]:.3f} to {losses[-1]:.3f}, guessing gives at most "
+        yield in_file(
+            s, "H1", Level.DIVERGED, Cause.INSTABILITY, f"{text}{max(limits) - LASTING:.3f}",
+            value=losses[-1], baseline=max(limits) - LASTING, n=3,
+        )  # fmt: skip
 
 
 def check_validation(run: Run) -> Iterator[Finding]:
@@ -302,8 +336,8 @@ def check_probe(run: Run) -> Iterator[Finding]:
             yield in_file(s, "P1", Level.WARN, Cause.FILE, f"the probe failed: {answer.text}")
             continue
         for part, figures in answer.items():
-            yield from _judge_losses(s, part, figures["ce"], best)
-            largest, before = max(figures["activations"]), activations.get(part)
+            yield from _judge_losses(run, s, part, figures["ce"], best)
+            largest, before = max(figures["activations"], default=0.0), activations.get(part)
             if before is not None and largest > 5 * before:
                 text = f"activations of the {part} model reach {largest:.3g}, before {before:.3g}"
                 yield in_file(
@@ -313,13 +347,13 @@ def check_probe(run: Run) -> Iterator[Finding]:
 
 
 def _judge_losses(
-    s: Summary, part: str, losses: list[float], best: dict[str, float]
+    run: Run, s: Summary, part: str, losses: list[float], best: dict[str, float]
 ) -> Iterator[Finding]:
     """Losses [K] of a file's raw or EMA weights against guessing and the best mean so far."""
     weights = "raw weights" if part == "raw" else "EMA"
     cause = Cause.INSTABILITY if part == "raw" else Cause.EMA
     for k, (ce, size) in enumerate(zip(losses, s.vocab_sizes, strict=True)):
-        if not ce <= math.log(size) + 0.1:
+        if not ce <= math.log(size) + BADLY:
             text = f"{weights}: CE of codebook {k} is {ce:.3f}, guessing gives {math.log(size):.3f}"
             yield in_file(
                 s, "P1", Level.DIVERGED, cause, text, where=f"codebook {k}", value=ce,
@@ -327,6 +361,19 @@ def _judge_losses(
             )  # fmt: skip
             return
     mean_ce, known = float(np.mean(losses)), best.get(part, math.inf)
+    learned = float(np.mean(s.recent_ce)) if s.recent_ce else s.best_val
+    guessing = float(np.mean(np.log(s.vocab_sizes)))
+    # The average may lag behind; the raw weights cannot be far from what their steps had.
+    if mean_ce > guessing + 3 * LASTING:
+        text = f"{weights}: CE {mean_ce:.3f} on the probe's windows, guessing gives {guessing:.3f}"
+        yield in_file(
+            s, "P1", Level.DIVERGED, cause, text, value=mean_ce, baseline=guessing,
+            n=len(losses),
+        )  # fmt: skip
+    elif part == "raw" and mean_ce > learned + max(0.5, (guessing - learned) / 2):
+        text = f"{weights}: CE {mean_ce:.3f}, the file itself speaks of {learned:.3f}"
+        level = Level.DIVERGED if run.on_own_data else Level.SUSPECT
+        yield in_file(s, "P1", level, cause, text, value=mean_ce, baseline=learned)
     if mean_ce > known + max(0.1, 0.1 * known):
         text = (
             f"{weights}: CE {mean_ce:.3f} on the probe's windows, an earlier file has {known:.3f}"

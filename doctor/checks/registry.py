@@ -23,6 +23,7 @@ from doctor.checks.metrics import (
     check_validation,
 )
 from doctor.checks.optimizer import check_moments, check_momentum, check_scale, check_updates
+from doctor.checks.scale import check_scales
 from doctor.examined_run import Run
 from doctor.findings import Finding
 
@@ -30,6 +31,6 @@ Check = Callable[[Run], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
     check_container, check_keys, check_steps, check_finite, check_moments, check_momentum,
     check_updates, check_scale, check_displacement, check_average, check_attention, check_ranks,
-    check_codebooks, check_learning_rate, check_best, check_guessing, check_validation,
-    check_steps_of_training, check_probe,
+    check_scales, check_codebooks, check_learning_rate, check_best, check_guessing,
+    check_validation, check_steps_of_training, check_probe,
 )  # fmt: skip

@@ -35,8 +35,11 @@ def in_child(
     path: str,
     report: Callable[[int], None] = lambda _: None,
     *arguments: Any,
+    silence: float = SILENCE,
 ) -> Any | Problem:
     """Run `work(path, tell, *arguments)` in a child with limits; its JSON answer or a Problem.
+
+    A child that tells nothing for `silence` seconds is given up.
 
     The child is forked: the parent never computes with tensors, so there are no threads to lose.
     """
@@ -50,16 +53,17 @@ def in_child(
             child.start()
             at_end.callback(_end, child)
         theirs.close()
-        return _answer(child, ours, report)
+        return _answer(child, ours, report, silence)
 
 
 def _answer(
     child: multiprocessing.process.BaseProcess,
     ours: multiprocessing.connection.Connection,
     report: Callable[[int], None],
+    silence: float,
 ) -> Any | Problem:
     try:
-        while ours.poll(SILENCE):
+        while ours.poll(silence):
             message = json.loads(ours.recv_bytes())
             if "bytes" in message:
                 report(message["bytes"])
@@ -67,7 +71,7 @@ def _answer(
                 return Problem(*message["problem"])
             else:
                 return message["answer"]
-        return Problem("corrupt", f"not read within {SILENCE:.0f} seconds of silence; given up")
+        return Problem("corrupt", f"no answer within {silence:g} seconds; given up")
     except EOFError:
         child.join()
         code = child.exitcode or 0

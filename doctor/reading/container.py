@@ -25,8 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doctor.reading.summary import Unreadable
-from run_folder.checkpoint import CheckpointError, map_tensors, verify_file
+from doctor.reading.foreign import (
+    LIBRARIES,
+    Foreign,
+    by_container,
+    by_folder,
+    by_keys,
+    prefix_of,
+    unwrapping,
+)
+from doctor.reading.summary import Unreadable, as_dict, as_list
+from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, verify_file
 
 SAFE_GLOBALS = re.compile(
     r"torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
@@ -54,10 +63,14 @@ OPCODES = re.compile(
 def open_safely(path: str) -> dict[str, Any]:
     """What a checkpoint file holds, tensors mapped from disk, after its container and pickle pass.
 
+    `prefix` is what a wrapper, such as of torch.compile, had put before all names; it is taken off.
+
     Raises:
         Unreadable: its pickle is unsafe or refused, its storages lie, or it is no checkpoint.
         CheckpointError: missing or damaged.
     """
+    if os.path.isdir(path) or os.path.isfile(path):
+        _refuse_foreign(by_folder(path) if os.path.isdir(path) else by_container(path))
     if os.path.isfile(path) and not zipfile.is_zipfile(path):
         raise Unreadable("corrupt", _not_a_zip(path))
     verify_file(Path(path))
@@ -69,9 +82,54 @@ def open_safely(path: str) -> dict[str, Any]:
     except CheckpointError as error:
         raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
     _check_storages(path, content)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise Unreadable("foreign", "not a checkpoint: no dictionary with `model`")
+    if as_dict(content).get("format") == FORMAT and not isinstance(content.get("model"), dict):
+        raise Unreadable("corrupt", "lacks `model`, the raw weights")
+    if not _is_of_a_trainer_known(as_dict(content)):
+        keys = [k for k in as_dict(content) if isinstance(k, str)]
+        bare = bool(keys) and all(isinstance(t, Tensor) for t in content.values())
+        _refuse_foreign(by_keys(path, keys, bare=bare), content)
+    _strip_prefix(content)
     return content
+
+
+def _is_of_a_trainer_known(content: dict[Any, Any]) -> bool:
+    """Whether it is of this trainer, or of the script before it, as far as keys and names tell."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        return False
+    names = [n for n in model if isinstance(n, str)]
+    heads = (f"{prefix_of(names)}{word}." for word in ("embeds", "heads"))
+    old = {"opt", "global_step", "vocab_sizes", "cfg"} & set(content)
+    return (
+        content.get("format") == FORMAT
+        or len(old) >= 2
+        or all(any(n.startswith(head) for n in names) for head in heads)
+    )
+
+
+def _refuse_foreign(found: Foreign | None, content: Any = None) -> None:
+    if found is None:
+        return
+    facts = ""
+    if tensors := list(_tensors(content)):
+        facts = f"; {len(tensors)} tensors of {sum(t.numel() for t in tensors):,} numbers in all"
+    for part in (content, *as_dict(content).values()):
+        if isinstance(part, dict) and any(isinstance(t, Tensor) for t in part.values()):
+            facts += unwrapping(n for n in part if isinstance(n, str))
+    raise Unreadable("foreign", found.name + facts, found.way)
+
+
+def _strip_prefix(content: dict[str, Any]) -> None:
+    """Take off what a wrapper put before the names of weights and of the optimizer's parameters."""
+    content["prefix"] = prefix = prefix_of(n for n in content["model"] if isinstance(n, str))
+    if not prefix:
+        return
+    for part in ("model", "ema"):
+        if isinstance(content.get(part), dict):
+            content[part] = {str(n).removeprefix(prefix): t for n, t in content[part].items()}
+    for group in as_list(as_dict(content.get("optimizer")).get("param_groups")):
+        if names := as_list(as_dict(group).get("param_names")):
+            group["param_names"] = [str(n).removeprefix(prefix) for n in names]
 
 
 def _not_a_zip(path: str) -> str:
@@ -81,7 +139,9 @@ def _not_a_zip(path: str) -> str:
         return "nothing but zero bytes" if head else "empty"
     if head.startswith(b"PK"):
         return "cut off: a zip archive without its end"
-    return "not a zip archive; a checkpoint of torch < 1.6, or no checkpoint"
+    return (
+        "neither a zip archive, as torch.save writes it, nor a file of another kind that is known"
+    )
 
 
 def refuse_unsafe_pickle(path: str) -> None:
@@ -99,6 +159,16 @@ def refuse_unsafe_pickle(path: str) -> None:
     named = {n for n in pickle_globals(data) if not SAFE_GLOBALS.fullmatch(n)}
     if named:
         listed = ", ".join(sorted(named)[:5])
+        if all(map(LIBRARIES.fullmatch, named)):
+            strings = {a for _, a, _ in pickletools.genops(data) if isinstance(a, str)}
+            name, way = by_keys(path, strings)
+            trust = (
+                "weights_only=False), which runs code that it names: only if you trust its source"
+            )
+            raise Unreadable(
+                "foreign", f"{name}; its pickle names {listed}, so it was not loaded",
+                way.replace("weights_only=True)", trust, 1),
+            )  # fmt: skip
         raise Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
     used = {op.name for op, _, _ in pickletools.genops(data)}
     if foreign := {name for name in used if not OPCODES.fullmatch(name)}:

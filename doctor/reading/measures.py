@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from doctor.reading.optimizer_state import Member, describe_steps, group_settings
-from doctor.reading.summary import Parameter, Rows, Summary, as_number, as_whole
+from doctor.reading.summary import Parameter, Rows, Summary, as_number
 
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
 CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the processor's caches
@@ -163,10 +163,8 @@ def _measure_matrix(parameter: Parameter, matrix: Tensor, summary: Summary) -> N
         parameter.stable_rank = _stable_rank(matrix)
     place = parameter.place
     if place.role in ("embed", "head"):
-        parameter.rows = _rows_of_codebooks(matrix, place.codebook, summary.vocab_sizes)
-    if place.role == "attn.qkv":
-        heads = as_whole(summary.architecture.get("heads", summary.flags.get("heads"))) or 0
-        parameter.logit_bounds = _logit_bounds(matrix, heads)
+        tables = tables_of(matrix, place.codebook, summary.vocab_sizes)
+        parameter.rows = [_rows(table, k) for k, table in tables]
 
 
 def _stable_rank(matrix: Tensor) -> float:
@@ -181,44 +179,29 @@ def _stable_rank(matrix: Tensor) -> float:
     return float(matrix.norm().square() / spectral.square().clamp_min(1e-30))
 
 
-def _rows_of_codebooks(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[Rows]:
-    """Facts of each codebook's rows; a joint table [K * V, D] holds V rows for each.
+def tables_of(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[tuple[int, Tensor]]:
+    """Number and rows [V_k, D] of each codebook in an embedding or head.
 
-    Rows after these, up to V, stand for codes that a pattern leaves open.
+    A joint table [K * V, D] holds V rows for each; rows after these, up to V, stand for codes that
+    a pattern leaves open.
     """
     if codebook >= 0:
-        return [_rows(matrix, codebook)]
+        return [(codebook, matrix)]
     rows = len(vocab_sizes) * max(vocab_sizes, default=0)
     if not rows or not rows <= len(matrix) <= rows + max(vocab_sizes):
         return []
     tables = matrix[:rows].unflatten(0, (len(vocab_sizes), -1))
     pairs = zip(tables, vocab_sizes, strict=True)
-    return [_rows(t[:v], k) for k, (t, v) in enumerate(pairs) if v > 0]
+    return [(k, t[:v]) for k, (t, v) in enumerate(pairs) if v > 0]
 
 
 def _rows(table: Tensor, codebook: int) -> Rows:
     table = table.float()
     norms = table.norm(dim=1)
-    scale = float(norms.square().mean().sqrt())
     return Rows(
         codebook,
         float(norms.median()),
         float(norms.quantile(0.05)),
         float(norms.max()),
         int((norms == 0).sum()),
-        float(table.mean(0).norm()) / scale if scale else 0.0,
     )
-
-
-def _logit_bounds(qkv: Tensor, heads: int) -> list[float]:
-    """Product of the spectral norms of each head's query and key maps, over sqrt(C).
-
-    Times the squared norm of the normalised input it bounds the head's attention logits in a model
-    without QK-norm; its growth is what tells.
-    """
-    rows, width = qkv.shape
-    if heads < 1 or rows != 3 * width or width % heads:
-        return []
-    q, k, _ = qkv.float().unflatten(0, (3, heads, -1))  # [H, C, D] each
-    norms = torch.linalg.matrix_norm(q, ord=2) * torch.linalg.matrix_norm(k, ord=2)
-    return (norms / math.sqrt(width // heads)).tolist()

@@ -63,8 +63,6 @@ def _odd_weights(summary: Summary, content: dict[str, Any], shapes: Shapes) -> l
             odd.append(f"architecture builds no model: {error}")
     if ema := as_dict(content.get("ema")):
         odd += _differences("EMA", _shapes(ema), shapes)
-    if any(name.startswith("_orig_mod.") for name in shapes):
-        odd.append("names begin with _orig_mod.: a compiled module was saved")
     return odd
 
 

@@ -23,10 +23,12 @@ from doctor.reading.container import forget_pages, open_safely
 from doctor.reading.measures import measure
 from doctor.reading.mismatches import misfits_of
 from doctor.reading.optimizer_state import Member, members_of, settings_of
+from doctor.reading.scales import scales_of
 from doctor.reading.summary import (
     Parameter,
     Problem,
     Rows,
+    Scale,
     Summary,
     as_count,
     as_dict,
@@ -63,7 +65,8 @@ def _from_json(answer: dict[str, Any]) -> Summary:
     parameters = [
         Parameter(**{**p, "rows": [Rows(**r) for r in p["rows"]]}) for p in answer.pop("parameters")
     ]
-    return Summary(**answer, parameters=parameters)
+    scales = {part: [Scale(*x) for x in found] for part, found in answer.pop("scales").items()}
+    return Summary(**answer, parameters=parameters, scales=scales)
 
 
 def _blank(path: str) -> Summary:
@@ -84,6 +87,7 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
     """
     summary = _blank(path)
     content = open_safely(path)
+    summary.prefix = content["prefix"]
     if content.get("format") == FORMAT:
         _describe_own(summary, content)
     else:
@@ -91,6 +95,8 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
     members = members_of(content.get("optimizer", content.get("opt")), content["model"])
     summary.misfits = misfits_of(summary, content, members)
     _measure_all(summary, content, members, tell)
+    for part, key in (("raw", "model"), ("ema", "ema")):
+        summary.scales[part] = scales_of(as_dict(content.get(key)), summary)
     moved = [p for p in summary.parameters if math.isfinite(p.ema_distance)]
     summary.ema_equals_raw = bool(moved) and all(p.ema_distance == 0 for p in moved)
     return summary
@@ -105,13 +111,15 @@ def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
     summary.architecture, summary.progress = plain(architecture), plain(progress)
     summary.flags = plain(as_dict(content.get("flags")))
     summary.history = plain([r for r in as_list(content.get("history")) if isinstance(r, dict)])
+    summary.recent_ce = [
+        as_number(ce) for ce in as_list(as_dict(content.get("guard")).get("recent_ce"))
+    ]
     summary.optimizer = settings_of(content.get("optimizer"))
 
 
 def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
     """The plain dictionary of the script that this project replaces, as far as it goes."""
-    known = {"opt", "global_step", "vocab_sizes", "cfg"} & set(content)
-    summary.style = "old" if known else "unknown"
+    summary.style = "old"
     summary.step = as_count(content.get("global_step"))
     _describe_alike(summary, content, content, content)
     cfg = content.get("cfg")

@@ -33,25 +33,25 @@ class Problem(NamedTuple):
 
     kind: ProblemKind
     text: str
+    way: str = ""  # to the weights of a foreign file
 
 
 class Unreadable(Exception):
     """A file that is not a checkpoint to be read, and why."""
 
-    def __init__(self, kind: ProblemKind, text: str) -> None:
-        self.problem = Problem(kind, text)
+    def __init__(self, kind: ProblemKind, text: str, way: str = "") -> None:
+        self.problem = Problem(kind, text, way)
 
 
 @dataclasses.dataclass
 class Rows:
-    """The rows of one codebook in an embedding or a head: norms [V], and how far they lean."""
+    """The rows of one codebook in an embedding or a head: norms [V]."""
 
     codebook: int
     median: float  # of the rows' norms
     low: float  # that one row in twenty stays below
     largest: float
     zero: int  # rows of zeros
-    drift: float  # norm of the mean row, in units of the rows' root mean square norm
 
 
 @dataclasses.dataclass
@@ -82,7 +82,6 @@ class Parameter:
     stable_rank: float = math.nan  # squared Frobenius norm over squared spectral norm
     sample: list[float] = dataclasses.field(default_factory=list)
     rows: list[Rows] = dataclasses.field(default_factory=list)
-    logit_bounds: list[float] = dataclasses.field(default_factory=list)  # of each attention head
 
     @property
     def place(self) -> Place:
@@ -93,6 +92,20 @@ class Parameter:
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+
+class Scale(NamedTuple):
+    """One figure of one part of the model: a codebook's, or an attention head's.
+
+    what: "logits" and their "offset", RMS over codes for a state of random direction, the mean over
+    the codes taken out of the one and being the other; "bias", RMS; "attention", RMS of its logits
+    for random queries and keys; "embedding", the longest row's norm.
+    """
+
+    what: str
+    where: str
+    number: int  # of the codebook or head
+    value: float
 
 
 @dataclasses.dataclass
@@ -116,12 +129,15 @@ class Summary:
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     misfits: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
+    prefix: str = ""  # of all names in the file, as a wrapper's: "module."; taken off here
     # "method", such as "Muon + AdamW", Adam's betas and eps, largest decay, and the run's "lr":
     # a group's over its factor; "groups" have their own.
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     scale: float | None = None  # of the GradScaler
     ema_equals_raw: bool = False
     parameters: list[Parameter] = dataclasses.field(default_factory=list)
+    scales: dict[str, list[Scale]] = dataclasses.field(default_factory=dict)  # of "raw" and "ema"
+    recent_ce: list[float] = dataclasses.field(default_factory=list)  # [K], of the latest steps
 
     @property
     def name(self) -> str:
@@ -183,7 +199,7 @@ def place_of(name: str) -> Place:
     What belongs to a depth transformer has the roles of the main one after `depth.`; a name that is
     not known stands last, under a role of its own.
     """
-    words = name.removeprefix("_orig_mod.").split(".")
+    words = name.split(".")
     if words[0] == "depth" and len(words) > 1:
         inner = place_of(".".join(words[1:]))
         layer = LAST if inner.role in ("norm", "head") else inner.layer

@@ -49,6 +49,8 @@ class State(NamedTuple):
 
 def state_of(d: Diagnosis, s: Summary) -> State:
     """State of a file, from its own findings and from what the metrics say of its step."""
+    if s.problem is not None and s.problem.kind == "foreign":
+        return State("foreign", "", "warn")
     level = d.state_of(s)
     check = next((f.check for f in d.findings_of(s) if f.level == level > 0), "")
     if level >= Level.SUSPECT:
@@ -107,6 +109,7 @@ def notes_of(d: Diagnosis) -> list[str]:
     notes = []
     if len(d.run.series) == 1:
         notes.append("One checkpoint only: the absolute checks ran, none against its past.")
+    notes += filter(None, [printable(d.run.probe_note)])
     if not d.run.history.rows:
         notes.append("No metrics: nothing between two files can be dated.")
     return notes
