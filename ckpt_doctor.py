@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
     from cli.command_line import tell_early_ends
 
     tell_early_ends()
@@ -86,7 +87,7 @@ SUFFIXES = (".pt", ".pth", ".ckpt")
 
 def build_parser() -> FlagParser:
     """All flags."""
-    parser = FlagParser(__doc__, usage="%(prog)s PATH [PATH ...] [flags]")
+    parser = FlagParser(__file__, usage="%(prog)s PATH [PATH ...] [flags]")
     # fmt: off
     add = parser.add_argument_group("what to look at").add_argument
     add("paths", type=file_path, nargs="+", metavar="PATH", help="folders, checkpoints or globs")

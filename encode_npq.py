@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
     from cli.command_line import tell_early_ends
 
     tell_early_ends()
@@ -87,7 +88,7 @@ WRITING = ("out_dir", "overwrite", "decode")
 
 def build_parser() -> FlagParser:
     """All flags, by group."""
-    parser = FlagParser(__doc__, usage="%(prog)s AUDIO [AUDIO ...] --out-dir DIR [flags]")
+    parser = FlagParser(__file__, usage="%(prog)s AUDIO [AUDIO ...] --out-dir DIR [flags]")
     loudness = number("a number > -70 and <= 0", lambda x: -70 < x <= 0)
     codebooks = at_least(1, npq.MAX_CODEBOOKS)
 

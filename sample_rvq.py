@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
     from cli.command_line import tell_early_ends
 
     tell_early_ends()
@@ -71,7 +72,7 @@ NEEDED = {"ema", "architecture", "data", "flags"}
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, by group."""
-    parser = FlagParser(__doc__, usage="%(prog)s CHECKPOINT [flags]")
+    parser = FlagParser(__file__, usage="%(prog)s CHECKPOINT [flags]")
     # fmt: off
     add = parser.add_argument_group("weights").add_argument
     add("checkpoint", type=file_path, metavar="CHECKPOINT",

@@ -23,6 +23,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
     from cli.command_line import tell_early_ends
 
     tell_early_ends()
@@ -106,7 +108,7 @@ EXIT_GUARD = 3  # stopped by the guard
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, by group. Defaults are run #3 of the notes that this trainer was made for."""
-    parser = FlagParser(__doc__, usage="%(prog)s --data GLOB [GLOB ...] [flags]")
+    parser = FlagParser(__file__, usage="%(prog)s --data GLOB [GLOB ...] [flags]")
     switch = argparse.BooleanOptionalAction
 
     # fmt: off

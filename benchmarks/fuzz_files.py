@@ -246,7 +246,7 @@ def fuzz(args: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--count", type=int, help="stop after so many examples")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other examples")

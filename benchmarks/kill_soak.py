@@ -292,7 +292,7 @@ def soak(args: argparse.Namespace, flags: list[str], folder: Path) -> Tally:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--runs", type=int, default=300, help="kills, at least")
     parser.add_argument("--data", nargs="+", help=".npq files; without it made-up codes")
     parser.add_argument("--flags", default="", help="for the trainer, over those of a tiny run")

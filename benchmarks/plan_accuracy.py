@@ -114,7 +114,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1].startswith("--child"):
         child(sys.argv[3:], sys.argv[2], allocated=sys.argv[1] == "--child-allocated")
         return
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--only", default="", help="rows whose flags have one of these words")
     parser.add_argument("--allocated", action="store_true", help="what tensors take, no more")
     args = parser.parse_args()

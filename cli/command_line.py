@@ -1,6 +1,6 @@
 """What every command here does alike: flags, their types, output, one-line errors, exit codes.
 
-    parser = FlagParser(__doc__, usage="%(prog)s CHECKPOINT [flags]")
+    parser = FlagParser(__file__, usage="%(prog)s CHECKPOINT [flags]")
     flags = parser.parse_args(argv)
     return exit_code_of(lambda: work(flags), expected=(OSError,), debug=flags.debug)
 
@@ -12,6 +12,7 @@ with --debug alone.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
@@ -27,6 +28,7 @@ import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -47,12 +49,14 @@ class UsageError(ValueError):
 class FlagParser(argparse.ArgumentParser):
     """Flags by group, as wide as the terminal; multi-word ones are accepted with `-` and with `_`.
 
-    From a door's docstring the first line and the commands below it stand above the flags, and
-    what follows a line `Exit code` below them.
+    From the docstring of a door, the file `path`, the first line and the commands below it stand
+    above the flags, and what follows a line `Exit code` below them. It is read from the file, as
+    `python -OO` keeps no docstrings.
     """
 
-    def __init__(self, doc: str | None, usage: str) -> None:
-        what, commands, *rest = (doc or "").split("\n\n")
+    def __init__(self, path: str, usage: str) -> None:
+        doc = ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or ""
+        what, commands, *rest = doc.split("\n\n")
         below = [part for part in rest if part.casefold().startswith("exit code")]
         width = help_width()
         super().__init__(
