@@ -1,1 +1,1 @@
-"""What model.py is built of: attention, rotary positions, norms, loss."""
+"""What model.py is built of: attention, rotary positions, cache, loss."""
