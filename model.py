@@ -505,7 +505,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = self.q_norm(q.float()), self.k_norm(k.float()), v.contiguous()
+        v = v.contiguous()  # a view would keep q and k of the product for backward as well
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if cache is None:
             mixed = causal_attention(rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v)
         else:
