@@ -3,7 +3,7 @@
     if cpu.prefers_blocks(q): return cpu.blocked_attention(q, k, v)
 
 A variant stands here for as long as it saves a twentieth of a whole step on a CPU
-(benchmarks/cpu_variants.py). Elsewhere `PackedLinear` is a plain product, and nothing else of it runs.
+(benchmarks/cpu_variants.py). Elsewhere `PackedLinear` is a plain product; the rest does not run.
 """
 
 from __future__ import annotations
