@@ -457,7 +457,7 @@ class DepthTransformer(nn.Module):
         """Position k from its input [N, 1, E] and codes [N, k] -> [N, E]; `cache` has the rest."""
         k = lower.shape[1]
         if k:
-            rows = lower[:, -1:] + self.row_offset[k - 1]
+            rows = lower[:, -1:].clamp(min=0) + self.row_offset[k - 1]  # ABSENT: could not be drawn
             x = x + self.embed_norm(self.embed(rows))
         here = rope[0][k : k + 1], rope[1][k : k + 1]
         for block, layer in zip(self.blocks, cache.layers, strict=True):

@@ -262,10 +262,14 @@ class _Levels:
 
 
 def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
-    """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear."""
+    """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear.
+
+    What is shorter than one new sample is held for one: no sound comes to nothing.
+    """
     if rate == new_rate:
         return waveform
-    return np.ascontiguousarray(soxr.resample(waveform.T, rate, new_rate, quality="VHQ").T)
+    new = soxr.resample(waveform.T, rate, new_rate, quality="VHQ").T
+    return np.ascontiguousarray(new if new.shape[1] else waveform[:, :1])
 
 
 def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:

@@ -21,6 +21,17 @@ from layers.cpu import PackedLinear, QuickNorm
 from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
+COLDEST = 1e-30  # logits over less overflow; what is drawn is the likeliest code long before
+
+
+class NotFiniteError(ValueError):
+    """The model's logits are not finite: there is nothing to draw from."""
+
+    def __init__(self, frame: int) -> None:
+        super().__init__(
+            f"the model's logits are not finite from frame {frame} of the sample on: its weights "
+            "have diverged; take an older checkpoint, ckpt_doctor.py tells which is healthy"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Draw:
     def __call__(self, logits: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
         """Logits [B, n, V] of codebooks `first` to first + n - 1 -> codes [B, n] int64.
 
-        On the same device, without a host read.
+        On the same device, without a host read. ABSENT where logits are not finite.
         """
         of = slice(first, first + logits.shape[1])
         logits = self._temper(logits.float(), of)
@@ -75,13 +86,14 @@ class Draw:
         summed = logits.softmax(-1).cumsum(-1)
         uniform = torch.rand(logits.shape[:2], generator=generator, device=logits.device)
         target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
-        return torch.searchsorted(summed, target)[..., 0]
+        codes = torch.searchsorted(summed, target)[..., 0]
+        return codes.masked_fill(codes == logits.shape[-1], ABSENT)  # NaN is found nowhere
 
     def _temper(self, logits: Tensor, of: slice) -> Tensor:
-        temperature = set(self.temperature[of])
-        if len(temperature) == 1:
-            return logits / temperature.pop()
-        return logits / logits.new_tensor(self.temperature[of])[:, None]
+        temperature = [max(t, COLDEST) for t in self.temperature[of]]
+        if len(set(temperature)) == 1:
+            return logits / temperature[0]
+        return logits / logits.new_tensor(temperature)[:, None]
 
     def _narrow(self, logits: Tensor, of: slice) -> Tensor:
         """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
@@ -121,6 +133,7 @@ def generate(
 
     Raises:
         ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
+        NotFiniteError: the model has diverged.
     """
     model.eval()
     device, k, lag = model.bos.device, model.config.num_codebooks, model.config.lag
@@ -138,6 +151,8 @@ def generate(
     columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
     columns[:, :start] = known[:, :start]
     state = model.prefill(columns[:, :start], cache)
+    if not state.isfinite().all():
+        raise NotFiniteError(0)
     for t in range(start, end + lag):
         drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
         if t < known.shape[1]:
@@ -149,7 +164,10 @@ def generate(
         if t + 1 < end + lag:
             cache.begin(1)
             state = advance(drawn, cache)
-    return unshift(columns, lag)[:, start:]
+    codes = unshift(columns, lag)[:, start:]
+    if (spoiled := (codes < 0).any(-1).any(0)).any():
+        raise NotFiniteError(int(spoiled.nonzero()[0]))
+    return codes
 
 
 def _known_columns(prompt: Tensor | None, config: ModelConfig, ctx: int) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -218,6 +220,37 @@ def test_a_run_is_not_resumed_on_another_codecs_codes(capsys):
     assert settle(one, None) == one  # still known
     assert settle(None, two) == two
     assert settle({**one, "name": "renamed"}, one) == one
+
+
+@pytest.mark.parametrize("amp", ["--amp", "--no-amp"])
+def test_several_samples_begin_with_what_their_seed_draws_alone(amp, checkpoint, tmp_path):
+    flags = (checkpoint, "--frames", "60", "--seed", "3", amp, "--npq-out")
+    assert sample(*flags, tmp_path / "alone.npq") == 0
+    assert sample(*flags, tmp_path / "a.npq", "--samples", "3") == 0
+    assert sample(*flags, tmp_path / "b.npq", "--samples", "6") == 0
+    several = [codes_in(tmp_path / f"b_{i}.npq").tolist() for i in range(1, 7)]
+    assert codes_in(tmp_path / "alone.npq").tolist() == several[0]
+    assert [codes_in(tmp_path / f"a_{i}.npq").tolist() for i in range(1, 4)] == several[:3]
+    assert all(a != b for a, b in itertools.combinations(several, 2))
+
+
+@pytest.mark.parametrize("rate", [44_100, 96_000, 192_000])
+@pytest.mark.parametrize("samples", [1, 2, 511])
+def test_a_prompt_may_be_shorter_than_a_frame(rate, samples, checkpoint, tmp_path):
+    soundfile.write(tmp_path / "p.wav", np.full(samples, 0.1), rate)
+    flags = ("--prompt", tmp_path / "p.wav", "--codec", "demo", "--frames", "2", "--with-prompt")
+    assert sample(checkpoint, *flags, "--npq-out", tmp_path / "a.npq") == 0
+    assert codes_in(tmp_path / "a.npq").shape == (3, 9)
+
+
+def test_a_diverged_checkpoint_is_told_in_a_line(checkpoint, tmp_path, capsys):
+    content = load_checkpoint(checkpoint)
+    content["ema"]["head.weight"][:] = math.inf
+    save_checkpoint(content, tmp_path / "inf.pt")
+    assert sample(tmp_path / "inf.pt", "--npq-out", tmp_path / "a.npq", "--frames", "3") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "logits are not finite from frame 0" in line
+    assert "ckpt_doctor.py" in line
 
 
 def test_prompts_from_npq_and_audio_are_carried_on(checkpoint, music, tmp_path):

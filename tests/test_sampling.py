@@ -17,7 +17,7 @@ from model import (
     ModelConfig,
     shift,
 )
-from sound.sampling import Draw, generate, packed_copy
+from sound.sampling import Draw, NotFiniteError, generate, packed_copy
 
 ANY = Draw.of(3)
 
@@ -190,12 +190,31 @@ def test_draws_follow_the_probabilities():
         ({"top_p": 1e-9}, {0}),
         ({"top_k": 3, "top_p": 0.6}, {0, 1}),
         ({"temperature": 0.01}, {0}),
+        ({"temperature": 1e-40}, {0}),
+        ({"temperature": 1e-320, "top_p": 1e-320}, {0}),
+        ({"temperature": 9e29, "top_k": 2}, {0, 1}),
     ],
 )
 def test_top_k_and_top_p_keep_the_likeliest(options, kept):
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 1, 4)
     codes = Draw.of(1, **options)(logits, torch.Generator().manual_seed(0))
     assert set(codes.unique().tolist()) == kept
+
+
+def test_temperatures_may_differ_per_codebook_down_to_nothing():
+    logits = torch.log(torch.tensor([0.2, 0.3, 0.5])).expand(2000, 2, 3)
+    codes = Draw.of(2, temperature=[1e-40, 1.0])(logits, torch.Generator().manual_seed(0))
+    assert [codes[:, k].unique().tolist() for k in range(2)] == [[2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("spoil", ["norm.weight", "head.weight"])
+def test_a_diverged_model_is_named_and_draws_nothing(spoil, pattern):
+    model = make_model(dataclasses.replace(CONFIG, pattern=pattern)).eval()
+    with torch.no_grad():
+        model.get_parameter(spoil)[0] = math.nan
+    with pytest.raises(NotFiniteError, match=r"logits are not finite from frame 0 .* ckpt_doctor"):
+        generate(model, 3, ctx=8, draw=ANY)
 
 
 def test_limits_may_differ_per_codebook():
