@@ -235,9 +235,9 @@ def test_several_samples_begin_with_what_their_seed_draws_alone(amp, checkpoint,
 
 
 @pytest.mark.parametrize("rate", [44_100, 96_000, 192_000])
-@pytest.mark.parametrize("samples", [1, 2, 511])
+@pytest.mark.parametrize("samples", [2, 511])
 def test_a_prompt_may_be_shorter_than_a_frame(rate, samples, checkpoint, tmp_path):
-    soundfile.write(tmp_path / "p.wav", np.full(samples, 0.1), rate)
+    soundfile.write(tmp_path / "p.wav", 0.1 * np.resize([1.0, -1.0], samples), rate)
     flags = ("--prompt", tmp_path / "p.wav", "--codec", "demo", "--frames", "2", "--with-prompt")
     assert sample(checkpoint, *flags, "--npq-out", tmp_path / "a.npq") == 0
     assert codes_in(tmp_path / "a.npq").shape == (3, 9)
@@ -377,10 +377,11 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{checkpoint}", *NPQ, "--prompt", "{odd}/few.npq"), 2, "expected 9 codebooks"),
         (("{checkpoint}", *NPQ, "--prompt", "{odd}/side.npq"), 2, "4 of them side ones; encode"),
         (("{checkpoint}", *NPQ, "--prompt", "{odd}/high.npq"), 2, "found 1500 in frame 2"),
-        (("{checkpoint}", *NPQ, "--prompt", "{checkpoint}", "--codec", "demo"), 1, "expected wav, flac"),
+        (("{checkpoint}", *NPQ, "--prompt", "{checkpoint}", "--codec", "demo"), 1, "none of these"),
         (("{checkpoint}", *NPQ, "--prompt-frames", "3"), 2, "there is no prompt"),
         (("{checkpoint}", *NPQ, "--with_prompt"), 2, "--with-prompt: there is no prompt"),
-        (("{checkpoint}", *NPQ, "--device", "meta"), 2, "--device: expected best, cpu"),
+        (("{checkpoint}", *NPQ, "--prompt", "{odd}/one.wav", "--codec", "demo"), 1, "silence"),
+        (("{checkpoint}", *NPQ, "--device", "meta"), 2, "--device: expected cuda, cuda:1"),
         (("{checkpoint}", *NPQ, "--device", "mps"), 2, "--device mps: not usable here"),
         (("{checkpoint}", *NPQ, "--samples", "10000", "--frames", "10000000"), 2, "into memory"),
         (("{checkpoint}", *NPQ, "--fames", "3"), 2, "did you mean --frames?"),
@@ -412,6 +413,7 @@ def test_mistakes_get_one_line_and_write_nothing(
 def odd(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts and weights that do not fit what they are used with."""
     folder = tmp_path_factory.mktemp("odd")
+    soundfile.write(folder / "one.wav", [0.1], 96_000)
     rng = np.random.default_rng(1)
     shape = {"vocab_sizes": [1024] * 9, "frame_rate": 86.1328125}
     few = {**shape, "vocab_sizes": [1024] * 4}
