@@ -238,6 +238,11 @@ def _way_on(
             f"There is nothing to mend here. To get at what it holds: {'; or '.join(ways)}.",
         )
     if verdict is Verdict.NOTHING:
+        if any(s.problem is not None and s.problem.kind == "unsafe" for s in run.summaries):
+            return None, (
+                "None was loaded: a pickle that names more than tensors can run any code. No file "
+                "of this trainer does; let nothing open it unless you trust where it comes from."
+            )
         return None, "No file can be read: restore a backup, or start anew with --no-resume."
     if healthy is None:
         return _without_healthy(run, findings)

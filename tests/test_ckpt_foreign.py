@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -70,6 +71,11 @@ def npz(folder: Path) -> Path:
     return folder / "weights.npz"
 
 
+def pickled(folder: Path) -> Path:
+    (folder / "model.pkl").write_bytes(pickle.dumps({"w": [1.0]}))
+    return folder / "model.pkl"
+
+
 def tensors_file(folder: Path) -> Path:
     safetensors.torch.save_file(WEIGHTS, folder / "other.safetensors")
     return folder / "other.safetensors"
@@ -124,6 +130,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "torch.package": (package, "torch.package"),
     "old torch": (saved("x.pt", WEIGHTS, _use_new_zipfile_serialization=False), "torch < 1.6"),
     "codes": (codes, "codes (.npq)"),
+    "a pickle": (pickled, "a plain Python pickle"),
+    "DeepSpeed step": (folder_of("mp_rank_00_model_states.pt"), "a DeepSpeed checkpoint"),
+    "sharded HF": (folder_of("config.json", "model-00001-of-00002.safetensors"), "Hugging Face"),
     "a list": (saved("x.pt", [1, 2]), "no checkpoint"),
 }
 
@@ -173,6 +182,12 @@ def test_a_lightning_checkpoint_that_needs_its_library_is_named_and_not_loaded(
     assert "only if you trust" in problem.way
     content = with_class_of("somebodys_own_module", "Settings", monkeypatch)
     assert summarize(saved("other.ckpt", content)(tmp_path)).problem.kind == "unsafe"
+
+
+def test_a_pickled_module_is_not_loaded_and_no_backup_is_spoken_of(tmp_path):
+    text = doctor(saved("module.pt", nn.Linear(2, 2))(tmp_path)).stdout
+    assert "torch.nn.modules.linear.Linear" in text
+    assert "backup" not in text
 
 
 def test_shared_weights_of_this_trainer_say_so(good, tmp_path):

@@ -26,6 +26,7 @@ class Foreign(NamedTuple):
 
 
 LOAD = "torch.load({path!r}, map_location='cpu', weights_only=True)"
+ZERO = "python zero_to_fp32.py . weights, in the folder where DeepSpeed left that script"
 SAFETENSORS = "safetensors.torch.load_file({path!r})"
 
 # First bytes; what such a file is; how to get at what it holds.
@@ -39,6 +40,11 @@ MAGIC = (
         b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
         "a file of torch < 1.6 or of its old serialisation",
         f"torch.save({LOAD}, 'new.pt') writes it anew",
+    ),
+    (
+        b"\x80",
+        "a plain Python pickle, which can run code when it is opened",
+        "pickle.load(open({path!r}, 'rb')), only if you trust where it comes from",
     ),
 )
 
@@ -63,8 +69,7 @@ KEYS = (
     (
         {"ds_version"},
         "one rank's part of a DeepSpeed checkpoint",
-        "python zero_to_fp32.py FOLDER weights, which DeepSpeed leaves beside the step's folder; "
-        f"without ZeRO {LOAD}['module']",
+        f"{ZERO}; without ZeRO {LOAD}['module']",
     ),
     ({"model_args", "iter_num"}, "a nanoGPT checkpoint", f"{LOAD}['model']"),
     ({"best_state", "xp.cfg"}, "an audiocraft checkpoint", f"{LOAD}['best_state']"),
@@ -85,7 +90,7 @@ FOLDERS = (
     (
         ("zero_to_fp32.py", "global_step*", "*_model_states.pt"),
         "a DeepSpeed checkpoint",
-        "python {path}/zero_to_fp32.py {path} weights",
+        ZERO,
     ),
     (
         ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*"),
