@@ -21,7 +21,6 @@ import hashlib
 import math
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,6 +51,7 @@ from cli.command_line import (
     say,
     unexpected,
 )
+from cli.disk import remove, replace
 from cli.file_search import Found, FoundFile, NothingFoundError, Wanted, search
 from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
@@ -194,13 +194,14 @@ def make_out_dir(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        trial = folder / f".encode_npq.{os.getpid()}.trial"
+        trial.touch()
     except OSError as error:
         reason = "a file" if folder.is_file() else error.strerror
         raise UsageError(
             f"--out-dir {folder}: {reason}; name a folder that can be written to"
         ) from error
+    remove(trial)
 
 
 # --- how it goes ---------------------------------------------------------------------------------
@@ -377,7 +378,7 @@ class Coder:
         try:
             yield path
             self.judge.records.add(job.target, path, self.judge.codec, settings, source)
-            os.replace(path, job.target)
+            replace(path, job.target)
         finally:
             path.unlink(missing_ok=True)
 

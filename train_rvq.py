@@ -68,7 +68,8 @@ from model import PATTERNS
 from npq_dataset import BadFilesError
 from pages.run_page import write_report
 from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept
-from run_folder.files import FolderLock, find_run, load_latest
+from run_folder.files import find_run, load_latest
+from run_folder.lock import FolderLock
 from run_folder.metrics import Console, epoch_lines, number, perplexity, step_line
 from run_folder.names import SAMPLES
 from run_folder.shared_weights import is_shared
@@ -902,7 +903,7 @@ def interrupted(run: Run) -> int:
     number_ = run.stop.signal or signal.SIGTERM
     where = f"saved {run.files.latest} at step {run.state.progress.step}"
     if save(run) is not None:
-        where = f"{run.files.latest} is the last sound state"
+        where = run.files.latest_in_words()
     finish_save(run)
     name = signal.Signals(number_).name
     run.metrics.write("end", step=run.state.progress.step, signal=name)
@@ -922,7 +923,7 @@ def stopped_by_guard(run: Run) -> int:
     update_report(run)
     run.console.problem(
         f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
-        f"{run.files.latest} is the last sound save. See what happened with\n"
+        f"{run.files.latest_in_words()}. See what happened with\n"
         f"  python ckpt_doctor.py {run.files.folder}\n"
         f"and the refused windows in {run.files.metrics}. The same command goes on from there, "
         f"with lr scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."

@@ -36,8 +36,8 @@ from run_folder.checkpoint import (
     CheckpointError,
     load_checkpoint,
     rng_state,
-    save_checkpoint,
 )
+from run_folder.files import save_checkpoint
 from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 
 SLOWEST = 5.0  # seconds that one example may take

@@ -51,6 +51,7 @@ def wait_for(
     *,
     meanwhile: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = problem,
+    patience: float | None = None,
 ) -> T:
     """The result of work that a thread does; what it raised is raised here.
 
@@ -58,8 +59,9 @@ def wait_for(
     of `sign` changes the work goes on, however slowly.
 
     Raises:
-        NoAnswerError: PATIENCE seconds without a change. The thread is left to itself.
+        NoAnswerError: `patience` seconds without a change, or PATIENCE. The thread is left alone.
     """
+    most = PATIENCE if patience is None else patience
     seen, waited, word, looked = object(), 0.0, FIRST_WORD, time.monotonic()
     while not future.done():
         wait([future], timeout=TICK)
@@ -69,12 +71,12 @@ def wait_for(
         waited, looked = waited + min(now - looked, 10 * TICK), now
         if mark != seen:
             seen, waited, word = mark, 0.0, FIRST_WORD
-        if waited >= PATIENCE:
+        if waited >= most:
             raise NoAnswerError(
-                f"{place}: no answer for {PATIENCE:.0f} s; see to its disk or network folder, "
+                f"{place}: no answer for {most:.0f} s; see to its disk or network folder, "
                 "then the same command goes on"
             )
         if waited >= word:
-            tell(f"{place}: waiting since {waited:.0f} s (for {PATIENCE:.0f} s at most)")
+            tell(f"{place}: waiting since {waited:.0f} s (for {most:.0f} s at most)")
             word *= 2
     return future.result()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from cli.disk import replace_file
 from pages.charts import (
     EVENTS,
     Chart,
@@ -33,7 +34,6 @@ from pages.charts import (
 )
 from pages.html import render
 from pages.spectrogram import KEPT, player
-from run_folder.checkpoint import replace_file
 from run_folder.files import RunFiles
 from run_folder.metrics import number, perplexity, read_metrics
 

@@ -1,6 +1,6 @@
-"""One checkpoint on disk: atomic and durable save, in the background too, and verified load.
+"""One checkpoint: its bytes, saving beside training, verified load.
 
-    save_checkpoint(checkpoint, Path("rvq_9cb_latest.pt"))
+    dump(checkpoint, file)
     checkpoint = load_checkpoint("rvq_9cb_latest.pt")
 
 This is the only place that calls torch.save or torch.load on checkpoints. It knows nothing of the
@@ -10,6 +10,8 @@ model, so that a checkpoint can be opened whose model no longer builds.
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 import re
 import stat
@@ -18,9 +20,9 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +32,6 @@ FORMAT_VERSION = 1
 STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
 WEIGHTS_KEYS = {"ema", "architecture"}  # what a new run can start from
-TEMPORARY_SUFFIX = ".saving"
 DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
 SAVING_NICENESS = 10  # a tenth of the share of a processor that training gets where both want it
 ANOTHER = "name a .pt file of train_rvq.py, or an older one of the run"  # a remedy
@@ -43,68 +44,19 @@ class CheckpointError(RuntimeError):
 # --- one file ------------------------------------------------------------------------------------
 
 
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write so that after a crash at any moment `path` holds the old content or the new, whole.
+def dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """Write a checkpoint's bytes to an open file.
 
     Raises:
-        OSError: the disk is full, read-only or failing; `path` is as it was.
+        OSError: the disk is full, read-only or failing.
     """
-    temporary = write_beside(checkpoint, path)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_beside(checkpoint: dict[str, Any], path: Path) -> Path:
-    """Write and sync a hidden file beside `path`, to be renamed to it; returns its path.
-
-    Raises:
-        OSError: nothing is left of it.
-    """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
-            except RuntimeError as error:
-                # torch's writer covers the disk's error with one of its own.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: a name must never point at unwritten data
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
+    except RuntimeError as error:
+        # torch's writer covers the disk's error with one of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
-    return temporary
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
-    """Write a file whole or not at all. `durable` waits for the disk: it survives a power cut.
-
-    Raises:
-        OSError: `path` is as it was.
-    """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
 
 
 def size_of(value: Any) -> int:
@@ -130,7 +82,6 @@ class BackgroundSaver:
     """
 
     def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1, "saving", initializer=_yield_to_training)
         self.copies: dict[tuple[Any, ...], Tensor] = {}
 
     def start(
@@ -143,7 +94,11 @@ class BackgroundSaver:
         copy = self._copied(checkpoint, ())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return self.thread.submit(write, copy)
+        written: Future[Path] = Future()
+        # A daemon: a disk that hangs must not hold up the end of the process.
+        work = (written, write, copy)
+        threading.Thread(target=_write, args=work, name="saving", daemon=True).start()
+        return written
 
     def _copied(self, value: Any, path: tuple[Any, ...]) -> Any:
         if isinstance(value, Tensor):
@@ -159,9 +114,23 @@ class BackgroundSaver:
         return value
 
 
-def _yield_to_training() -> None:
+def _write(
+    written: Future[Path], write: Callable[[dict[str, Any]], Path], copy: dict[str, Any]
+) -> None:
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVING_NICENESS)
+    try:
+        written.set_result(write(copy))
+    except BaseException as error:
+        written.set_exception(error)
+
+
+# Errors of the system that say that a file is bad. Others are of this process or this moment (no
+# descriptor, memory or permission, a server that does not answer) and say nothing of it.
+OF_A_FILE = {
+    *(errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EIO, errno.EINVAL, errno.ENXIO),
+    errno.ENAMETOOLONG,
+}
 
 
 def verify_file(path: Path) -> None:
@@ -171,6 +140,7 @@ def verify_file(path: Path) -> None:
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
+        OSError, MemoryError: it cannot be read now, and nothing is known of it.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -207,15 +177,22 @@ def verify_file(path: Path) -> None:
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     # A damaged container can fail in many ways: RuntimeError for a flipped "encrypted" flag ...
     except Exception as error:
+        _raise_unless_of_file(error, path)
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint ({error}); {ANOTHER}"
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong; {ANOTHER}")
+
+
+def _raise_unless_of_file(error: Exception, path: Path) -> None:
+    """In a handler: raise a system error again, with the path, that does not make a file bad."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_A_FILE:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _has_one_directory(path: Path, start: int, count: int) -> bool:
@@ -256,6 +233,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: missing, damaged, unsafe, of another program, or of a newer version.
+        OSError, MemoryError: it cannot be read now.
     """
     path = Path(path)
     verify_file(path)
@@ -283,20 +261,38 @@ def map_tensors(path: Path) -> Any:
 
     Raises:
         CheckpointError: refused by the safe reader.
+        OSError: the file system maps no files; see `read_tensors`.
     """
-    return _unpickle(path, mmap=True)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY):
+        return _unpickle(path, mmap=True)
+
+
+def read_tensors(path: Path) -> Any:
+    """The same, all of it in memory."""
+    return _unpickle(path)
 
 
 def _unpickle(path: Path, **options: Any) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or hostile pickle can fail in any way
+        _raise_unless_of_file(error, path)
+        _raise_out_of_memory(error, path)
         # What torch says before and after that sentence is advice to load without safety.
         told = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
         reason = re.split(r"\.\s|\n", told)[0].removesuffix(".") or type(error).__name__
         raise CheckpointError(
             f"{path}: refused by the safe reader ({reason}); {ANOTHER}"
         ) from error
+
+
+def _raise_out_of_memory(error: Exception, path: Path) -> None:
+    """In a handler: a file that takes more memory than there is is no bad one, unless it lies."""
+    asked = re.search(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", str(error))
+    if asked and int(asked[1]) <= os.path.getsize(path):
+        raise MemoryError(f"{path}: no memory left to read it; free some") from error
 
 
 # --- what a run's exactness depends on ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The files that a run keeps in its folder: names, upkeep, search, and the lock.
+"""The files that a run keeps in its folder: names, upkeep, search.
 
     files = RunFiles("rvq_ckpts", run_name(9, "base512"))
     files.save(checkpoint, best_epoch=10, archive_epoch=10)
@@ -12,26 +12,24 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
+import functools
 import os
 import re
 import shutil
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from run_folder.checkpoint import (
+from cli.disk import (
     TEMPORARY_SUFFIX,
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-    size_of,
+    free_space,
+    remove,
+    replace,
+    restore_replaced,
     sync_folder,
     write_beside,
 )
+from run_folder.checkpoint import CheckpointError, dump, load_checkpoint, size_of
 
 RING_SIZE = 4  # step checkpoints to roll back to
 QUARANTINE_SIZE = 3  # unsound states kept for diagnosis
@@ -58,6 +56,8 @@ class RunFiles:
         self.metrics = self.folder / f"{name}_metrics.jsonl"
         self.report = self.folder / f"{name}_report.html"
         self.has_links = True  # until the file system shows that it has none
+        self.good: tuple[int, ...] = ()  # what `latest` was when it was last known to be whole
+        self.new: tuple[int, ...] = ()  # and when it last got its name
 
     def ring_file(self, step: int) -> Path:
         """The step checkpoint of a step."""
@@ -73,12 +73,12 @@ class RunFiles:
         kept = [path for step, path in ring if step <= newest][-RING_SIZE:]
         for _, path in ring:
             if path not in kept:
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def remove_ring(self) -> None:
         """Remove all step checkpoints, once a run has ended well."""
         for _, path in self._by_step("ring"):
-            path.unlink(missing_ok=True)
+            remove(path)
 
     def quarantine(self, checkpoint: dict[str, Any], step: int, reason: str) -> Path:
         """Keep an unsound state apart, with the reason in it, and the newest few such files alone.
@@ -90,7 +90,7 @@ class RunFiles:
         save_checkpoint({**checkpoint, "quarantine": reason}, path)
         others = sorted((p.stat().st_mtime, p) for _, p in self._by_step("quarantine") if p != path)
         for _, old in others[: len(others) - QUARANTINE_SIZE + 1]:
-            old.unlink(missing_ok=True)
+            remove(old)
         return path
 
     def _by_step(self, kind: str) -> list[tuple[int, Path]]:
@@ -122,7 +122,7 @@ class RunFiles:
         asked = [best_epoch, best_epoch, archive_epoch, ring_step]
         names = len(asked) - asked.count(None) + self.latest.exists()
         self.make_room(size_of(checkpoint) * (1 if self.has_links else 1 + names), tell)
-        temporary = write_beside(checkpoint, self.latest)
+        temporary = write_beside(self.latest, functools.partial(dump, checkpoint))
         try:
             if best_epoch is not None:
                 self._link(temporary, self.best)
@@ -133,17 +133,34 @@ class RunFiles:
                 self._link(temporary, self.ring_file(ring_step))
             if self.latest.exists():
                 self._link(self.latest, self.previous)
-            os.replace(temporary, self.latest)
+            replace(temporary, self.latest)
+            self.new = _identity(self.latest)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
             raise
         sync_folder(self.folder)
+        self.good = self.new
         for kind in ("epoch", "best"):
             for old in self.archives(kind)[:-keep_archived]:
-                old.unlink(missing_ok=True)
+                remove(old)
         if ring_step is not None:
             self.prune_ring(newest=ring_step)
         return self.latest
+
+    def latest_in_words(self) -> str:
+        """`latest`, and what is certain of it after a save that failed."""
+        try:
+            found = _identity(self.latest)
+        except FileNotFoundError:
+            return f"{self.latest} is not there"
+        except OSError as error:
+            return f"{self.latest} cannot be looked at ({error.strerror})"
+        if found == self.good:
+            return f"{self.latest} is still the last good one"
+        if found == self.new:
+            return f"{self.latest} is the new one, which a power cut may take"
+        return f"{self.latest} was not written by this run"
 
     def _link(self, source: Path, target: Path) -> None:
         self.has_links = _replace_with_link(source, target) and self.has_links
@@ -158,22 +175,22 @@ class RunFiles:
         Raises:
             OSError: ENOSPC with the figures; nothing was removed.
         """
-        disk = shutil.disk_usage(self.folder)
-        if disk.free >= needed or disk.total == 0:  # some network folders do not say
+        free = free_space(self.folder)
+        if free is None or free >= needed:
             return
-        doomed, freed = self._oldest_archives(needed - disk.free)
-        if disk.free + freed < needed:
+        doomed, freed = self._oldest_archives(needed - free)
+        if free + freed < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"No space left on device: {megabytes(needed)} needed, {megabytes(disk.free)} free "
+                f"No space left on device: {megabytes(needed)} needed, {megabytes(free)} free "
                 f"and {megabytes(freed)} in archives that could go; free some, or give --save_dir "
                 "on another disk",
                 str(self.folder),
             )
         for path in doomed:
-            path.unlink(missing_ok=True)
+            remove(path)
         tell(
-            f"{self.folder}: {megabytes(disk.free)} free, {megabytes(needed)} needed; removed "
+            f"{self.folder}: {megabytes(free)} free, {megabytes(needed)} needed; removed "
             f"{len(doomed)} old archives ({megabytes(freed)}): {', '.join(p.name for p in doomed)}"
         )
 
@@ -225,8 +242,9 @@ class RunFiles:
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a save that was killed. Call with the lock held."""
+        restore_replaced(self.folder, f"{self.name}_")
         for path in self.folder.glob(f".{self.name}_*{TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
+            remove(path)
 
     def set_aside(self) -> Path | None:
         """Move an earlier run's files into a dated folder, so that a new run overwrites nothing."""
@@ -252,6 +270,12 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content: inode, size, time stamp."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _age(archive: Path) -> tuple[int, str]:
     """Epoch and date of an archive, to sort both kinds into one line."""
     match = re.search(r"_e(\d+)__([\d-]+)\.pt$", archive.name)
@@ -259,23 +283,29 @@ def _age(archive: Path) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write so that after a crash at any moment `path` holds the old content or the new, whole.
+
+    Raises:
+        OSError: the disk is full, read-only or failing; `path` is as it was.
+    """
+    replace(write_beside(path, functools.partial(dump, checkpoint)), path)
+    sync_folder(path.parent)
+
+
 def _replace_with_link(source: Path, target: Path) -> bool:
     """Make `target` the same file as `source`, atomically; without hard links a copy, and False."""
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     linked = True
     try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            linked = False
-            shutil.copyfile(source, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        # After a failure; and rename does nothing where both names are one file already.
-        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+    except OSError:
+        linked = False
+        with open(source, "rb") as whole:
+            write_beside(target, functools.partial(shutil.copyfileobj, whole))
+    replace(temporary, target)
+    remove(temporary)  # rename does nothing where both names are one file already
     return linked
 
 
@@ -313,6 +343,7 @@ def load_latest(
 
     Raises:
         CheckpointError: none loads; lists them and what else could be resumed. Touches nothing.
+        OSError, MemoryError: one cannot be read now, and may well be whole. Touches nothing.
     """
     complaints: list[str] = []
     for path in (files.latest, files.previous):
@@ -321,6 +352,8 @@ def load_latest(
         except CheckpointError as error:
             complaints.append(str(error))
             continue
+        if path == files.latest:
+            files.good = _identity(path)
         if path == files.previous and os.path.lexists(files.latest) and not keep_damaged:
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
             files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
@@ -337,62 +370,3 @@ def load_latest(
             )
         )
     )
-
-
-# --- one trainer per folder ----------------------------------------------------------------------
-
-
-class FolderLock:
-    """Holds a folder for one process; the kernel frees it however the process ends.
-
-    Raises:
-        CheckpointError: another process holds the folder; names it.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder) / ".lock"
-
-    def __enter__(self) -> FolderLock:
-        try:
-            _make_folder(self.path.parent)
-            self.file = open(self.path, "ab+", buffering=0)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.file.seek(0)
-            holder = self.file.read().decode(errors="replace").strip() or "another process"
-            self.file.close()
-            raise CheckpointError(
-                f"{self.path.parent}: in use by {holder}; wait for it, stop it, or give this run "
-                "another --save_dir"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(
-                f"--save_dir {self.path.parent}: expected a folder to write in, found "
-                f"{error.strerror!r} at {error.filename or self.path}; name another folder"
-            ) from error
-        # A forked loader process outlives a killed trainer by seconds and must not hold the lock.
-        os.register_at_fork(after_in_child=self.file.close)
-        self.file.truncate(0)
-        command = " ".join(" ".join(sys.argv).split())[:200]
-        holder = f"process {os.getpid()} on {socket.gethostname()}: {command}\n"
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
-            self.file.write(holder.encode(errors="backslashreplace"))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):  # the disk may have become read-only
-            self.file.truncate(0)
-        self.file.close()
-
-
-def _make_folder(folder: Path) -> None:
-    """With its parents, each of them there after a power cut too."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)

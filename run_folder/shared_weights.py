@@ -10,6 +10,7 @@ file of somebody else's says is checked before anything is built by it; no model
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -25,10 +26,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from run_folder.checkpoint import CheckpointError, load_checkpoint, replace_file
+from cli.disk import NOT_OFFERED, replace_file
+from run_folder.checkpoint import OF_A_FILE, CheckpointError, load_checkpoint
 
 SUFFIX = ".safetensors"
 FORMAT = "rvq-weights"
@@ -309,18 +312,45 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: expected a file, found a folder or device; name a file")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            # Copies: what is mapped changes with the file, and a file that is cut kills the reader.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        try:
+            metadata, weights = _read_mapped(path)
+        except (SafetensorError, OSError) as error:
+            if _number_of(error) not in NOT_OFFERED | {errno.ENODEV}:
+                raise
+            metadata, weights = _read_whole(path)  # this file system maps no files
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; check the path") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        number = _number_of(error)
+        if number is not None and number not in OF_A_FILE:  # says nothing of the file
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise _damaged(path, f"or no .safetensors file: {_shown(str(error))}") from error
     if wrong := sorted(n for n, t in weights.items() if t.dtype != torch.float32):
         raise _damaged(path, f"{_shown(wrong[0])} is not float32")
     return metadata, weights
+
+
+def _read_mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        _check_format(path, metadata)
+        # Copies: what is mapped changes with the file, and a file that is cut kills the reader.
+        return metadata, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def _read_whole(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    content = path.read_bytes()
+    weights = from_bytes(content)  # which checks the head that is read here
+    head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = head.get("__metadata__", {})
+    _check_format(path, metadata)
+    return metadata, weights
+
+
+def _number_of(error: Exception) -> int | None:
+    """The system's number of an error, which safetensors gives as text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else getattr(error, "errno", None)
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:

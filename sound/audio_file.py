@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from cli.disk import replace
 from sound.audio_streams import (
     CHUNKED,
     DamagedError,
@@ -282,6 +283,6 @@ def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> No
     temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
     try:
         soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
-        os.replace(temporary, path)
+        replace(temporary, Path(path))
     finally:
         temporary.unlink(missing_ok=True)

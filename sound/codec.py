@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.disk import replace
 from sound.origin import CodecId
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _download(address: str, path: Path) -> None:
             shutil.copyfileobj(reply, file)
         if not zipfile.is_zipfile(temporary):  # a zip's directory stands at its end
             raise OSError("the download broke off or is no weights file")
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         raise CodecError(
             f"weights {path} are missing and could not be downloaded ({error}); "

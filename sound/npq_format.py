@@ -10,20 +10,24 @@ K = codebooks, T = frames, V = entries of a codebook. Everything on disk is litt
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
 import mmap
 import os
+import secrets
 import stat
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from cli.disk import NOT_OFFERED, replace, sync
 
 MAGICS = b"NPQ1", b"NPQ2"
 MAX_CODEBOOKS = 64
@@ -264,7 +268,7 @@ def raise_unless_of_file(error: Exception) -> None:
 
 
 def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
-    """Codes [T, K] as a read-only memory map, in the file's own dtype.
+    """Codes [T, K] as a read-only memory map, in the file's own dtype; read where none can be had.
 
     For one file as a whole. Training reads its windows another way: npq_dataset.py says why.
 
@@ -273,7 +277,13 @@ def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
     """
     descriptor = open_unchanged(header.path, header.file_size, header.mtime_ns)
     try:
-        mapped = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_READ)
+        # Private: some network file systems map no other way.
+        kind, may = mmap.MAP_PRIVATE, mmap.PROT_READ
+        mapped: Any = mmap.mmap(descriptor, header.file_size, flags=kind, prot=may)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED | {errno.ENODEV}:
+            raise
+        mapped = os.pread(descriptor, header.file_size, 0)
     finally:
         os.close(descriptor)
     count = header.num_frames * header.num_codebooks
@@ -404,14 +414,14 @@ def _header_bytes(
 
 def _write_whole(path: str, content: bytes) -> None:
     # Not named after the file, whose name may be as long as a name can be.
-    descriptor, temporary = tempfile.mkstemp(prefix=".npq.", dir=os.path.dirname(path) or ".")
+    temporary = Path(os.path.dirname(path), f".npq.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            sync(file)
+        replace(temporary, Path(path))
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise

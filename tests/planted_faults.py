@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from make_codes import make_tune
 
 import train_rvq
-from run_folder.checkpoint import save_checkpoint
+from run_folder.files import save_checkpoint
 from sound.npq_format import write_npq
 from training import saving as run_saving
 from training import state as run_state

@@ -39,12 +39,12 @@ from run_folder.checkpoint import (
     load_checkpoint,
     rng_kept,
     rng_state,
-    save_checkpoint,
     set_rng_state,
     size_of,
     verify_file,
 )
-from run_folder.files import FolderLock, RunFiles, find_run, load_latest, run_name
+from run_folder.files import RunFiles, find_run, load_latest, run_name, save_checkpoint
+from run_folder.lock import FolderLock
 
 NAME = run_name(4, "t")
 

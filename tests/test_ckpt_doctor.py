@@ -28,7 +28,8 @@ from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
 from doctor.examined_run import History, Run, scheduled_lr
 from doctor.reading.summary import Summary
-from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
 from sound.npq_format import write_npq
 from training.schedule import lr_at_step
 

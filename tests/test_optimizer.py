@@ -18,7 +18,8 @@ from test_train_rvq import comparable, make_run, train
 import sample_rvq
 import train_rvq
 from model import PATTERNS, CodesTransformer, ModelConfig
-from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
 from sound.npq_format import map_codes, read_header
 from training import setup
 from training.optimizer import (

@@ -23,7 +23,8 @@ from test_train_rvq import comparable, train
 import sample_rvq
 import train_rvq
 from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
-from run_folder.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from run_folder.checkpoint import CheckpointError, load_checkpoint
+from run_folder.files import save_checkpoint
 from run_folder.shared_weights import export_weights
 from sound.codec import codec_id
 from sound.npq_format import map_codes, read_header, write_npq

@@ -29,8 +29,9 @@ from cli import command_line
 from layers.loss import Losses
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
-from run_folder.checkpoint import load_checkpoint, save_checkpoint
-from run_folder.files import FolderLock
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
+from run_folder.lock import FolderLock
 from run_folder.metrics import Console
 from sound.npq_format import map_codes, read_header, write_npq
 from train_rvq import backward, parse_flags, update

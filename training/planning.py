@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from cli.disk import free_space
 from model import CodesTransformer, ModelConfig
 from run_folder.files import RING_SIZE, megabytes
 from training.memory_prediction import (
@@ -254,12 +254,15 @@ class Plan:
         folder = Path(flags.save_dir).absolute()
         while not folder.exists():
             folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        free = free_space(folder)
+        room = "an unknown space" if free is None else megabytes(free)
         lines = [
             f"disk     {megabytes(size)} a checkpoint: {megabytes(least * size)} without archives "
             f"({least} files of different content), {megabytes(most * size)} at most ({most}); "
-            f"{megabytes(free)} free in {folder}"
+            f"{room} free in {folder}"
         ]
+        if free is None:
+            return lines, None
         if free < least * size:
             return lines, "too little disk: saves will fail; free some, or another --save_dir"
         if free < most * size:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cli.command_line import in_words
+from cli.waiting import NoAnswerError, wait_for
 from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
 from training.optimizer import state_tensors
 from training.parallel import World
@@ -25,6 +26,7 @@ from training.stability import not_finite
 from training.state import Progress, Run, Saving, TrainState
 
 MAX_FAILED_SAVES = 3
+SAVE_PATIENCE = 3600.0  # seconds; gigabytes may go to a slow network folder
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
@@ -99,18 +101,26 @@ def check_save(run: Run, *, wait: bool = False) -> Saving | None:
 
     Raises:
         OSError: it failed, as did MAX_FAILED_SAVES in a row.
+        NoAnswerError: it did not end.
     """
     saving, p = run.saving, run.state.progress
     if saving is None or not (wait or saving.written.done()):
         return None
     run.saving = None
     try:
-        path = saving.written.result()
+        path = wait_for(
+            saving.written,
+            lambda: (0, f"saving step {saving.step} to {run.files.folder}"),
+            tell=run.console.problem,
+            patience=SAVE_PATIENCE,
+        )
+    except NoAnswerError:
+        run.failed_saves = MAX_FAILED_SAVES
+        raise
     except OSError as error:
         run.failed_saves += not saving.spare
-        left = "is still the last good one" if run.files.latest.exists() else "is not there"
         run.console.problem(
-            f"save at step {saving.step} failed ({in_words(error)}); {run.files.latest} {left}"
+            f"save at step {saving.step} failed ({in_words(error)}); {run.files.latest_in_words()}"
         )
         if run.failed_saves >= MAX_FAILED_SAVES:
             raise
@@ -172,7 +182,7 @@ def quarantine(run: Run, reason: str) -> None:
     run.metrics.write("quarantine", step=p.step, epoch=p.epoch + 1, reason=reason, file=name)
     run.console.problem(
         f"the state at step {p.step} is unsound ({reason}); it went to {name}, and "
-        f"{run.files.latest} stays as it was"
+        f"{run.files.latest_in_words()}"
     )
 
 

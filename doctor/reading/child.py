@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from cli.command_line import in_words
 from doctor.reading.summary import Problem, Unreadable
 from run_folder.checkpoint import CheckpointError
 
@@ -131,6 +132,9 @@ def _work(
         problem = error.problem
     except CheckpointError as error:
         problem = Problem("corrupt", str(error).removeprefix(f"{path}: "))
+    except OSError as error:  # says nothing of the file: no right to read it, a server that fails
+        why = in_words(error).removeprefix(f"{path}: ")
+        problem = Problem("corrupt", f"cannot be read now: {why}")
     except MemoryError:
         problem = Problem("corrupt", "needs far more memory than its size; refused")
     except Exception as error:  # a hostile file can make anything fail

@@ -35,7 +35,9 @@ from doctor.reading.foreign import (
     unwrapping,
 )
 from doctor.reading.summary import Unreadable, as_dict, as_list
-from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, verify_file
+from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, read_tensors, verify_file
+
+_maps_files = True  # False once a file had to be read: of what was, no page may be dropped
 
 SAFE_GLOBALS = re.compile(
     r"torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
@@ -78,7 +80,7 @@ def open_safely(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals(ALLOWED):
             # torch opens no name that is not UTF-8.
-            content = map_tensors(Path(f"/proc/self/fd/{file.fileno()}"))
+            content = _content_of(Path(f"/proc/self/fd/{file.fileno()}"))
     except CheckpointError as error:
         raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
     _check_storages(path, content)
@@ -130,6 +132,15 @@ def _strip_prefix(content: dict[str, Any]) -> None:
     for group in as_list(as_dict(content.get("optimizer")).get("param_groups")):
         if names := as_list(as_dict(group).get("param_names")):
             group["param_names"] = [str(n).removeprefix(prefix) for n in names]
+
+
+def _content_of(path: Path) -> Any:
+    global _maps_files
+    try:
+        return map_tensors(path)
+    except OSError:
+        _maps_files = False
+        return read_tensors(path)
 
 
 def _not_a_zip(path: str) -> str:
@@ -229,6 +240,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def forget_pages(tensor: Tensor) -> None:
     """Let the kernel drop a mapped tensor's pages, or a whole file would count as memory in use."""
+    if not _maps_files:
+        return
     storage = tensor.untyped_storage()
     start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = storage.data_ptr() + storage.nbytes() - start

@@ -1,0 +1,170 @@
+"""Files written whole, also on file systems that lack a part of POSIX.
+
+    replace_file(Path("report.html"), page, durable=False)
+    temporary = write_beside(path, lambda file: file.write(content))
+    replace(temporary, path)
+    sync_folder(path.parent)
+
+CIFS, NFS, Lustre, FUSE and shared folders refuse calls that only make a write safer: such a
+refusal is told once and the work goes on. What says that data was not written is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from cli.command_line import problem
+
+TEMPORARY_SUFFIX = ".saving"
+ASIDE_SUFFIX = ".replaced"  # of the old file while a new one takes its name
+# How file systems say that they do not offer a call. EIO, ENOSPC and the like are not among them.
+NOT_OFFERED = {
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY),
+    *(errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR),
+}
+NOT_REPLACED = {*NOT_OFFERED, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ETXTBSY}
+_told: set[str] = set()
+
+
+def tell_once(text: str) -> None:
+    """Say a thing once in a process."""
+    if text not in _told:
+        _told.add(text)
+        problem(text)
+
+
+def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> Path:
+    """Write a hidden file beside `path`, to be renamed to it; returns its path.
+
+    `durable` waits for the disk: a name must never point at data that a power cut takes.
+
+    Raises:
+        OSError: nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                sync(file)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Write a file whole or not at all. `durable` waits for the disk: it survives a power cut.
+
+    Raises:
+        OSError: `path` is as it was.
+    """
+    replace(write_beside(path, lambda file: file.write(content), durable=durable), path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    """Have the disk hold what was written to a regular file, where the file system can say so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NOT_OFFERED or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise
+        tell_once(
+            f"{Path(file.name).parent}: this file system cannot sync a file ({error.strerror}); "
+            "going on, but a power cut may take what was written last"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive power loss, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        tell_once(
+            f"{folder}: this file system cannot sync a folder ({error.strerror}); going on, but a "
+            "power cut may undo the newest renames"
+        )
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename over a file that may be there. Of two names both files are whole at any moment.
+
+    Raises:
+        OSError: `target` is as it was, and `source` is gone.
+    """
+    try:
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            if error.errno not in NOT_REPLACED or not target.is_file():
+                raise
+            _replace_by_two_renames(source, target, error)
+    except OSError:
+        with contextlib.suppress(OSError):
+            source.unlink(missing_ok=True)
+        raise
+
+
+def _replace_by_two_renames(source: Path, target: Path, refusal: OSError) -> None:
+    """Set the old file aside first. A crash between leaves it there; see `restore_replaced`."""
+    aside = target.with_name(f".{target.name}{ASIDE_SUFFIX}")
+    try:
+        os.rename(target, aside)
+    except OSError:
+        raise refusal from None  # it was no matter of the file that was there
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise refusal from None
+    remove(aside)
+    tell_once(
+        f"{target.parent}: this file system cannot rename over a file ({refusal.strerror}); going "
+        "on with two renames"
+    )
+
+
+def restore_replaced(folder: Path, begin: str) -> None:
+    """Give files whose name begins so their names back, where a crash fell between two renames."""
+    for aside in folder.glob(f".{begin}*{ASIDE_SUFFIX}"):
+        target = folder / aside.name[1 : -len(ASIDE_SUFFIX)]
+        if os.path.lexists(target):
+            remove(aside)
+        else:
+            aside.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that is not needed; where that cannot be, say so and go on."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        tell_once(f"{path}: cannot be removed ({error.strerror}); going on, remove it by hand")
+
+
+def free_space(folder: Path) -> int | None:
+    """Bytes that are free, or None: some network folders do not say."""
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        return None
+    return disk.free if disk.total else None
