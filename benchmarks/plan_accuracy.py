@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
 import train_rvq
-from run_folder import files as run_files
+from run_folder import lock
 from run_folder.metrics import Console
 from sound.npq_format import write_npq
 from training import saving as run_saving
@@ -66,7 +66,7 @@ def memory_of_this_process(field: str) -> int:
 def take_steps(words: list[str]) -> None:
     """Three optimizer steps, and a save after the first."""
     flags, explicit = train_rvq.parse_flags(words)
-    with run_files.FolderLock(flags.save_dir):
+    with lock.FolderLock(flags.save_dir):
         run = run_setup.set_up(flags, explicit, Console(quiet=True))
         batches, _ = train_rvq.read_on(run)
         train_rvq.train_step(run, batches)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import measuring
 
+from npq_dataset import find_npq_files
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--layers", "8", "--heads", "8", "--ctx", "512", "--batch", "4"]
 WAYS = {
@@ -55,7 +57,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20, help="of training, each time")
     parser.add_argument("--pairs", type=int, default=3)
     flags = parser.parse_args()
-    files = [str(path) for path in measuring.npq_dataset.find_npq_files(flags.data)]
+    files = [str(path) for path in find_npq_files(flags.data)]
     rates: measuring.Rates = {"plain GPT": [], **{name: [] for name in WAYS}}
     for _ in range(flags.pairs):
         rates["plain GPT"].append(plain_rate(files, flags.val, flags.seconds))

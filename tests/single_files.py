@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from planted_faults import Checkpoint, Sabotage, make_data, read, train
 from torch import Tensor, nn
 
-from run_folder.checkpoint import save_checkpoint
+from run_folder.files import save_checkpoint
 from sound.npq_format import map_codes, read_header
 
 TOKENS = Path(__file__).resolve().parents[1] / "examples" / "tokens" / "val"

@@ -312,7 +312,7 @@ def test_calls_of_harmless_types_cannot_fill_the_memory(good):
 
 
 def test_containers_that_hold_themselves(good):
-    own: dict[str, Any] = {"model": {"w": 1}}
+    own: dict[str, Any] = {"format": "rvq-checkpoint", "model": {"w": 1}}
     own["model"]["self"] = own["model"]
     endless: list[Any] = []
     endless.append(endless)

@@ -13,7 +13,8 @@ from test_train_rvq import make_run, train
 
 import sample_rvq
 from cli import device as devices
-from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
 from training.pace import SLOW_SECONDS, Pace
 from training.setup import pick_amp_dtype, settle_threads
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import rows
 from test_train_rvq import make_run, train
 
-from run_folder.checkpoint import load_checkpoint, save_checkpoint
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
 from training.schedule import learning_rate, schedule_position
 
 BUDGETS = [("--max-seconds", "2"), ("--max-steps", "6"), ("--epochs", "2")]

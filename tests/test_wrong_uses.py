@@ -90,8 +90,8 @@ USES = [
     ("--compile=3", 2, "takes no value, found '3'"),
     ("--maxsteps 3", 2, "did you mean --max-steps?"),
     ("rubbish", 2, "a glob or a path with blanks in quotes"),
-    ("--save_dir {p}/file", 1, "name another folder"),
-    ("--save_dir {p}/file/below", 1, "name another folder"),
+    ("--save_dir {p}/file", 1, "expected a folder or nothing there"),
+    ("--save_dir {p}/file/below", 1, "expected a folder or nothing there"),
     ("--save_dir=", 2, "--save_dir: expected a path, found ''"),
     ("--resume=", 2, "--resume: expected a path, found ''"),
     (RUN + "--resume {p}/no.pt", 1, "no such checkpoint; check the path"),
@@ -190,7 +190,7 @@ def test_what_may_not_be_read_or_written_is_named(tunes, tmp_path):
     assert first.startswith("! 1 of 5 files are not valid .npq; mend or remove them, or pass")
     assert f"{data / 'secret'}: folder: expected a readable folder, found" in unread
     assert f"dropped  1 files, 0.00 hours: not valid: folder {data / 'secret'}" in printed
-    assert f"--save_dir {tmp_path}/mine/not: expected a folder to write in" in unwritten
+    assert f"--save_dir {tmp_path}/mine/not: cannot be used" in unwritten
     assert not list((tmp_path / "mine" / "not").iterdir())
 
 

@@ -34,7 +34,7 @@ from training.stability import Ema
 GIB = 2**30
 # Estimates: of a GPU's memory what driver and libraries take, of the host's Python with PyTorch.
 FIXED = {"cuda": ("CUDA context (estimate)", GIB // 2), "cpu": ("Python (estimate)", GIB // 3)}
-KEPT = "kept by glibc (estimate)"  # on a CPU, of freed blocks: a seventh of the tensors, or more
+KEPT = "kept by glibc (estimate)"  # on a CPU, of freed blocks: a third of the tensors, as measured
 MARGIN = 0.1  # of the memory stays free: for what lies between tensors, and libraries' work space
 LOSS = "logits and loss"
 PARTS = {  # what MemTracker calls them
@@ -114,7 +114,7 @@ def predict_memory(step: Step, device: str) -> Memory:
         parts[name] += peak[kind]
     if device == "cpu":
         parts["copy that is saved"] = checkpoint
-        parts[KEPT] = sum(parts.values()) // 7
+        parts[KEPT] = sum(parts.values()) // 3
     if device in FIXED:
         name, size = FIXED[device]
         parts[name] = size

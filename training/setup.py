@@ -378,17 +378,19 @@ def settle_threads(run: Run, *, resumed: bool) -> None:
     So sums keep their order. OMP_NUM_THREADS wins over it. The trial leaves no trace.
     """
     p, most = run.state.progress, torch.get_num_threads()
-    if run.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if run.device.type != "cpu":
         return
-    if resumed:
+    is_asked = "OMP_NUM_THREADS" in os.environ
+    if resumed and not is_asked:
         if p.threads > most:
             run.console.problem(
                 f"the run computes with {p.threads} threads, this machine has {most}: its sums are "
                 "rounded in another order from here on"
             )
         torch.set_num_threads(min(p.threads or most, most))
+    if resumed:
         return
-    if most > 1 and run.world.size == 1:
+    if most > 1 and run.world.size == 1 and not is_asked:
         codes = run.train_windows[np.zeros(run.flags.batch, dtype=np.int64)].long()
 
         def micro_batch() -> None:

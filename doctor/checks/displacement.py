@@ -233,10 +233,10 @@ def check_average(run: Run) -> Iterator[Finding]:
 
 def _ema_span(s: Summary) -> float:
     """Steps over which the EMA averages, warm-up of its decay included; NaN where it is unknown."""
-    decay, step = s.flag("ema"), s.step or 0
-    if s.style != "own" or not math.isfinite(decay) or step < 10:  # too few to judge an average by
+    decay = s.flag("ema")
+    if s.style != "own" or not math.isfinite(decay) or not s.step:
         return math.nan
-    return 1 / (1 - min(decay, (1 + step) / (10 + step)))
+    return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
 
 
 def _ema_lr(run: Run, s: Summary, span: float) -> float:
@@ -249,8 +249,8 @@ def _judge_average(
 ) -> Judged | None:
     """What is wrong with a tensor's distance from its EMA; where nothing is, `past` takes it in."""
     usual = travel(lr, p.update_rms, span, p.noise_steps)
-    if not usual or not math.isfinite(usual) or not math.isfinite(p.ema_distance):
-        return None
+    if (s.step or 0) < 10 or not usual or not math.isfinite(usual + p.ema_distance):
+        return None  # of so few steps no average can be judged
     apart, n = p.ema_distance / usual, len(past)
     straight = lr * p.update_rms * span / usual
     far = apart > 2 * straight if p.optimizer == "Muon" else apart > max(3 * straight, 5)
