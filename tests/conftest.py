@@ -25,7 +25,9 @@ from make_codes import make_tune  # noqa: E402
 
 from sound.npq_format import map_codes, read_header, write_npq  # noqa: E402
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+# Tiny tensors: threads cost more than they bring, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 TINY = [
     *("--device", "cpu", "--d_model", "32", "--layers", "2", "--heads", "2", "--ctx", "32"),

@@ -338,7 +338,10 @@ def test_ctrl_c_tells_what_was_written(checkpoint, tmp_path):
     assert process.stdout.readline().startswith(f"wrote {weights.with_suffix('.md')}; fill in")
     time.sleep(0.5)  # into the drawing
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    try:
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said == f"! interrupted; already written: {weights}\n"
     assert not out.exists()
