@@ -67,7 +67,9 @@ def main() -> None:
         print(f"wrote {flags.out_dir / name}")
     report = next(flags.checkpoint.parent.glob("*_report.html"))
     print(f"the run as a page: {report}")
-    print(verdict(json.loads(metrics_of(flags.checkpoint).read_text().splitlines()[-1])["step"]))
+    last = json.loads(metrics_of(flags.checkpoint).read_text().splitlines()[-1])
+    if told := verdict(last["step"]):
+        print(told)
 
 
 def verdict(steps: int) -> str:
