@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from doctor.reading.summary import MOST_WHOLE, Summary
+from training.schedule import lr_at_step
 
 
 class History:
@@ -170,8 +171,7 @@ class Run:
 def scheduled_lr(summary: Summary, step: float) -> float:
     """Learning rate that a file's own flags plan for a step, before its groups' factors; or NaN.
 
-    Linear warm-up, then a cosine to eta_min or, for schedule `wsd` (warm-up, stable, decay: Hu et
-    al. 2024), a constant and a linear fall to eta_min over the last share `cooldown`.
+    NaN where the schedule runs over seconds: the metrics alone know when a step was taken.
     """
     flags, total = summary.flags, summary.counter("schedule_steps", 0.0)
     schedule = flags.get("schedule", "cosine")
@@ -179,15 +179,15 @@ def scheduled_lr(summary: Summary, step: float) -> float:
         return math.nan
     if schedule not in ("cosine", "wsd"):
         return math.nan
-    lr, floor = summary.flag("lr"), summary.flag("eta_min")
-    warmup, scale = summary.flag("warmup_ratio", 0.0) * total, summary.counter("lr_scale", 1.0)
-    if step < warmup:
-        return scale * lr * step / warmup
-    if schedule == "wsd":
-        fall = max(summary.flag("cooldown", 0.2) * total, 1e-9)
-        return scale * (floor + (lr - floor) * min(1.0, max(0.0, total - step) / fall))
-    done = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
-    return scale * (floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return summary.counter("lr_scale", 1.0) * lr_at_step(
+        step,
+        total,
+        lr=summary.flag("lr"),
+        eta_min=summary.flag("eta_min"),
+        warmup_ratio=summary.flag("warmup_ratio", 0.0),
+        schedule=schedule,
+        cooldown=max(summary.flag("cooldown", 0.2), 1e-9),  # a hostile file may say 0
+    )
 
 
 def spread_of(values: Sequence[float] | np.ndarray) -> float:

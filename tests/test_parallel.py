@@ -55,7 +55,7 @@ def run(processes: int, *flags: str | Path, torchrun: tuple[str, ...] = ()) -> t
 
 
 def processes_of(save_dir: Path) -> dict[int, list[int]]:
-    """Process numbers of trainers and their loaders that write to a folder, by rank."""
+    """Process numbers of trainers that write to a folder, by rank."""
     found: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
