@@ -9,7 +9,7 @@
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
-Every run is a real training by train_rvq.py's main at tiny size; tests/planted_faults.py plants the
+Every run is a real training by train_rvq.py's main at tiny size; tests/kit/planted_faults.py plants
 faults, in training or in the files, at a step that the seed draws, and remembers the truth. Then
 `ckpt_doctor.py FOLDER --json` is run on each folder. Ends with 1 under these figures: 57 of 60
 found, 54 dated within one archive, at most one false alarm in 50 healthy checkpoints.
@@ -40,9 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-import single_files  # noqa: E402
 import torch  # noqa: E402
-from planted_faults import (  # noqa: E402
+from kit import single_files  # noqa: E402
+from kit.planted_faults import (  # noqa: E402
     FILE_EXTRA,
     FILE_FAULTS,
     METRICS_FAULTS,

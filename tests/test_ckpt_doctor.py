@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows, run_trainer, wait_for
+from kit.planted_faults import MUON_FAULTS, copy_run, plant, train
+from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
 from make_codes import make_tune
-from planted_faults import MUON_FAULTS, copy_run, plant, train
 
 from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate

@@ -13,7 +13,7 @@ import pyloudnorm
 import pytest
 import soundfile
 import torch
-from test_codec import HOP, RATE, K, V, music, save_tiny_dac
+from kit.sounds import HOP, RATE, K, V, music, save_tiny_dac
 
 import encode_npq
 from cli.command_line import UsageError

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from kit.trainer import ROOT
 
 FLOORS = {
     "cli": 0, "layers": 0,
@@ -75,6 +75,18 @@ def test_the_checkpoint_file_knows_nothing_of_ours_and_the_doctor_only_the_sched
         if room(name) in ("doctor", "ckpt_doctor"):
             from_training = {m for m in imports_of(MODULES[name]) if room(m) == "training"}
             assert from_training <= {"training", "training.schedule"}, name
+
+
+def test_tests_mirror_the_rooms_and_none_imports_another():
+    tests = [ROOT / f for f in TRACKED.stdout.split() if f.startswith("tests/")]
+    folders = {p.relative_to(ROOT / "tests").parts[0] for p in tests if p.parent != ROOT / "tests"}
+    assert folders <= FLOORS.keys() | {"faults", "kit", "benchmarks"}
+    for path in tests:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = [n for n in names if n.split(".")[-1].startswith(("test_", "conftest"))]
+            assert not found, f"{path.name} imports {found}: what tests share stands in tests/kit"
 
 
 def test_training_imports_no_codec():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_npq_format import legacy_a, legacy_b, npq1, npq2, put, some_codes
+from kit.npq_bytes import legacy_a, legacy_b, npq1, npq2, put, some_codes
 
 from npq_dataset import (
     FILE_COLUMNS,

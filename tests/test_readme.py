@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from kit.trainer import ROOT
 
 import ckpt_doctor
 import encode_npq

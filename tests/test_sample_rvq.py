@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, TINY, assert_same_tensors, rows, wait_for
-from test_train_rvq import comparable, train
+from kit.checkpoints import assert_same_tensors, comparable
+from kit.trainer import ROOT, TINY, rows, train, wait_for
 
 import sample_rvq
 import train_rvq

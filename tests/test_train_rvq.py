@@ -1,28 +1,23 @@
-"""train_rvq.py: flags, one step, refusal, evaluation, saving, resuming; in this process."""
+"""train_rvq.py: flags, one step, refusal, evaluation, figures; in this process."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import glob
 import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same_tensors, rows, run_trainer
+from kit.checkpoints import assert_same_tensors
+from kit.trainer import TINY, make_run, rows, run_trainer, train
 
 import train_rvq
 from cli import command_line
@@ -30,50 +25,16 @@ from layers.loss import Losses
 from model import CodesTransformer, ModelConfig
 from npq_dataset import EpochOrder
 from run_folder.checkpoint import load_checkpoint
-from run_folder.files import save_checkpoint
 from run_folder.lock import FolderLock
-from run_folder.metrics import Console
-from sound.npq_format import map_codes, read_header, write_npq
+from sound.npq_format import map_codes, read_header
 from train_rvq import backward, parse_flags, update
-from training import saving as run_saving
 from training import setup as run_setup
 from training.optimizer import parameter_groups
 from training.schedule import lr_at_step
-from training.setup import codebook_weights, set_up
+from training.setup import codebook_weights
 from training.state import Run
 
 FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
-CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds", "validated_seconds"}
-
-
-def make_run(*flags: str | Path) -> Run:
-    """A run as main sets it up."""
-    parsed, explicit = parse_flags([*TINY, *map(str, flags)])
-    Path(parsed.save_dir).mkdir(parents=True, exist_ok=True)
-    return set_up(parsed, explicit, Console(quiet=True))
-
-
-def train(*flags: str | Path, stop_at: int | None = None) -> dict[str, Any]:
-    """Train to the end, or until a signal comes in the middle of step `stop_at`; the checkpoint."""
-    run = make_run(*flags)
-    eager = run.losses
-
-    def interrupting(codes: torch.Tensor) -> Losses:
-        if run.state.progress.step + 1 == stop_at:
-            run.stop.signal = signal.SIGTERM
-        return eager(codes)
-
-    run.losses = interrupting
-    code = train_rvq.train_or_save(run)
-    assert code == (0 if run.stop.signal is None else 143)
-    return load_checkpoint(run.files.latest)
-
-
-def comparable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal after a resume: all but clocks and file names."""
-    kept = ("model", "ema", "optimizer", "scaler", "guard", "ladder", "rng", "architecture", "data")
-    progress = {n: v for n, v in checkpoint["progress"].items() if n not in CLOCKS}
-    return {**{name: checkpoint[name] for name in kept}, "progress": progress}
 
 
 def snapshot(run: Run) -> dict[str, Any]:
@@ -480,231 +441,7 @@ def test_the_loss_falls_and_the_files_of_a_run_are_there(tunes, tmp_path):
     assert best["best_val"] == min(vals), "pitfall 14: the saved best value is the new one"
 
 
-# --- resuming ------------------------------------------------------------------------------------
-
-
-def test_interrupted_at_every_step_ends_in_the_same_weights(tunes, tmp_path):
-    """Fault 14, pitfall 18: bit for bit, wherever it was cut."""
-    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0.2")
-    whole = comparable(train(*flags, "--save_dir", tmp_path / "whole"))
-    steps = whole["progress"]["step"]
-    assert steps > 10
-    for n in range(1, steps + 1):
-        save_dir = tmp_path / f"cut{n}"
-        train(*flags, "--save_dir", save_dir, stop_at=n)
-        assert_same_tensors(comparable(train(*flags, "--save_dir", save_dir)), whole)
-        assert (
-            rows(save_dir, "epoch")[-1]["train"] == rows(tmp_path / "whole", "epoch")[-1]["train"]
-        )
-
-
-def test_interrupted_in_validation_saves_raw_weights_as_raw(tunes, tmp_path, monkeypatch):
-    """Pitfall 19, fault 13."""
-    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
-    whole = comparable(train(*flags, tmp_path / "whole"))
-    run = make_run(*flags, tmp_path / "cut")
-    model = run.state.ema.model
-    losses = model.losses
-
-    def interrupting(*args: Any) -> Losses:
-        run.stop.signal = signal.SIGINT
-        return losses(*args)
-
-    monkeypatch.setattr(model, "losses", interrupting)
-    assert train_rvq.train_or_save(run) == 130
-    saved = load_checkpoint(run.files.latest)
-    assert_same_tensors(dict(saved["model"]), dict(run.state.model.state_dict()))
-    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
-
-
-def test_a_damaged_latest_falls_back_and_still_ends_right(tunes, tmp_path, capsys):
-    """Fault 4."""
-    flags = ("--data", tunes, "--epochs", "3", "--save_dir")
-    whole = comparable(train(*flags, tmp_path / "whole"))
-    train(*flags, tmp_path / "cut", stop_at=20)
-    latest = tmp_path / "cut" / "rvq_4cb_latest.pt"
-    latest.write_bytes(latest.read_bytes()[:-1000])
-    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
-    assert "rvq_4cb_latest.pt: damaged" in capsys.readouterr().err
-
-
-def test_explicit_flags_win_architecture_stays_and_the_banner_says_so(tunes, tmp_path, capsys):
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "2")
-    train(*flags, stop_at=3)
-    capsys.readouterr()
-    run = make_run(*flags, "--d_model", "64", "--weight-decay", "0.3", "--label-smoothing", "0.1")
-    said = capsys.readouterr().out
-    assert "Resuming at step 3" in said
-    assert "--d-model: saved 32, asked 64; the saved architecture stays" in said
-    assert "--weight-decay: saved 0.02, asked 0.3; asked wins" in said
-    assert run.state.model.config.d_model == 32
-    assert run.state.optimizer.param_groups[0]["weight_decay"] == 0.3, "pitfall 17"
-    assert run.flags.label_smoothing == 0.1
-
-
-def test_arch_flags_may_be_left_out_when_resuming(tunes, tmp_path):
-    train("--data", tunes, "--save_dir", tmp_path, "--tag", "base", stop_at=3)
-    parsed, explicit = parse_flags(["--save_dir", str(tmp_path)])
-    run = set_up(parsed, explicit, Console(quiet=True))
-    assert run.state.progress.step == 3
-    assert (run.flags.d_model, run.flags.batch, run.flags.tag) == (32, 4, "base")
-
-
-def test_a_run_from_before_jitter_goes_on_without_it(tunes, tmp_path, capsys):
-    """A flag that the saved run did not have must not switch itself on in the middle."""
-    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
-    whole = comparable(train(*flags, tmp_path / "whole", "--no-jitter"))
-    old = train(*flags, tmp_path / "cut", "--no-jitter", stop_at=11)
-    del old["flags"]["jitter"]
-    save_checkpoint(old, tmp_path / "cut" / "rvq_4cb_latest.pt")
-    assert not make_run(*flags, tmp_path / "cut").flags.jitter
-    capsys.readouterr()
-    run = make_run(*flags, tmp_path / "cut", "--jitter")
-    assert "--jitter: saved False, asked True; asked wins" in capsys.readouterr().out
-    assert run.train_windows.phase is not None
-    assert run.state.progress.position == 3 * run.windows_per_step, "the epoch goes on"
-    assert not run.state.guard.losses, "of another level"
-    resumed = train(*flags, tmp_path / "cut")
-    assert_same_tensors(comparable(resumed), whole)
-    assert resumed["flags"]["jitter"] is False
-    with_it = train(*flags, tmp_path / "jittered")
-    assert with_it["flags"]["jitter"] is True
-    assert not torch.equal(with_it["model"]["head.weight"], whole["model"]["head.weight"])
-
-
-def test_ignore_arch_lists_what_does_not_fit(tunes, tmp_path, capsys):
-    """Fault 7."""
-    flags = ("--data", tunes, "--save_dir", tmp_path)
-    train(*flags, stop_at=3)
-    before = (tmp_path / "rvq_4cb_latest.pt").read_bytes()
-    argv = [*TINY, *map(str, flags), "--ignore-arch", "--d_model", "64"]
-    assert train_rvq.main(argv) == 1
-    said = capsys.readouterr().err
-    assert "another architecture" in said
-    assert "(128, 32) -> (256, 64)" in said
-    assert (tmp_path / "rvq_4cb_latest.pt").read_bytes() == before
-
-
-def test_a_longer_plan_does_not_raise_the_lr(tunes, tmp_path):
-    """Pitfall 7, by the whole program."""
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--log-lr-steps", "1")
-    train(*flags, "--epochs", "1")
-    train(*flags, "--epochs", "3")
-    rates = [row["lr"] for row in rows(tmp_path, "step")]
-    peak = rates.index(max(rates))
-    assert len(rates) > 20
-    assert all(a >= b for a, b in itertools.pairwise(rates[peak:]))
-    assert rates[-1] == pytest.approx(1e-5)
-
-
-def test_a_finished_run_is_left_alone(tunes, tmp_path, capsys):
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
-    train(*flags)
-    before = (tmp_path / "rvq_4cb_latest.pt").read_bytes()
-    train(*flags)
-    assert "Nothing to do" in capsys.readouterr().out
-    assert (tmp_path / "rvq_4cb_latest.pt").read_bytes() == before
-
-
-def test_other_data_is_refused_until_it_is_allowed(tunes, tmp_path, capsys):
-    """Fault 15."""
-    data = shutil.copytree(tunes, tmp_path / "data")
-    flags = ("--data", data, "--save_dir", tmp_path / "run", "--epochs", "2")
-    train(*flags, stop_at=3)
-    codes = np.random.default_rng(0).integers(64, size=(300, 4))
-    write_npq(data / "new.npq", codes, vocab_sizes=[64] * 4, frame_rate=86.13)
-    assert train_rvq.main([*TINY, *map(str, flags)]) == 1
-    assert "--allow-data-change" in capsys.readouterr().err
-    train(*flags, "--allow-data-change")
-    assert rows(tmp_path / "run", "epoch")[-1]["epoch"] == 2
-
-
-@pytest.mark.parametrize("workers", [("0", "2"), ("2", "0")], ids="->".join)
-def test_other_workers_give_the_same_result(workers, tunes, tmp_path):
-    """Fault 15."""
-    flags = ("--data", tunes, "--epochs", "2", "--save_dir")
-    whole = comparable(train(*flags, tmp_path / "whole"))
-    train(*flags, tmp_path / "cut", "--num_workers", workers[0], stop_at=11)  # in epoch 2
-    resumed = comparable(train(*flags, tmp_path / "cut", "--num_workers", workers[1]))
-    assert_same_tensors(resumed, whole)
-
-
-def test_another_batch_with_as_many_windows_a_step_gives_the_same_steps(tunes, tmp_path, capsys):
-    """Fault 15: the same windows in the same order; sums in another order, so not bit for bit."""
-    flags = ("--data", tunes, "--epochs", "2", "--dropout", "0", "--no-amp", "--depth-share", "1")
-    flags += ("--save_dir",)
-    whole = train(*flags, tmp_path / "whole")
-    train(*flags, tmp_path / "cut", stop_at=5)
-    resumed = train(*flags, tmp_path / "cut", "--batch", "2", "--accum", "4")
-    assert "--batch: saved 4, asked 2; asked wins" in capsys.readouterr().out
-    assert resumed["progress"]["step"] == whole["progress"]["step"]
-    for name, weight in whole["model"].items():
-        torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-2, atol=1e-3)
-
-
-def test_another_accumulation_in_the_middle_of_an_epoch_uses_no_window_twice(tunes, tmp_path):
-    """Fault 15: 5 steps of 8 windows, then of 12; what does not fill a step is left over."""
-    flags = ("--data", tunes, "--epochs", "2", "--save_dir", tmp_path)
-    train(*flags, stop_at=5)
-    run = make_run(*flags, "--accum", "3")
-    used, eager = [], run.train_windows.__class__.__getitem__
-    order = run.order.permutation(0)
-    assert run.state.progress.position == 40
-    run.order.start = 40
-    for windows in run.order:
-        used += windows.tolist()
-        assert eager(run.train_windows, windows).shape[0] == len(windows)
-    assert used == order[40 : 40 + 24].tolist()
-    assert train_rvq.train_or_save(run) == 0
-    assert run.state.progress.step == 5 + 2 + 5
-
-
-def test_with_every_checkpoint_bad_nothing_is_overwritten(tunes, tmp_path, capsys):
-    """Fault 5: no fresh start either."""
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "2")
-    train(*flags)
-    for path in tmp_path.glob("rvq_*.pt"):
-        os.truncate(path, path.stat().st_size // 2)
-    before = {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")}
-    assert train_rvq.main([*TINY, *map(str, flags)]) == 1
-    said = capsys.readouterr().err
-    assert "nothing was changed" in said
-    assert "rvq_4cb_best.pt" in said
-    assert {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")} == before
-
-
-def test_a_checkpoint_without_moments_can_start_a_new_run_alone(tunes, tmp_path, capsys):
-    """Fault 7: the error names what is missing and the flag."""
-    checkpoint = train("--data", tunes, "--save_dir", tmp_path / "a", "--epochs", "1")
-    del checkpoint["optimizer"]
-    save_checkpoint(checkpoint, tmp_path / "poor.pt")
-    flags = (*TINY, "--data", str(tunes), "--save_dir", str(tmp_path / "b"), "--epochs", "1")
-    assert train_rvq.main([*flags, "--resume", str(tmp_path / "poor.pt")]) == 1
-    assert f"lacks optimizer; start anew with --init-from {tmp_path}" in capsys.readouterr().err
-    assert train_rvq.main([*flags, "--init-from", str(tmp_path / "poor.pt")]) == 0
-
-
-def test_renamed_and_moved_files_are_the_same_data(tunes, tmp_path):
-    flags = ("--save_dir", tmp_path / "run", "--epochs", "2")
-    train("--data", tunes, *flags, stop_at=3)
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for i, path in enumerate(sorted(tunes.iterdir())):
-        shutil.copy(path, moved / f"song{9 - i}.npq")
-    resumed = comparable(train("--data", moved, *flags))
-    whole = train("--data", tunes, "--save_dir", tmp_path / "whole", "--epochs", "2")
-    assert_same_tensors(resumed, comparable(whole))
-
-
-def test_init_from_starts_a_new_run_with_another_ctx(tunes, tmp_path):
-    train("--data", tunes, "--save_dir", tmp_path / "a", "--epochs", "1")
-    first = load_checkpoint(tmp_path / "a" / "rvq_4cb_best.pt")
-    flags = ("--data", tunes, "--save_dir", tmp_path / "b", "--ctx", "64", "--epochs", "1")
-    run = make_run(*flags, "--init-from", tmp_path / "a" / "rvq_4cb_best.pt", "--batch", "2")
-    assert run.state.progress.step == 0
-    assert not run.state.optimizer.state
-    assert_same_tensors(dict(run.state.model.state_dict()), dict(first["ema"]))
-    assert train_rvq.train_or_save(run) == 0
+# --- a run ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eval_outdir", [(), ("--eval-outdir", "heard/here")])
@@ -728,23 +465,6 @@ def test_files_of_a_run_are_no_data(eval_outdir, tunes, tmp_path, monkeypatch, c
     out = [*TINY, "--no-report", "--save_dir", "new", "--max-steps", "1"]
     assert train_rvq.main([*out, "--data", *glob.glob("*/**/*.npq", recursive=True)]) == 0
     assert "data     4 files" in capsys.readouterr().out  # a shell's own ** names each
-
-
-def test_no_resume_sets_the_earlier_run_aside(tunes, tmp_path):
-    flags = ("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
-    train(*flags)
-    old = {p.name: p.read_bytes() for p in tmp_path.glob("rvq_*")}
-    train(*flags, "--no-resume", "--seed", "5")
-    (aside,) = tmp_path.glob("*_before_*")
-    assert {p.name: p.read_bytes() for p in aside.iterdir()} == old
-
-
-def test_fp16_and_ema_and_scaler_survive_a_resume(tunes, tmp_path):
-    flags = ("--data", tunes, "--epochs", "1", "--amp-dtype", "fp16", "--save_dir")
-    whole = comparable(train(*flags, tmp_path / "whole"))
-    train(*flags, tmp_path / "cut", stop_at=4)
-    assert whole["scaler"]["scale"] > 0
-    assert_same_tensors(comparable(train(*flags, tmp_path / "cut")), whole)
 
 
 def test_metrics_rows_hold_what_other_programs_rely_on(tunes, tmp_path):
@@ -792,252 +512,6 @@ def test_a_budget_in_seconds_ends_the_run_and_bends_the_schedule(tunes, tmp_path
     assert max(rates) == pytest.approx(3e-4, rel=0.05)
     assert rates[-1] < 3e-5
     assert len(rows(tmp_path, "epoch")) == 1, "one validation at the end"
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_validating_within_epochs_changes_no_weight_and_resumes_exactly(workers, tunes, tmp_path):
-    flags = ("--data", tunes, "--epochs", "2", "--num_workers", workers, "--archive-every", "0")
-    plain = train(*flags, "--save_dir", tmp_path / "plain")
-    timed = (*flags, "--val-every-seconds", "1e-9", "--save_dir")
-    every_step = train(*timed, tmp_path / "timed")
-    train(*timed, tmp_path / "cut", stop_at=5)
-    cut = train(*timed, tmp_path / "cut")
-    steps = every_step["progress"]["step"]
-    assert [r["step"] for r in rows(tmp_path / "timed", "epoch")] == list(range(1, steps + 1))
-    for other in (every_step, cut):
-        assert_same_tensors(weights_and_rng(other), weights_and_rng(plain))
-
-
-def weights_and_rng(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What validating must leave alone; the best value is not among it."""
-    return {name: checkpoint[name] for name in ("model", "ema", "optimizer", "guard", "rng")}
-
-
-def test_a_full_disk_is_survived_and_named(tunes, tmp_path, capsys):
-    """Fault 3: the save fails, training goes on, latest stays the last good one."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3", "--archive-every", "0")
-    run_saving.save(run)
-    run_saving.finish_save(run)
-    before = run.files.latest.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        run_saving.save(run)
-        run_saving.save(run)
-        run_saving.save(run)
-        with pytest.raises(OSError, match="File too large"):
-            run_saving.check_save(run, wait=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert run.files.latest.read_bytes() == before
-    assert "is still the last good one" in capsys.readouterr().err
-    assert [p for p in os.listdir(tmp_path) if p.endswith(".saving")] == []
-
-
-def held_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """A disk that syncs nothing until the event is set."""
-    go_on, real = threading.Event(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(60), real(descriptor))[1])
-    return go_on
-
-
-def test_training_goes_on_while_a_save_is_written(tunes, tmp_path, monkeypatch):
-    """The file holds the state of the step at which it began; its row comes when it is there."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path)
-    batches = iter(run.loader)
-    train_rvq.train_step(run, batches)
-    go_on = held_disk(monkeypatch)
-    truth = copy.deepcopy(comparable(run_saving.checkpoint_of(run)))
-    run_saving.save(run)
-    for _ in range(3):
-        train_rvq.train_step(run, batches)
-        assert run_saving.check_save(run) is None
-    assert not run.files.latest.exists()
-    assert not rows(tmp_path, "save")
-    go_on.set()
-    run_saving.finish_save(run)
-    (row,) = rows(tmp_path, "save")
-    assert row["step"] == 1
-    assert row["stall_seconds"] < row["save_seconds"]
-    saved = load_checkpoint(run.files.latest)
-    truth["model"] = dict(truth["model"])
-    assert_same_tensors(comparable(saved), truth)
-    assert run.state.progress.step == 4
-
-
-def test_a_save_is_reported_at_the_next_step(tunes, tmp_path):
-    """Not at the next save, which may be a quarter of an hour away."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", "--accum", "1")
-    eager, reported = run.losses, []
-
-    def asking(codes: torch.Tensor) -> Losses:
-        step = run.state.progress.step
-        run.stop.save |= step == 2
-        if step == 4 and run.saving is not None:
-            run.saving.written.result()
-        reported.append(sum(row["step"] > 0 for row in rows(tmp_path, "save")))
-        return eager(codes)
-
-    run.losses = asking
-    assert train_rvq.train_or_save(run) == 0
-    assert reported[6:] == [1] * 10
-
-
-def test_a_save_waits_for_the_one_before_it(tunes, tmp_path, monkeypatch):
-    run = make_run("--data", tunes, "--save_dir", tmp_path)
-    go_on = held_disk(monkeypatch)
-    run_saving.save(run)
-    threading.Timer(0.3, go_on.set).start()
-    started = time.monotonic()
-    run_saving.save(run)
-    assert time.monotonic() - started > 0.2
-    run_saving.finish_save(run)
-    first, second = rows(tmp_path, "save")
-    assert first["stall_seconds"] < 0.2 < second["stall_seconds"]
-
-
-@pytest.mark.parametrize("end", ["finish", "signal", "guard", "exception"])
-def test_every_end_of_a_run_waits_for_its_save(end, tunes, tmp_path, monkeypatch):
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
-    eager, real = run.losses, os.fsync
-
-    def ending(codes: torch.Tensor) -> Losses:
-        if run.state.progress.step == 3:
-            run.stop.signal = signal.SIGTERM if end == "signal" else None
-            run.guard_stop = "test" if end == "guard" else None
-            run.stop.save = end == "guard"  # which saves nothing more by itself
-            if end == "exception":
-                raise RuntimeError("planted")
-        return eager(codes)
-
-    run.losses = ending
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.3), real(descriptor))[1])
-    if end == "exception":
-        with pytest.raises(RuntimeError, match="planted"):
-            train_rvq.train_or_save(run)
-    else:
-        train_rvq.train_or_save(run)
-    assert run.saving is None
-    found = load_checkpoint(run.files.latest)["progress"]["step"]
-    assert found == rows(tmp_path, "save")[-1]["step"] == run.state.progress.step
-
-
-def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
-    """Or `best` would keep another epoch's weights for ever; the next one may be kept."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "4")
-    model, vals = run.state.ema.model, iter([1.0, 3.0, 2.0, 2.5])
-    eager = model.losses
-    model.losses = lambda *args: Losses(*(x * 0 + v for v in [next(vals)] for x in eager(*args)))
-    run_saving.save(run, ring=True)
-    run_saving.finish_save(run)
-    (tmp_path / ".rvq_4cb_latest.pt.saving").symlink_to("/dev/full")
-    assert train_rvq.train_or_save(run) == 0
-    assert "No space left on device" in capsys.readouterr().err
-    assert [row["val"] for row in rows(tmp_path, "epoch")] == [1, 3, 2, 2.5]
-    assert load_checkpoint(run.files.best)["progress"]["best_val"] == 2
-    assert load_checkpoint(run.files.latest)["progress"]["best_epoch"] == 3
-    assert [row["step"] for row in rows(tmp_path, "save")] == [0, 16, 24, 32]
-
-
-@pytest.mark.parametrize("end", ["signal", "finish"])
-def test_a_run_whose_last_save_fails_does_not_say_that_it_was_saved(end, tunes, tmp_path, capsys):
-    """Fault 3: tried three times, then exit code 1; `latest` is the last good one."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "1")
-    run_saving.save(run)
-    run_saving.finish_save(run)
-    before, eager = run.files.latest.read_bytes(), run.losses
-
-    def ending(codes: torch.Tensor) -> Losses:
-        run.stop.signal = signal.SIGTERM if end == "signal" else None
-        return eager(codes)
-
-    run.losses = ending
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            train_rvq.train_or_save(run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    said = capsys.readouterr()
-    assert said.err.count("failed (File too large;") >= 3
-    assert "saved" not in said.out
-    assert "Done" not in said.out
-    assert run.files.latest.read_bytes() == before
-
-
-WSD = ("--schedule", "wsd", "--cooldown", "0.25", "--archive-every", "0", "--epochs", "99")
-
-
-def test_a_wsd_run_is_extended_from_where_its_cooldown_began(tunes, tmp_path, capsys):
-    """A run of 16 steps gone on to 40 from its archive ends as one planned for 40."""
-    flags = ("--data", tunes, *WSD)
-    straight = train(*flags, "--save_dir", tmp_path / "straight", "--max-steps", "40")
-    train(*flags, "--save_dir", tmp_path / "short", "--max-steps", "16")
-    (archive,) = (tmp_path / "short").glob("*_epoch_e*.pt")
-    assert load_checkpoint(archive)["progress"]["step"] == 12
-    with pytest.raises(command_line.UsageError, match="cooldown has begun before step 16"):
-        make_run("--save_dir", tmp_path / "short", "--max-steps", "40")
-    extended = train(
-        *("--save_dir", tmp_path / "long", "--resume", archive, "--max-steps", "40"), "--quiet"
-    )
-    for part in ("model", "ema", "optimizer", "guard", "rng"):  # the ladder counts by the plan
-        assert_same_tensors(dict(extended[part]), dict(straight[part]))
-
-
-def test_a_wsd_run_is_ended_early_by_fewer_steps(tunes, tmp_path):
-    flags = ("--data", tunes, *WSD, "--save_dir", tmp_path)
-    train(*flags, "--max-steps", "4000", stop_at=9)
-    train("--save_dir", tmp_path, "--max-steps", "12")
-    rates = {row["step"]: row["lr"] for row in rows(tmp_path, "step")}
-    assert rates[10] == pytest.approx((3e-4 - 1e-5) * 2 / 3 + 1e-5)
-
-
-def test_a_full_disk_makes_room_of_old_archives_and_the_run_ends_as_on_a_large_one(
-    tunes, tmp_path, small_disk, capsys
-):
-    """Fault 3, pitfall 16: 14 epochs with an archive each on a disk that holds six."""
-    flags = ("--data", tunes, "--epochs", "14", "--archive-every", "1", "--keep-archived", "99")
-    whole = comparable(train(*flags, "--save_dir", tmp_path / "whole"))
-    size = (tmp_path / "whole" / "rvq_4cb_latest.pt").stat().st_size
-    disk = small_disk(str(6 * size + 300_000))
-    assert_same_tensors(comparable(train(*flags, "--save_dir", disk)), whole)
-    said = capsys.readouterr().err
-    assert "old archives" in said
-    assert "failed" not in said
-    assert len(rows(disk, "save")) == 14 + 2, "each epoch's end; steps 0 and 100"
-    for path in disk.glob("rvq_*.pt"):
-        load_checkpoint(path)
-    assert load_checkpoint(disk / "rvq_4cb_best.pt")["progress"]["epoch"] > 0
-
-
-def test_a_disk_filled_by_others_is_named_with_figures_and_saved_to_again_later(
-    tunes, tmp_path, small_disk, capsys
-):
-    """Fault 3: two saves fail, the disk is emptied, the third succeeds, the count starts anew."""
-    disk = small_disk("3m")
-    run = make_run("--data", tunes, "--save_dir", disk, "--optim", "muon", "--pattern", "parallel")
-    run_saving.save(run)
-    run_saving.finish_save(run)
-    filler = disk / "film.mkv"
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-        while file.write(bytes(65536)):
-            pass
-    before = run.files.latest.read_bytes()
-    for _ in range(2):
-        run_saving.save(run)
-        assert run_saving.check_save(run, wait=True) is not None
-    said = capsys.readouterr().err
-    assert "0.5 MB needed, 0.0 MB free and 0.0 MB in archives" in said
-    assert run.files.latest.read_bytes() == before
-    filler.unlink()
-    run_saving.save(run)
-    run_saving.finish_save(run)
-    assert run.failed_saves == 0
 
 
 def test_a_second_trainer_in_the_folder_is_refused(tunes, tmp_path, capsys):

@@ -1,0 +1,92 @@
+"""benchmarks/: each script measures and prints its table at a tiny size, without any peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kit.trainer import ROOT
+
+TINY = "--d_model 32 --layers 1 --heads 1 --ctx 16 --codebooks 2 --vocab 16 --rounds 1"
+
+
+def table_of(script: str, flags: str, cwd, code: int = 0) -> tuple[list[list[str]], str]:
+    """Cells of the printed table, and all that was printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags.split()]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]], done.stdout
+
+
+def number(cell: str) -> float:
+    return float(cell.split(" ")[0].replace(",", ""))
+
+
+def test_train_speed_has_ours_the_peers_and_the_limit(tmp_path):
+    rows, _ = table_of("train_speed.py", f"{TINY} --batch 2 --json rates.json", tmp_path)
+    names = [row[0] for row in rows]
+    assert names[:4] == [
+        "ours, depth, muon", "ours, parallel, muon", "ours, parallel, adamw", "plain GPT",
+    ]  # fmt: skip
+    assert names[4].startswith("Hugging Face Musicgen")
+    assert names[5].startswith("limit: the products alone")
+    assert all(number(row[1]) > 0 for row in rows[:4])
+    saved = json.loads((tmp_path / "rates.json").read_text())
+    assert len(saved["rates"]["plain GPT"]) == 1
+    assert number(rows[3][1]) == round(saved["rates"]["plain GPT"][0])
+
+
+def test_sampling_speed_has_every_pattern_and_dtype(tmp_path):
+    rows, printed = table_of("sampling_speed.py", f"{TINY} --frames 4 --top-k 3", tmp_path)
+    expected = [f"{d}, {p}" for d in ("bf16", "fp32") for p in ("parallel", "delay", "depth")]
+    assert [row[0] for row in rows] == expected
+    assert all(number(row[1]) > 0 and number(row[2]) > 0 and number(row[6]) > 0 for row in rows)
+    assert "86 frames/s" in printed
+
+
+def test_cpu_variants_has_a_row_for_each_variant(tmp_path):
+    rows, _ = table_of("cpu_variants.py", f"{TINY} --batch 2 --accum 1 --frames 3", tmp_path)
+    assert [row[0] for row in rows] == [
+        "training", "training without blocked attention",
+        *(f"drawing, {pattern}{way}" for pattern in ("parallel", "depth") for way in (
+            "", " without packed products", " without quick norms", " without any",
+        )),
+    ]  # fmt: skip
+    assert all(number(row[1]) > 0 for row in rows)
+
+
+def test_checkpoint_speed_has_saving_and_loading(tmp_path):
+    rows, _ = table_of("checkpoint_speed.py", "--megabytes 8 --rounds 1 --folder .", tmp_path)
+    assert [row[0] for row in rows] == [
+        "save, in the background", "save, in its way", "torch.save and fsync",
+        "limit: the bytes written and synced", "load, checked", "torch.load",
+        "limit: the bytes read",
+    ]  # fmt: skip
+    assert all(number(row[1]) > 0 for row in rows)
+
+
+def test_gpu_runs_every_mode_and_outlives_a_row_that_fails(tmp_path):
+    tiny = "--device cpu --rounds 1 --steps 1 --device-tflops 0.1"
+    rows, _ = table_of("gpu.py", f"{tiny} --shapes none,tiny --modes eager,compile", tmp_path)
+    assert [row[1] for row in rows] == ["eager", "compile"] * 2
+    assert all(row[2].startswith("KeyError") for row in rows[:2])
+    assert all(number(row[3]) > 0 and number(row[4]) > 0 for row in rows[2:])
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert ["error" in row for row in saved["rows"]] == [True, True, False, False]
+
+
+def test_gpu_says_what_it_needs(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("! benchmarks/gpu.py needs a CUDA device")
+    assert len(done.stderr.splitlines()) == 1

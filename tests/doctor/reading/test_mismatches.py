@@ -1,0 +1,80 @@
+"""What does not fit together in a checkpoint is told, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from kit.checkpoints import content_of
+
+from doctor.reading.reader import summarize
+
+
+def test_keys_and_shapes_that_do_not_fit(good):
+    original = content_of(good)
+
+    def misfits(change: Any) -> str:
+        content = dict(original, model=dict(original["model"]))
+        change(content)
+        torch.save(content, good)
+        return "; ".join(summarize(good).misfits)
+
+    name = "blocks.0.attn.qkv.weight"
+    assert misfits(lambda c: None) == ""
+    assert name in misfits(lambda c: c["model"].pop(name))
+    assert name in misfits(lambda c: c["model"].update({name: c["model"][name].T}))
+    assert "extra" in misfits(lambda c: c["model"].update(extra=torch.ones(3)))
+    assert "`rng`" in misfits(lambda c: c.pop("rng"))
+    assert "optimizer" in misfits(lambda c: c.pop("optimizer"))
+    assert "EMA" in misfits(lambda c: c.update(ema={name: torch.ones(3)}))
+    assert "scaler" in misfits(lambda c: c.pop("scaler"))
+    endless = {**original["architecture"], "layers": math.inf}
+    assert "builds no model" in misfits(lambda c: c.update(architecture=endless))
+
+
+def test_a_weight_without_moments_is_named(good):
+    content = content_of(good)
+    group = content["optimizer"]["param_groups"][0]
+    name, number = group["param_names"].pop(), group["params"].pop()
+    del content["optimizer"]["state"][number]
+    torch.save(content, good)
+    assert f"no optimizer state for {name}" in summarize(good).misfits
+
+
+def test_names_of_a_compiled_module(tmp_path):
+    weights = {f"_orig_mod.blocks.{i}.attn.qkv.weight": torch.randn(96, 32) for i in range(2)}
+    path = tmp_path / "rvq_4cb_latest.pt"
+    torch.save({"model": weights, "global_step": 5, "cfg": {}}, path)
+    summary = summarize(path)
+    assert summary.prefix == "_orig_mod."
+    assert [p.place.layer for p in summary.parameters] == [0, 1]
+
+
+def test_momentum_that_is_missing_foreign_or_not_finite(muon):
+    content = content_of(muon)
+    group = next(g for g in content["optimizer"]["param_groups"] if "ns_steps" in g)
+    name, state = group["param_names"][0], content["optimizer"]["state"][group["params"][0]]
+    momentum = state["momentum_buffer"]
+    momentum.view(-1)[:5] = math.nan
+    torch.save(content, muon)
+    bad = {p.name: p.bad for p in summarize(muon).parameters if p.bad}
+    assert bad == {name: {"momentum": 5}}
+
+    state["momentum_buffer"] = momentum[1:].clone()
+    torch.save(content, muon)
+    assert [m for m in summarize(muon).misfits if "momentum_buffer" in m and name in m]
+
+    del state["momentum_buffer"]
+    state["exp_avg"] = torch.zeros(3)
+    torch.save(content, muon)
+    misfits = " ".join(summarize(muon).misfits)
+    assert f"Muon has no momentum_buffer of {name}" in misfits
+    assert f"Muon has a foreign exp_avg of {name}" in misfits
+
+
+def test_an_optimizer_other_than_the_flags_say(muon):
+    content = content_of(muon)
+    content["flags"]["optim"] = "adamw"
+    torch.save(content, muon)
+    assert "--optim adamw, but" in " ".join(summarize(muon).misfits)

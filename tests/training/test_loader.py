@@ -1,0 +1,217 @@
+"""training/loader.py: windows read in threads, in order; files kept open; errors."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kit.trainer import ROOT, TINY, rows, start_trainer, wait_for
+
+import npq_dataset
+from npq_dataset import EpochOrder, WindowDataset, find_npq_files, scan_corpus, split_corpus
+from run_folder.checkpoint import load_checkpoint
+from sound.npq_format import NpqError, map_codes, read_header, write_npq
+from training.loader import Loader
+
+CTX = 8
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 short files, no two alike."""
+    folder = tmp_path_factory.mktemp("many")
+    codes = np.random.default_rng(0).integers(64, size=(600, 40, 2))
+    for i, each in enumerate(codes):
+        write_npq(folder / f"{i:03d}.npq", each, vocab_sizes=[64] * 2, frame_rate=86.13)
+    return folder
+
+
+def windows_of(folder: Path) -> WindowDataset:
+    corpus = scan_corpus(find_npq_files([folder]), ctx=CTX)
+    train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
+    return WindowDataset(corpus, train, ctx=CTX, stride=11, jitter_seed=0)
+
+
+def truth(windows: WindowDataset, order: EpochOrder) -> list[Any]:
+    """The codes of an epoch's batches, each file read whole."""
+    used = order.permutation(order.epoch)[: len(order) * order.batch]
+    return [
+        map_codes(read_header(p["file"]))[p["frame"] : p["frame"] + CTX].tolist()
+        for p in windows.describe(used, order.epoch)
+    ]
+
+
+def reading_threads() -> int:
+    return sum(t.name == "reading" for t in threading.enumerate())
+
+
+# --- order and threads ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(0, 6), (1, 1), (2, 6), (8, 50)])
+def test_batches_come_in_the_orders_order_in_every_epoch(many, threads, ahead):
+    windows = windows_of(many)
+    order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
+    loader = Loader(windows, order, threads=threads, ahead=ahead)
+    for order.epoch in (0, 1, 5):
+        assert torch.cat(list(loader)).tolist() == truth(windows, order)
+
+
+def test_threads_share_few_descriptors_and_never_read_another_file(many, monkeypatch):
+    """Eight threads, two files kept: a descriptor in use must not be closed."""
+    monkeypatch.setattr(npq_dataset, "MAX_OPEN_FILES", 2)
+    windows = windows_of(many)
+    order = EpochOrder(len(windows), batch=4, accum=1, seed=0)
+    before = len(os.listdir("/proc/self/fd"))
+    loader = Loader(windows, order, threads=8, ahead=4)
+    reserve = len(os.listdir("/proc/self/fd")) - before
+    for order.epoch in range(3):
+        assert torch.cat(list(loader)).tolist() == truth(windows, order)
+    assert len(os.listdir("/proc/self/fd")) == before + reserve + 2
+
+
+def test_what_is_left_half_way_ends_and_threads_end_with_their_loader(many):
+    windows, before = windows_of(many), reading_threads()
+    order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
+    loader = Loader(windows, order, threads=3, ahead=6)
+    assert reading_threads() == before + 3
+    for _ in range(3):
+        next(iter(loader))
+    assert torch.cat(list(loader)).tolist() == truth(windows, order)
+    del loader
+    gc.collect()
+    wait_for(lambda: reading_threads() == before, seconds=5)
+
+
+def test_an_error_arrives_where_its_batch_would_and_as_it_was_raised(many, tmp_path):
+    """Fault 18."""
+    for name in ("000.npq", "001.npq"):
+        (tmp_path / name).write_bytes((many / name).read_bytes())
+    windows = windows_of(tmp_path)
+    os.truncate(windows.paths[1], 50)
+    loader = Loader(windows, [np.array([0]), np.array([4])], threads=2, ahead=2)
+    batches = iter(loader)
+    assert next(batches).shape == (1, CTX, 2)
+    with pytest.raises(NpqError, match=r"00\d\.npq: file changed during the run") as caught:
+        next(batches)
+    assert caught.value.field == "file changed during the run"
+
+
+# --- how many files are open ----------------------------------------------------------------------
+
+
+def limited(limit: str, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """A command behind `ulimit`, as a user's shell starts it."""
+    return subprocess.Popen(
+        ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def flags_of(many: Path, save_dir: Path) -> list[str | Path]:
+    flags = [*TINY, "--ctx", "8", "--data", many, "--save_dir", save_dir, "--num_workers", "2"]
+    return [*flags, "--codebooks", "2", "--log-lr-steps", "1"]
+
+
+def test_a_run_keeps_to_a_limit_of_256_open_files(many, tmp_path):
+    """With two threads and 600 files; errno 24 came as "killed, or no memory left"."""
+    flags = [*flags_of(many, tmp_path), "--max-steps", "60"]
+    process = limited("-n 256", sys.executable, ROOT / "train_rvq.py", *flags)
+    most = 0
+    while process.poll() is None:
+        try:
+            most = max(most, len(os.listdir(f"/proc/{process.pid}/fd")))
+        except OSError:
+            break
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "! " not in output
+    assert 80 < most < 256
+
+
+def test_a_soft_limit_is_raised_as_far_as_is_allowed(many, tmp_path):
+    flags = [*flags_of(many, tmp_path), "--max-steps", "1000000", "--epochs", "1000000"]
+    process = limited("-Sn 100", sys.executable, ROOT / "train_rvq.py", *flags)
+    try:
+        wait_for(lambda: any(tmp_path.glob("*.jsonl")) or process.poll() is not None)
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(1024, hard)
+    finally:
+        process.kill()
+
+
+def test_descriptors_that_run_out_cost_files_kept_open_and_not_the_run(many, tmp_path):
+    """As when a library takes them: the limit falls while a run has nearly all files open."""
+    process = start_trainer(*flags_of(many, tmp_path), "--epochs", "100000")
+    try:
+        wait_for(lambda: any(tmp_path.glob("*.jsonl")) and len(rows(tmp_path, "step")) >= 60)
+        folder = Path(f"/proc/{process.pid}/fd")
+        numbers = {int(e.name): os.readlink(e) for e in folder.iterdir() if e.is_symlink()}
+        others = [n for n, target in numbers.items() if not target.endswith(".npq")]
+        assert len(numbers) - len(others) > 100
+        limit = max(others) + 4
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        step = len(rows(tmp_path, "step"))
+        wait_for(lambda: len(rows(tmp_path, "step")) > step + 20 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        process.terminate()
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143, output
+    assert "! " not in output
+
+
+LEAK = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_rvq
+
+def leak():
+    while not os.path.exists(sys.argv[-1]):
+        time.sleep(0.01)
+    while not failed.is_set():
+        try:
+            os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            time.sleep(0.001)
+
+failed = threading.Event()
+save_first = train_rvq.save_first
+train_rvq.save_first = lambda run: (failed.set(), time.sleep(0.1), save_first(run))
+threading.Thread(target=leak, daemon=True).start()
+train_rvq.leave(train_rvq.main(sys.argv[1:-1]))
+"""
+
+
+def test_with_no_descriptor_left_the_cause_is_named_and_the_run_saved(many, tmp_path):
+    """Something in the process takes every descriptor that gets free, until the run fails."""
+    go = tmp_path / "go"
+    flags = [*flags_of(many, tmp_path / "run"), "--epochs", "100000", "--save-every-minutes", "0"]
+    process = limited("-n 128", sys.executable, "-c", LEAK, *flags, go)
+    metrics = tmp_path / "run"
+    wait_for(lambda: any(metrics.glob("*.jsonl")) and len(rows(metrics, "step")) >= 10)
+    go.touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "killed" not in output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"! {many}")
+    assert last.endswith(".npq: Too many open files; raise `ulimit -n`")
+    saved = load_checkpoint(metrics / "rvq_2cb_latest.pt")["progress"]["step"]
+    assert saved == len(rows(metrics, "step")) >= 10
