@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from kit import single_files
 from kit.trainer import ROOT
+
+import train_rvq
 
 
 @pytest.mark.parametrize("kind", [(), ("--single",)], ids=["runs", "single files"])
@@ -17,3 +20,12 @@ def test_planted_faults_are_found_and_nothing_healthy_is_accused(kind):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_trainer_has_the_flags_of_every_training():
+    """The quick sets above train a few: a flag that has gone shows here."""
+    trainings = {**single_files.HEALTHY, **single_files.BLOWN}
+    for run in trainings.values():
+        if isinstance(run, single_files.Own):
+            words = f"--data x {single_files.COMMON} {run.flags}".split()
+            train_rvq.build_parser().parse_args(words)

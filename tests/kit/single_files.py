@@ -9,12 +9,14 @@ Shared by benchmarks/doctor_scoreboard.py and the tests. Nothing here knows the 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.planted_faults import Checkpoint, Sabotage, make_data, read, train
+from model import ModelConfig
 from run_folder.files import save_checkpoint
 from sound.npq_format import map_codes, read_header
+from training import setup
 
 TOKENS = Path(__file__).resolve().parents[2] / "examples" / "tokens" / "val"
 DATA: dict[str, dict[str, Any]] = {
@@ -147,6 +151,8 @@ def train_old(run: Old, folder: Path) -> Checkpoint:
     }  # fmt: skip
 
 
+Content = dict[str, Any]
+
 # --- this trainer --------------------------------------------------------------------------------
 
 
@@ -157,6 +163,7 @@ class Own:
     data: str
     flags: str
     blown: tuple[int, float] | None = None  # from this step on at that lr, without the guard
+    qk_norm: bool = True  # False as of a version that had a flag for it
 
 
 COMMON = (
@@ -175,19 +182,26 @@ def train_own(run: Own, data: Path, folder: Path) -> Path:
         onset, lr = run.blown
         sabotage = Sabotage(onset, (), lr=lambda _, __: lr, guarded=False)
     words = ["--data", str(data), "--save_dir", str(folder), *COMMON.split(), *run.flags.split()]
-    log = folder.with_name(folder.name + ".log")
-    if train(words, sabotage, log) != 0:
-        raise RuntimeError(f"{log}: the trainer failed")
+    log, pick = folder.with_name(folder.name + ".log"), setup.pick_architecture
+
+    def as_then(*arguments: Any) -> tuple[ModelConfig, Content | None]:
+        config, source = pick(*arguments)
+        return dataclasses.replace(config, qk_norm=run.qk_norm), source
+
+    with mock.patch.object(setup, "pick_architecture", as_then):
+        if train(words, sabotage, log) != 0:
+            raise RuntimeError(f"{log}: the trainer failed")
     return next(folder.glob("*_latest.pt"))
 
 
 # --- the set -------------------------------------------------------------------------------------
 
-Content = dict[str, Any]
 ADAMW, MUON = "--optim adamw --pattern parallel ", "--optim muon "
 HEALTHY: dict[str, Own | Old] = {
     "adamw": Own("tunes", SMALL + ADAMW + "--lr 3e-3 --max-steps 400"),
-    "adamw without qk-norm": Own("tunes", SMALL + ADAMW + "--lr 3e-3 --no-qk-norm --max-steps 400"),
+    "adamw without qk-norm": Own(
+        "tunes", SMALL + ADAMW + "--lr 3e-3 --max-steps 400", qk_norm=False
+    ),
     "muon, depth": Own("tunes", SMALL + MUON + "--lr 3e-4 --max-steps 300"),
     "muon, delay": Own("nines", SMALL + MUON + "--pattern delay --max-steps 250"),
     "muon, hot": Own("tunes", SMALL + MUON + "--pattern parallel --lr 1e-3 --max-steps 300"),
@@ -207,11 +221,9 @@ HEALTHY: dict[str, Own | Old] = {
     "strong decay": Own(
         "pairs", DEEP + ADAMW + "--lr 2e-3 --weight-decay 0.3 --decay-all --max-steps 200"
     ),
-    "deep": Own("nines", DEEP + MUON + "--pattern delay --no-qk-norm --max-steps 150"),
+    "deep": Own("nines", DEEP + MUON + "--pattern delay --max-steps 150", qk_norm=False),
     "wide": Own("pairs", WIDE + MUON + "--lr 1e-4 --max-steps 120"),
-    "z-loss, float32": Own(
-        "nines", SMALL + ADAMW + "--lr 1e-2 --z-loss 1e-3 --no-amp --max-steps 250"
-    ),
+    "float32": Own("nines", SMALL + ADAMW + "--lr 1e-2 --no-amp --max-steps 250"),
     "real tokens": Own("tokens", WIDE + ADAMW + "--lr 1e-3 --max-steps 80"),
     "long": Own("tunes", SMALL + ADAMW + "--lr 3e-3 --dropout 0 --max-steps 2500"),
     "long, muon": Own("tunes", SMALL + MUON + "--pattern parallel --max-steps 2500"),
