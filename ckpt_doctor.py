@@ -47,7 +47,7 @@ from cli.command_line import (
 )
 from cli.file_search import NothingFoundError, expand
 from doctor.diagnosis import GRAVITY, Diagnosis, Verdict, diagnose
-from doctor.examined_run import History, Run
+from doctor.examined_run import ExaminedRun, History
 from doctor.probe import WINDOWS, probe, probe_own_data
 from doctor.reading.foreign import by_folder
 from doctor.reading.reader import summarize
@@ -138,13 +138,13 @@ def examine(flags: argparse.Namespace) -> int:
 # --- files to runs -------------------------------------------------------------------------------
 
 
-def read_runs(flags: argparse.Namespace) -> list[Run]:
+def read_runs(flags: argparse.Namespace) -> list[ExaminedRun]:
     """Every file that was named, summarised and sorted into the runs that wrote them."""
     paths = find_checkpoints(flags.paths)
     summaries = summarize_all(paths)
     runs = []
     for name, members in group_by_run(summaries).items():
-        run = Run(name, members, History(metrics_rows(flags.metrics, name, members)))
+        run = ExaminedRun(name, members, History(metrics_rows(flags.metrics, name, members)))
         if flags.probe_data:
             try:
                 run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)
@@ -156,7 +156,7 @@ def read_runs(flags: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def probe_alone(run: Run, s: Summary) -> None:
+def probe_alone(run: ExaminedRun, s: Summary) -> None:
     """Run a lone file's model on its own data, or note why that cannot be."""
     answer: dict[str, Any] | Problem
     if s.style == "old":

@@ -1,6 +1,6 @@
 """From findings to a verdict, the last healthy checkpoint, and the command that goes on from it.
 
-    diagnosis = diagnose(Run(name, summaries, History(rows)))
+    diagnosis = diagnose(ExaminedRun(name, summaries, History(rows)))
     diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
 
 The gravest finding makes the verdict, the first in time the cause and the onset; a file that no
@@ -17,8 +17,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from doctor.checks.registry import CHECKS
-from doctor.examined_run import Run
+from doctor.checks import findings_of
+from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Summary
 
@@ -55,7 +55,7 @@ FILE_CHECKS = ("I1", "I2", "I3", "I4", "S2")  # of one file, and not of the run 
 class Diagnosis:
     """All that a report shows of one run."""
 
-    run: Run
+    run: ExaminedRun
     verdict: Verdict
     headline: str  # goes on after the verdict's word
     findings: list[Finding]  # by step; those of files without a step first
@@ -78,17 +78,16 @@ class Diagnosis:
         ]  # fmt: skip
 
 
-def copies_of(run: Run, summary: Summary) -> set[str]:
+def copies_of(run: ExaminedRun, summary: Summary) -> set[str]:
     """Paths of the files that hold the same state of the run, this one included."""
     if summary.problem is not None or not summary.parameters:
         return {summary.path}
     return {s.path for s in run.readable if s.moment == summary.moment}
 
 
-def diagnose(run: Run) -> Diagnosis:
+def diagnose(run: ExaminedRun) -> Diagnosis:
     """Run every check and draw the conclusions."""
-    findings = [f for check in CHECKS for f in check(run)]
-    findings = _forgive_what_healed(run, findings)
+    findings = _forgive_what_healed(run, findings_of(run))
     findings.sort(key=lambda f: (-1 if f.step is None else f.step, -f.level))
     grave = [f for f in findings if f.level >= Level.SUSPECT]
     trouble = [f for f in grave if not _is_of_a_file(f) and f.step is not None]
@@ -104,7 +103,7 @@ def diagnose(run: Run) -> Diagnosis:
     return Diagnosis(run, verdict, headline, findings, first_sign, onset, healthy, command, remedy)
 
 
-def _foreign(run: Run) -> list[Summary]:
+def _foreign(run: ExaminedRun) -> list[Summary]:
     """Files that are no run of this trainer."""
     return [s for s in run.summaries if s.problem is not None and s.problem.kind == "foreign"]
 
@@ -117,7 +116,7 @@ def _first_known(finding: Finding) -> tuple[int, int]:
     return (finding.step or 0, -finding.level)
 
 
-def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
+def _forgive_what_healed(run: ExaminedRun, findings: list[Finding]) -> list[Finding]:
     """Warnings instead: signs of instability before a new best val, and files set aside as bad."""
     sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
     guessing = math.log(max([2, *sizes])) if sizes else math.inf
@@ -142,7 +141,7 @@ def _forgive_what_healed(run: Run, findings: list[Finding]) -> list[Finding]:
     return [softened(f) for f in findings]
 
 
-def _onset(run: Run, first: Finding | None) -> tuple[int | None, int | None]:
+def _onset(run: ExaminedRun, first: Finding | None) -> tuple[int | None, int | None]:
     if first is None or first.step is None:
         return None, None
     before = [s.step for s in run.series if s.step is not None and s.step < first.step]
@@ -150,7 +149,9 @@ def _onset(run: Run, first: Finding | None) -> tuple[int | None, int | None]:
     return (max(known) if known else None), first.step
 
 
-def _last_healthy(run: Run, findings: list[Finding], trouble: list[Finding]) -> Summary | None:
+def _last_healthy(
+    run: ExaminedRun, findings: list[Finding], trouble: list[Finding]
+) -> Summary | None:
     """The newest file without a grave finding that was saved before any trouble in the metrics."""
     bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.path}
     sick = {f.path for f in findings if f.level >= Level.SUSPECT and not _is_of_a_file(f)}
@@ -181,7 +182,7 @@ def _cause(grave: list[Finding], first: Finding | None) -> Cause | None:
 
 
 def _headline(
-    run: Run,
+    run: ExaminedRun,
     verdict: Verdict,
     grave: list[Finding],
     onset: tuple[int | None, int | None],
@@ -208,7 +209,7 @@ def _headline(
     return f"{when}; cause: {cause.value}" if cause else when
 
 
-def _moment(run: Run, step: int | None) -> str:
+def _moment(run: ExaminedRun, step: int | None) -> str:
     """`step 498000 (epoch 346)`."""
     if step is None:
         return "the start"
@@ -225,7 +226,7 @@ def _moment(run: Run, step: int | None) -> str:
 
 
 def _way_on(
-    run: Run,
+    run: ExaminedRun,
     verdict: Verdict,
     cause: Cause | None,
     healthy: Summary | None,
@@ -273,14 +274,14 @@ def _way_on(
     return shlex.join(command), "Goes back to the newest file that nothing is wrong with."
 
 
-def _folder_flags(run: Run, summary: Summary) -> list[str]:
+def _folder_flags(run: ExaminedRun, summary: Summary) -> list[str]:
     """Where the run's files lie, and its tag; all other flags travel in the checkpoint."""
     folder = os.path.dirname(summary.path) or "."
     tag = re.fullmatch(r"rvq_\d+cb_(.+)", os.path.basename(run.name))
     return ["--save_dir", folder, *(["--tag", tag[1]] if tag else [])]
 
 
-def _without_healthy(run: Run, findings: list[Finding]) -> tuple[str | None, str]:
+def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | None, str]:
     """What is left where no file is healthy: mended names, averaged weights, or a new start."""
     if wrapped := [s for s in run.readable if s.prefix and s.style == "own"]:
         bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.check != "I3"}
@@ -313,7 +314,7 @@ def _without_healthy(run: Run, findings: list[Finding]) -> tuple[str | None, str
     )
 
 
-def _without_prefix(run: Run, s: Summary) -> tuple[str, str]:
+def _without_prefix(run: ExaminedRun, s: Summary) -> tuple[str, str]:
     """The command that writes a copy without the prefix of its names and goes on from it."""
     copy = f"{os.path.splitext(s.path)[0]}_unwrapped.pt"
     script = (
@@ -350,7 +351,7 @@ def _new_run(summary: Summary, folder: str, more: tuple[str, ...] = ()) -> list[
     return [*words, *(["--lr", f"{min(lr / 2, SANE_LR):g}"] if lr else [])]
 
 
-def _against_overfitting(run: Run, command: list[str], healthy: Summary) -> tuple[str, str]:
+def _against_overfitting(run: ExaminedRun, command: list[str], healthy: Summary) -> tuple[str, str]:
     dropout = min(0.5, healthy.flag("dropout", 0.0) + 0.1)
     decay = 2 * healthy.flag("weight_decay", 0.02)
     flags = ["--dropout", f"{dropout:g}", "--weight-decay", f"{decay:g}"]

@@ -1,6 +1,6 @@
 """One training run as the checks see it: its metrics, its files in order, its learning rate.
 
-    run = Run(name, summaries, History(rows))
+    run = ExaminedRun(name, summaries, History(rows))
     run.series                   # one file for each moment, by step
     run.history.steps            # rows of steps that no resume took back
 
@@ -114,7 +114,7 @@ def _timestamp(text: str) -> float:
 
 
 @dataclass
-class Run:
+class ExaminedRun:
     """The files of one run and its metrics."""
 
     name: str

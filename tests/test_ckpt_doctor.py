@@ -26,7 +26,7 @@ from make_codes import make_tune
 
 from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
-from doctor.examined_run import History, Run, scheduled_lr
+from doctor.examined_run import ExaminedRun, History, scheduled_lr
 from doctor.reading.summary import Summary
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
@@ -451,7 +451,7 @@ def test_each_groups_lr_is_held_against_its_own_multiple():
             for m, lr, f in zip(("Muon", "AdamW", "AdamW"), lrs, (10.0, 0.5, 1.0), strict=True)
         ]
         summary.optimizer = {"lr": 3e-3, "groups": groups}
-        run = Run("x", [summary], History([]))
+        run = ExaminedRun("x", [summary], History([]))
         return [f"{f.level.name} {f.text}" for f in check_learning_rate(run)]
 
     assert said(3e-2, 1.5e-3, 3e-3) == []

@@ -1,6 +1,6 @@
 """README, --help and code say the same: flags, defaults, exit codes, files, commands, pictures.
 
-python tests/test_readme.py        # writes docs/flags.md anew
+python tests/test_readme.py        # writes docs/flags.md and the table in docs/doctor.md anew
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import encode_npq
 import sample_rvq
 import train_rvq
 from cli.command_line import EXIT_INTERRUPTED, has_default
+from doctor.findings import CHECKS, ids_in_order
 from run_folder.checkpoint import REQUIRED_KEYS
 from run_folder.files import RunFiles
 from training import setup as run_setup
@@ -26,6 +27,7 @@ from training import setup as run_setup
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"
 FLAGS = ROOT / "docs" / "flags.md"
+DOCTOR = ROOT / "docs" / "doctor.md"
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 SCRIPTS = [ROOT / f"{name}.py" for name in DOORS]
 DOCS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,6 +92,15 @@ def flags_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def doctors_page() -> str:
+    """docs/doctor.md with the table of the checks as they register themselves now."""
+    before, _, rest = DOCTOR.read_text(encoding="utf-8").partition("| id |")
+    after = rest.partition("\n\n")[2]
+    rows = [(id, CHECKS[id].text, CHECKS[id].level.name.lower()) for id in ids_in_order()]
+    table = [row("id", "what it looks at", "level"), "|---|---|---|", *(row(*r) for r in rows)]
+    return "\n".join([before + table[0], *table[1:], "", after])
+
+
 def readme() -> str:
     return README.read_text(encoding="utf-8")
 
@@ -100,6 +111,14 @@ def readme() -> str:
 def test_the_page_of_flags_is_that_of_the_parsers():
     expected = flags_page()
     assert FLAGS.read_text(encoding="utf-8") == expected, "`python tests/test_readme.py` mends it"
+
+
+def test_the_table_of_the_doctors_page_is_that_of_its_checks():
+    page = DOCTOR.read_text(encoding="utf-8")
+    assert page == doctors_page(), "`python tests/test_readme.py` mends it"
+    for path in (ROOT / "doctor").rglob("*.py"):
+        written = set(re.findall(r'"([A-Z][1-9])"', path.read_text(encoding="utf-8")))
+        assert written <= CHECKS.keys(), path
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -247,3 +266,4 @@ def test_defaults_in_prose_are_those_of_the_parser():
 
 if __name__ == "__main__":
     FLAGS.write_text(flags_page(), encoding="utf-8")
+    DOCTOR.write_text(doctors_page(), encoding="utf-8")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doctor.examined_run import Run, spread_of
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun, spread_of
+from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.optimizer_state import moment_bound
 from doctor.reading.summary import NOISE_STEPS, Parameter, Summary
 
@@ -62,7 +62,9 @@ def _worst(found: list[Judged]) -> Finding:
 # --- from file to file ---------------------------------------------------------------------------
 
 
-def check_displacement(run: Run) -> Iterator[Finding]:
+@check("G1", "how far a tensor moved between files, by its past and its steps", Level.SUSPECT)
+@check("G2", "a weight that moved farther than its optimizer can move it", Level.DIVERGED)
+def check_displacement(run: ExaminedRun) -> Iterator[Finding]:
     """G1, G2: how far tensors moved between files, against the learning rate and their past.
 
     After a leap a file is compared with the last good one too: where that shows no leap the file
@@ -79,7 +81,7 @@ def check_displacement(run: Run) -> Iterator[Finding]:
         finding = _leap(run, good, s, pasts) if good else None
         if finding is None and bad and good and _follows(run, s, good, *bad):
             text = f"goes on from {bad[0].name}, which had left its past"
-            finding = in_file(s, "G1", Level.SUSPECT, Cause.INSTABILITY, text, after=good.step)
+            finding = in_file(s, "G1", text, after=good.step)
         if finding is None:
             sound.append(s)
             bad = None
@@ -88,7 +90,7 @@ def check_displacement(run: Run) -> Iterator[Finding]:
             bad = s, finding.where or (bad[1] if bad else "")
 
 
-def _follows(run: Run, s: Summary, good: Summary, bad: Summary, worst: str) -> bool:
+def _follows(run: ExaminedRun, s: Summary, good: Summary, bad: Summary, worst: str) -> bool:
     """Whether a file goes on from a bad one, and not from the good one before that."""
     if bad.step == s.step or _leap(run, bad, s, {}) is not None:
         return False
@@ -101,7 +103,7 @@ def _follows(run: Run, s: Summary, good: Summary, bad: Summary, worst: str) -> b
     return float(np.square(new - lost).sum()) < float(np.square(new - sound).sum())
 
 
-def _leap(run: Run, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
+def _leap(run: ExaminedRun, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
     """The worst of the tensors that moved too far from a file to a later one; it names how many."""
     if (b.step or 0) <= (a.step or 0):
         return None
@@ -132,10 +134,9 @@ class _Move:
     def steps(self) -> int:
         return (self.later.step or 0) - (self.earlier.step or 0)
 
-    def finding(self, check: str, level: Level, cause: Cause, text: str, **facts: Any) -> Finding:
+    def finding(self, id: str, text: str, **facts: Any) -> Finding:
         """A finding in the later file."""
-        after, where = self.earlier.step, self.new.name
-        return in_file(self.later, check, level, cause, text, after=after, where=where, **facts)
+        return in_file(self.later, id, text, after=self.earlier.step, where=self.new.name, **facts)
 
 
 def _judge_move(move: _Move, past: _Past) -> Judged | None:
@@ -163,9 +164,8 @@ def _beyond_reach(move: _Move, furthest: float) -> Judged | None:
         if reach
         else ", without a learning rate: lr was 0 all the way"
     )
-    return furthest / reach if reach else math.inf, move.finding(
-        "G2", Level.DIVERGED, Cause.INSTABILITY, text, value=furthest, baseline=reach
-    )
+    found = move.finding("G2", text, value=furthest, baseline=reach)
+    return furthest / reach if reach else math.inf, found
 
 
 def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
@@ -177,7 +177,7 @@ def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
         return None
     if moved == 0:
         text = f"{new.name} has not moved at all in {steps} steps"
-        return 1.0, move.finding("G1", Level.SUSPECT, Cause.OPTIMIZER, text, value=0.0)
+        return 1.0, move.finding("G1", text, cause=Cause.OPTIMIZER, value=0.0)
     pace, n = moved / usual, len(past)
     straight = lr * update * steps / usual  # the pace of a straight line
     leap = pace > 2 * straight if new.optimizer == "Muon" else pace > max(3 * straight, 6)
@@ -192,9 +192,7 @@ def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
     if n >= 3:
         text += f", before {past.centre():.2g} (z {past.z(pace):.0f})"
     baseline = past.centre() if n >= 3 else straight
-    return pace, move.finding(
-        "G1", Level.SUSPECT, Cause.INSTABILITY, text, value=pace, baseline=baseline, n=n
-    )
+    return pace, move.finding("G1", text, value=pace, baseline=baseline, n=n)
 
 
 def _bursts(pace: float, past: _Past) -> bool:
@@ -206,7 +204,8 @@ def _bursts(pace: float, past: _Past) -> bool:
 # --- from the average ----------------------------------------------------------------------------
 
 
-def check_average(run: Run) -> Iterator[Finding]:
+@check("G3", "raw weights against EMA, moments against both", Level.SUSPECT, Cause.EMA)
+def check_average(run: ExaminedRun) -> Iterator[Finding]:
     """G3: raw weights against their EMA, in size and in direction."""
     pasts: dict[str, _Past] = {}
     before: _Cosine | None = None
@@ -216,7 +215,7 @@ def check_average(run: Run) -> Iterator[Finding]:
             continue
         if s.ema_equals_raw and span > 1:
             text = "the EMA equals the raw weights: it is not averaging, or one overwrote the other"
-            yield in_file(s, "G3", Level.SUSPECT, Cause.EMA, text)
+            yield in_file(s, "G3", text)
             continue
         lr = _ema_lr(run, s, span)
         judged = [
@@ -239,13 +238,13 @@ def _ema_span(s: Summary) -> float:
     return 1 / (1 - min(decay, (1 + s.step) / (10 + s.step)))
 
 
-def _ema_lr(run: Run, s: Summary, span: float) -> float:
+def _ema_lr(run: ExaminedRun, s: Summary, span: float) -> float:
     """Mean learning rate of the updates that still count in the EMA."""
     return run.mean_lr(max(0, round((s.step or 0) - 2 * span)), s.step or 0, s)
 
 
 def _judge_average(
-    run: Run, s: Summary, p: Parameter, lr: float, span: float, past: _Past
+    run: ExaminedRun, s: Summary, p: Parameter, lr: float, span: float, past: _Past
 ) -> Judged | None:
     """What is wrong with a tensor's distance from its EMA; where nothing is, `past` takes it in."""
     usual = travel(lr, p.update_rms, span, p.noise_steps)
@@ -267,8 +266,8 @@ def _judge_average(
     )
     before = run.previous(s)
     return apart, in_file(
-        s, "G3", Level.SUSPECT, Cause.EMA, text, after=before.step if before else None,
-        where=p.name, value=apart, baseline=past.centre() if n >= 3 else math.nan, n=n,
+        s, "G3", text, after=before.step if before else None, where=p.name, value=apart,
+        baseline=past.centre() if n >= 3 else math.nan, n=n,
     )  # fmt: skip
 
 
@@ -303,7 +302,7 @@ def _usual_cosine(p: Parameter, span: float) -> float:
     return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
 
 
-def _cosine(run: Run, s: Summary, method: str = "") -> _Cosine | None:
+def _cosine(run: ExaminedRun, s: Summary, method: str = "") -> _Cosine | None:
     """Of all tensors or one optimizer's; None where it says nothing.
 
     That is late in a schedule, when the sum is of older, larger updates.
@@ -330,30 +329,31 @@ def _cosine(run: Run, s: Summary, method: str = "") -> _Cosine | None:
 
 
 def _judge_direction(
-    run: Run, s: Summary, now: _Cosine, before: _Cosine | None
+    run: ExaminedRun, s: Summary, now: _Cosine, before: _Cosine | None
 ) -> Iterator[Finding]:
     """Whether the optimizer goes the way that the latest updates went, at the file before too."""
-    facts = {"value": now.mean, "baseline": before.mean if before else 0.5, "n": now.tensors}
+    baseline = before.mean if before else 0.5
+    facts: dict[str, Any] = {"value": now.mean, "baseline": baseline, "n": now.tensors}
     fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
     if now.exchanged:
         text = (
             f"{_method(s)}'s steps lead from the raw weights towards the EMA and not away from it "
             f"(cosine {now.mean:.2f} of what noise gives): raw and EMA are exchanged"
         )
-        yield in_file(s, "G3", Level.SUSPECT, Cause.EMA, text, **facts)
+        yield in_file(s, "G3", text, **facts)
     elif (muon := _cosine(run, s, "Muon")) and muon.mean < 0.08 and muon.z > 30:
         facts |= {"value": muon.mean, "n": muon.tensors}
         text = (
             f"Muon's momentum has nothing to do with the latest updates of its {muon.tensors} "
             "tensors: it is of other tensors, another state or another run"
         )
-        yield in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
+        yield in_file(s, "G3", text, cause=Cause.OPTIMIZER, **facts)
     elif (now.mean < 0.08 and now.z > 30) or fell:
         text = (
             f"{_method(s)}'s moments of {now.lost:.0%} of the tensors have nothing to do with "
             "the latest updates: they are of another tensor, another state or another run"
         )
-        yield in_file(s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, **facts)
+        yield in_file(s, "G3", text, cause=Cause.OPTIMIZER, **facts)
     elif now.mean > 0.25:
         yield from _lost_directions(s, now.mean)
 
@@ -383,7 +383,7 @@ def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
             "its latest updates"
         )
         finding = in_file(
-            s, "G3", Level.SUSPECT, Cause.OPTIMIZER, text, where=lost[0].name,
+            s, "G3", text, cause=Cause.OPTIMIZER, where=lost[0].name,
             value=lost[0].update_cos, baseline=expected[lost[0].name], n=len(measured),
         )  # fmt: skip
         yield finding.with_others(len(lost) - 1)

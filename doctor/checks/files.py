@@ -11,44 +11,42 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from doctor.examined_run import Run
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun
+from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.foreign import wrapped_by
-from doctor.reading.summary import ProblemKind, Summary
-
-LEVEL_OF: dict[ProblemKind, Level] = {
-    "missing": Level.CORRUPT,
-    "unsafe": Level.UNSAFE,
-    "corrupt": Level.CORRUPT,
-    "foreign": Level.WARN,  # beside a run's files it is none of the run's business
-}
+from doctor.reading.summary import Summary
 
 
-def check_container(run: Run) -> Iterator[Finding]:
+@check("I1", "the container: stored entries, CRC-32, sizes", Level.CORRUPT, Cause.FILE)
+@check("I2", "names that the pickle would call", Level.UNSAFE, Cause.FILE)
+def check_container(run: ExaminedRun) -> Iterator[Finding]:
     """I1, I2: what could not be read, and why."""
     for s in run.summaries:
         if s.problem is None:
             continue
-        check = "I2" if s.problem.kind == "unsafe" else "I1"
-        yield in_file(s, check, LEVEL_OF[s.problem.kind], Cause.FILE, s.problem.text)
+        id = "I2" if s.problem.kind == "unsafe" else "I1"
+        # Beside a run's files a foreign one is none of the run's business.
+        level = Level.WARN if s.problem.kind == "foreign" else None
+        yield in_file(s, id, s.problem.text, level=level)
 
 
-def check_keys(run: Run) -> Iterator[Finding]:
+@check("I3", "keys and shapes against the saved architecture", Level.INCOMPATIBLE, Cause.FILE)
+def check_keys(run: ExaminedRun) -> Iterator[Finding]:
     """I3: keys and shapes against the architecture and among each other."""
     for s in run.readable:
         if s.misfits:
             more = f" and {len(s.misfits) - 3} more" if len(s.misfits) > 3 else ""
-            text = "; ".join(s.misfits[:3]) + more
-            yield in_file(s, "I3", Level.INCOMPATIBLE, Cause.FILE, text)
+            yield in_file(s, "I3", "; ".join(s.misfits[:3]) + more)
         if s.prefix:
             text = (
                 f"all its names begin with `{s.prefix}`: it was saved from inside "
                 f"{wrapped_by(s.prefix)}, and nothing else is wrong with them"
             )
-            yield in_file(s, "I3", Level.SUSPECT, Cause.FILE, text)
+            yield in_file(s, "I3", text, level=Level.SUSPECT)
 
 
-def check_steps(run: Run) -> Iterator[Finding]:
+@check("I4", "epoch in the name, Adam's count of steps, copies", Level.SUSPECT, Cause.FILE)
+def check_steps(run: ExaminedRun) -> Iterator[Finding]:
     """I4: epoch in the name, Adam's own count of steps, files of one moment that differ."""
     for s in run.readable:
         yield from _check_name(s)
@@ -61,23 +59,20 @@ def _check_name(s: Summary) -> Iterator[Finding]:
         return
     held = s.progress.get("best_epoch") if s.kind == "best archive" else s.epoch
     if held != s.name_epoch:
-        text = f"its name says epoch {s.name_epoch}, it holds epoch {held}"
-        yield in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
+        yield in_file(s, "I4", f"its name says epoch {s.name_epoch}, it holds epoch {held}")
 
 
 def _check_adams_count(s: Summary) -> Iterator[Finding]:
     counts = sorted({p.adam_step for p in s.parameters if math.isfinite(p.adam_step)})
     if len(counts) > 1:
         text = f"Adam has taken {counts[0]:.0f} to {counts[-1]:.0f} steps on its tensors"
-        yield in_file(s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text)
+        yield in_file(s, "I4", text, cause=Cause.OPTIMIZER)
     elif counts and s.style == "own" and s.step not in (None, counts[0]):
         text = f"Adam has taken {counts[0]:.0f} steps, the run {s.step}"
-        yield in_file(
-            s, "I4", Level.SUSPECT, Cause.OPTIMIZER, text, value=counts[0], baseline=s.step
-        )
+        yield in_file(s, "I4", text, cause=Cause.OPTIMIZER, value=counts[0], baseline=s.step)
 
 
-def _check_copies(run: Run) -> Iterator[Finding]:
+def _check_copies(run: ExaminedRun) -> Iterator[Finding]:
     """Files of one step and second must be copies; where they differ the few are suspect."""
     moments: dict[tuple[int, float], Counter[int]] = {}
     for s in run.readable:
@@ -86,8 +81,7 @@ def _check_copies(run: Run) -> Iterator[Finding]:
     for s in run.readable:
         contents = moments.get(s.moment[:2], Counter())
         if len(contents) > 1 and contents[s.moment[2]] <= contents.total() / 2:
-            text = f"differs from another file of the same moment, step {s.step}"
-            yield in_file(s, "I4", Level.SUSPECT, Cause.FILE, text)
+            yield in_file(s, "I4", f"differs from another file of the same moment, step {s.step}")
 
 
 PART_NAMES = {
@@ -99,7 +93,8 @@ PART_NAMES = {
 }
 
 
-def check_finite(run: Run) -> Iterator[Finding]:
+@check("F1", "NaN and Inf in weights, EMA, moments: the first bad tensor", Level.DEAD)
+def check_finite(run: ExaminedRun) -> Iterator[Finding]:
     """F1: NaN and Inf, the first bad tensor in network order."""
     for s in run.readable:
         bad = [p for p in s.parameters if p.bad]
@@ -115,8 +110,8 @@ def check_finite(run: Run) -> Iterator[Finding]:
         cause = Cause.INSTABILITY if "raw" in parts else Cause.OPTIMIZER
         if parts == ["ema"]:
             cause = Cause.EMA
-        yield in_file(s, "F1", Level.DEAD, cause, text, where=first.name, value=total)
+        yield in_file(s, "F1", text, cause=cause, where=first.name, value=total)
     for s in run.readable:
         if s.scale is not None and not math.isfinite(s.scale):
             text = f"GradScaler's scale is {s.scale}"
-            yield in_file(s, "F1", Level.DEAD, Cause.SCALER, text, value=s.scale)
+            yield in_file(s, "F1", text, cause=Cause.SCALER, value=s.scale)

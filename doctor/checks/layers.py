@@ -12,12 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from doctor.examined_run import Run
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun
+from doctor.findings import Finding, Level, check, in_file
 from doctor.reading.summary import Parameter, Rows, Summary
 
 
-def check_attention(run: Run) -> Iterator[Finding]:
+@check("G4", "attention logits that grow from file to file", Level.SUSPECT)
+@check("G6", "gains of the norms that grow from file to file", Level.SUSPECT)
+def check_attention(run: ExaminedRun) -> Iterator[Finding]:
     """G4, G6: gains of the norms, bounds of attention logits."""
     gains: dict[str, float] = {}
     for s in run.series:
@@ -43,13 +45,11 @@ def _check_gain(s: Summary, p: Parameter, gains: dict[str, float]) -> Iterator[F
     bounds_logits = p.place.role.endswith(("attn.q_norm", "attn.k_norm"))
     if bounds_logits:
         text += "; the attention logits that they bound can run away"
-    yield in_file(
-        s, "G4" if bounds_logits else "G6", Level.SUSPECT, Cause.INSTABILITY, text,
-        where=p.name, value=p.rms, baseline=before,
-    )  # fmt: skip
+    id = "G4" if bounds_logits else "G6"
+    yield in_file(s, id, text, where=p.name, value=p.rms, baseline=before)
 
 
-def _check_logit_bounds(run: Run) -> Iterator[Finding]:
+def _check_logit_bounds(run: ExaminedRun) -> Iterator[Finding]:
     """Growth from file to file, in models without QK-norm, whose logits nothing else bounds."""
     before: dict[tuple[str, int], float] = {}
     for s in run.series:
@@ -59,14 +59,13 @@ def _check_logit_bounds(run: Run) -> Iterator[Finding]:
             ratio = x.value / max(before.get((x.where, x.number), math.inf), 1e-9)
             if ratio > 3:
                 text = f"{x.where}: the attention logits of head {x.number} grew {ratio:.1f} fold"
-                yield in_file(
-                    s, "G4", Level.SUSPECT, Cause.INSTABILITY, text, where=x.where, value=ratio
-                )
+                yield in_file(s, "G4", text, where=x.where, value=ratio)
             else:
                 before[x.where, x.number] = x.value
 
 
-def check_ranks(run: Run) -> Iterator[Finding]:
+@check("G5", "stable rank of the matrices", Level.INFO)
+def check_ranks(run: ExaminedRun) -> Iterator[Finding]:
     """G5: matrices that collapse towards one direction."""
     for a, b in zip(run.series, run.series[1:], strict=False):
         before = {p.name: p.stable_rank for p in a.parameters}
@@ -79,12 +78,14 @@ def check_ranks(run: Run) -> Iterator[Finding]:
             level = Level.SUSPECT if p.stable_rank < 1.5 else Level.INFO
             text = f"stable rank of {p.name} fell from {old:.1f} to {p.stable_rank:.1f}"
             yield in_file(
-                b, "G5", level, Cause.INSTABILITY, text, where=p.name, value=p.stable_rank,
-                baseline=old, after=a.step,
+                b, "G5", text, level=level, where=p.name, value=p.stable_rank, baseline=old,
+                after=a.step,
             )  # fmt: skip
 
 
-def check_codebooks(run: Run) -> Iterator[Finding]:
+@check("G7", "rows of a codebook in embedding or head that jump", Level.SUSPECT)
+@check("G8", "rows of a codebook that died or shrank", Level.SUSPECT)
+def check_codebooks(run: ExaminedRun) -> Iterator[Finding]:
     """G7, G8: rows of heads and embeddings, by codebook, against the last good file."""
     good: dict[tuple[str, int], tuple[Rows, int]] = {}
     for s in run.series:
@@ -109,18 +110,16 @@ def _judge_table(
         if said is None:
             good[p.name, r.codebook] = r, s.step or 0
             continue
-        check, text, value, baseline = said
+        id, text, value, baseline = said
         after = good[p.name, r.codebook][1] if r.codebook in known else None
-        yield in_file(
-            s, check, Level.SUSPECT, Cause.INSTABILITY, text, value=value, after=after,
-            baseline=baseline, where=f"{p.name} codebook {r.codebook}",
-        )  # fmt: skip
+        where = f"{p.name} codebook {r.codebook}"
+        yield in_file(s, id, text, value=value, after=after, baseline=baseline, where=where)
 
 
 def _judge_rows(
     p: Parameter, r: Rows, old: Rows | None, typical: float, growth: float
 ) -> tuple[str, str, float, float] | None:
-    """Check, text, value and baseline of what is wrong with a codebook's rows, or None."""
+    """Id, text, value and baseline of what is wrong with a codebook's rows, or None."""
     which = f"codebook {r.codebook} in {p.name}"
     if r.zero:  # rows start at random: training never makes one exactly zero
         before = old.zero if old else math.nan

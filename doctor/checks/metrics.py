@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from doctor.examined_run import History, Run, finite_number, scheduled_lr, spread_of
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun, History, finite_number, scheduled_lr, spread_of
+from doctor.findings import Cause, Finding, Level, check, in_file, in_metrics
 from doctor.reading.summary import Summary
 
 LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
@@ -23,7 +23,8 @@ BADLY = 1.0  # ... and a few windows of a codebook that is being learned
 # --- learning rate, best value -------------------------------------------------------------------
 
 
-def check_learning_rate(run: Run) -> Iterator[Finding]:
+@check("S1", "learning rate against schedule and flags", Level.SUSPECT, Cause.LEARNING_RATE)
+def check_learning_rate(run: ExaminedRun) -> Iterator[Finding]:
     """S1: the saved and the logged learning rate against the schedule."""
     for s in run.readable:
         planned = scheduled_lr(s, s.step or 0)
@@ -47,7 +48,7 @@ def _judge_lr(s: Summary, group: dict[str, Any], planned: float) -> Finding | No
     text = f"lr {lr:.3g} at step {s.step}, the schedule says {planned:.3g}"
     if len(s.optimizer.get("groups", [])) > 1 and (factor := group.get("lr_factor", 1.0)) != 1:
         text += f" ({group['method']}'s group at {factor:g} times the run's)"
-    return in_file(s, "S1", level, Cause.LEARNING_RATE, text, value=lr, baseline=planned)
+    return in_file(s, "S1", text, level=level, value=lr, baseline=planned)
 
 
 class _Course:
@@ -65,7 +66,7 @@ class _Course:
         self.peak = max(self.peak, lr)
 
 
-def _check_logged_lr(run: Run) -> Iterator[Finding]:
+def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
     """Within one process lr rises in the warm-up alone; a restart may raise it by its flags."""
     planned = 0.0  # --lr of the process; 0 where it did not tell
     course = _Course()
@@ -84,20 +85,15 @@ def _check_logged_lr(run: Run) -> Iterator[Finding]:
             limit = planned if above else course.lowest
             what = "the flags allow" if above else "it had fallen to"
             text = f"lr {lr:.3g} at step {row['step']}, {what} {limit:.3g}"
-            yield Finding(
-                "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=row["step"], value=lr,
-                baseline=limit, after=_row_before(run.history, row["step"]),
-            )  # fmt: skip
+            after = _row_before(run.history, row["step"])
+            yield in_metrics("S1", text, row["step"], value=lr, baseline=limit, after=after)
             return
         course.add(lr)
 
 
 def _raised_lr(step: int, before: float, asked: float) -> Finding:
     text = f"a restart raised --lr from {before:g} to {asked:g} at step {step}"
-    return Finding(
-        "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, step=step + 1, after=step, value=asked,
-        baseline=before,
-    )  # fmt: skip
+    return in_metrics("S1", text, step + 1, after=step, value=asked, baseline=before)
 
 
 def _row_before(history: History, step: int) -> int | None:
@@ -106,7 +102,7 @@ def _row_before(history: History, step: int) -> int | None:
     return earlier[-1] if earlier else None
 
 
-def _check_saved_lr(run: Run) -> Iterator[Finding]:
+def _check_saved_lr(run: ExaminedRun) -> Iterator[Finding]:
     """Files of the older script carry no schedule: lr that rises after it had fallen."""
     course, before = _Course(), None
     for s in run.series:
@@ -118,25 +114,20 @@ def _check_saved_lr(run: Run) -> Iterator[Finding]:
             text = f"lr rose to {lr:.3g} after it had fallen to {course.lowest:.3g}"
             if epochs and s.epoch is not None and s.epoch > epochs:
                 text += f"; epoch {s.epoch} lies beyond the plan of {epochs:g}"
-            yield in_file(
-                s, "S1", Level.SUSPECT, Cause.LEARNING_RATE, text, value=lr,
-                baseline=course.lowest, after=before,
-            )  # fmt: skip
+            yield in_file(s, "S1", text, value=lr, baseline=course.lowest, after=before)
         course.add(lr)
         before = s.step
 
 
-def check_best(run: Run) -> Iterator[Finding]:
+@check("S2", "best value that rises", Level.WARN, Cause.FILE)
+def check_best(run: ExaminedRun) -> Iterator[Finding]:
     """S2: the best value can only fall."""
     best, before = math.inf, None
     for s in run.series:
         if math.isfinite(s.best_val):
             if s.best_val > best + 1e-9:
                 text = f"best val is {s.best_val:.4f}, an earlier file has {best:.4f}"
-                yield in_file(
-                    s, "S2", Level.WARN, Cause.FILE, text, value=s.best_val, baseline=best,
-                    after=before,
-                )  # fmt: skip
+                yield in_file(s, "S2", text, value=s.best_val, baseline=best, after=before)
             best = min(best, s.best_val)
         before = s.step
 
@@ -144,7 +135,8 @@ def check_best(run: Run) -> Iterator[Finding]:
 # --- losses and gradients ------------------------------------------------------------------------
 
 
-def check_guessing(run: Run) -> Iterator[Finding]:
+@check("H1", "a codebook predicted worse than by guessing", Level.DIVERGED)
+def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
     """H1: a codebook predicted worse than by guessing, in a file's own latest steps or in val."""
     for s in run.readable:
         yield from _guesses_lately(s)
@@ -162,10 +154,9 @@ def check_guessing(run: Run) -> Iterator[Finding]:
             if value is None or value > guess + margin:
                 said = "not finite" if value is None else f"{value:.3f}"
                 text = f"val CE of codebook {k} is {said}, guessing gives {guess:.3f}"
-                yield Finding(
-                    "H1", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=before,
-                    where=f"codebook {k}", value=value if value is not None else math.inf,
-                    baseline=guess,
+                yield in_metrics(
+                    "H1", text, row["step"], after=before, where=f"codebook {k}",
+                    value=value if value is not None else math.inf, baseline=guess,
                 )  # fmt: skip
                 return
         before = row["step"]
@@ -182,22 +173,20 @@ def _guesses_lately(s: Summary) -> Iterator[Finding]:
         ce, where = s.recent_ce[k], f"codebook {k}"
         text = f"CE of {where} averaged {ce:.3f} over the latest steps, guessing gives "
         text += f"{limits[k] - LASTING:.3f} ({len(over)} of {len(pairs)} codebooks)"
-        yield in_file(
-            s, "H1", Level.DIVERGED, Cause.INSTABILITY, text, where=where, value=ce,
-            baseline=limits[k] - LASTING, n=len(pairs),
-        )  # fmt: skip
+        guess = limits[k] - LASTING
+        yield in_file(s, "H1", text, where=where, value=ce, baseline=guess, n=len(pairs))
         return
     rows = [r for r in s.history if r.get("event") == "step"][-3:]
     losses = [x for r in rows if (x := finite_number(r.get("loss"))) is not None]
     if len(losses) == 3 and not pairs and limits and min(losses) > max(limits):
         text = f"its last losses are {losses[0]:.3f} to {losses[-1]:.3f}, guessing gives at most "
-        yield in_file(
-            s, "H1", Level.DIVERGED, Cause.INSTABILITY, f"{text}{max(limits) - LASTING:.3f}",
-            value=losses[-1], baseline=max(limits) - LASTING, n=3,
-        )  # fmt: skip
+        guess = max(limits) - LASTING
+        yield in_file(s, "H1", f"{text}{guess:.3f}", value=losses[-1], baseline=guess, n=3)
 
 
-def check_validation(run: Run) -> Iterator[Finding]:
+@check("H2", "val far above its best, twice in a row", Level.SUSPECT)
+@check("H4", "val that rises while train falls", Level.OVERFIT, Cause.OVERFITTING)
+def check_validation(run: ExaminedRun) -> Iterator[Finding]:
     """H2, H4: val well above its best, twice in a row: overfitting or instability."""
     epochs = [r for r in run.history.epochs if isinstance(r.get("val"), float)]
     if len(epochs) < 4:
@@ -214,15 +203,13 @@ def check_validation(run: Run) -> Iterator[Finding]:
             f"val {vals[-1]:.3f} has left its best {lowest:.3f} of step {at} smoothly while train "
             "still falls: overfitting, not instability"
         )
-        yield Finding(
-            "H4", Level.OVERFIT, Cause.OVERFITTING, text, step=epochs[best + 1]["step"], after=at,
-            value=vals[-1], baseline=lowest, n=len(vals),
-        )  # fmt: skip
+        first = epochs[best + 1]["step"]
+        yield in_metrics("H4", text, first, after=at, value=vals[-1], baseline=lowest, n=len(vals))
         return
     text = f"val {vals[rise]:.3f} is {vals[rise] - lowest:.2f} above its best {lowest:.3f}"
-    yield Finding(
-        "H2", Level.SUSPECT, Cause.INSTABILITY, text, step=epochs[rise]["step"],
-        after=epochs[rise - 1]["step"], value=vals[rise], baseline=lowest, n=rise,
+    yield in_metrics(
+        "H2", text, epochs[rise]["step"], after=epochs[rise - 1]["step"], value=vals[rise],
+        baseline=lowest, n=rise,
     )  # fmt: skip
 
 
@@ -257,14 +244,15 @@ def _overfits(history: History) -> bool:
     return bool(train_falls and smooth)
 
 
-def check_steps_of_training(run: Run) -> Iterator[Finding]:
+@check("H3", "loss or gradient norm that leaves its past; refused steps, rollbacks", Level.SUSPECT)
+def check_steps_of_training(run: ExaminedRun) -> Iterator[Finding]:
     """H3: losses and gradient norms that leave their past, steps that the guard refused."""
     yield from _check_losses(run)
     yield from _check_gradient_norms(run)
     yield from _check_refusals(run)
 
 
-def _check_losses(run: Run) -> Iterator[Finding]:
+def _check_losses(run: ExaminedRun) -> Iterator[Finding]:
     """The first loss that jumps away from the forty before it, and stays for three steps."""
     rows = run.history.steps
     losses = [r.get("loss") for r in rows]
@@ -279,14 +267,14 @@ def _check_losses(run: Run) -> Iterator[Finding]:
         if not isinstance(value, float) or (value > centre + 8 * spread and stays):
             said = f"{value:.3f}" if isinstance(value, float) else "not finite"
             text = f"loss jumps to {said} at step {row['step']} from about {centre:.3f}, and stays"
-            yield Finding(
-                "H3", Level.DIVERGED, Cause.INSTABILITY, text, step=row["step"], after=after,
-                value=value if isinstance(value, float) else math.inf, baseline=centre, n=len(past),
+            yield in_metrics(
+                "H3", text, row["step"], level=Level.DIVERGED, after=after, baseline=centre,
+                value=value if isinstance(value, float) else math.inf, n=len(past),
             )  # fmt: skip
             return
 
 
-def _check_gradient_norms(run: Run) -> Iterator[Finding]:
+def _check_gradient_norms(run: ExaminedRun) -> Iterator[Finding]:
     """The first of three in a row that are ten times what the sixty before it were."""
     rows = [r for r in run.history.steps if isinstance(r.get("grad_norm"), float)]
     norms = [r["grad_norm"] for r in rows]
@@ -296,14 +284,14 @@ def _check_gradient_norms(run: Run) -> Iterator[Finding]:
             text = (
                 f"gradient norm rises to {norms[i]:.3g} at step {rows[i]['step']} and stays there"
             )
-            yield Finding(
-                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=rows[i]["step"],
-                after=rows[i - 1]["step"], value=norms[i], baseline=centre, n=min(i, 60),
+            yield in_metrics(
+                "H3", text, rows[i]["step"], after=rows[i - 1]["step"], value=norms[i],
+                baseline=centre, n=min(i, 60),
             )  # fmt: skip
             return
 
 
-def _check_refusals(run: Run) -> Iterator[Finding]:
+def _check_refusals(run: ExaminedRun) -> Iterator[Finding]:
     """Rollbacks, quarantines, and steps that the guard refused for more than an overflow."""
     skips, total = run.history.of("skip"), max([1, *(r["step"] for r in run.history.rows)])
     bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
@@ -311,43 +299,38 @@ def _check_refusals(run: Run) -> Iterator[Finding]:
         for row in run.history.of(event)[:1]:
             first = min([r["step"] for r in bad] or [row["step"]])
             text = f"{event} at step {row['step']}: {str(row.get('reason'))[:100]}"
-            yield Finding(
-                "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=row["step"], after=first - 1,
-                value=len(bad),
-            )  # fmt: skip
+            yield in_metrics("H3", text, row["step"], after=first - 1, value=len(bad))
     if len(bad) >= 10 and len(bad) > 0.01 * total:
         text = f"the guard refused {len(bad)} of {total} steps, first at step {bad[0]['step']}"
-        yield Finding(
-            "H3", Level.SUSPECT, Cause.INSTABILITY, text, step=bad[0]["step"],
-            after=bad[0]["step"] - 1, value=len(bad) / total, baseline=0.01,
-        )  # fmt: skip
+        at = bad[0]["step"]
+        yield in_metrics("H3", text, at, after=at - 1, value=len(bad) / total, baseline=0.01)
 
 
 # --- models at work ------------------------------------------------------------------------------
 
 
-def check_probe(run: Run) -> Iterator[Finding]:
+@check("P1", "models that were run: loss against guessing and against earlier", Level.SUSPECT)
+def check_probe(run: ExaminedRun) -> Iterator[Finding]:
     """P1: models run on real windows: against guessing, and against the files before."""
     best: dict[str, float] = {}
     activations: dict[str, float] = {}
     for s in (s for s in run.readable if s.path in run.probes):
         answer = run.probes[s.path]
         if not isinstance(answer, dict):
-            yield in_file(s, "P1", Level.WARN, Cause.FILE, f"the probe failed: {answer.text}")
+            text = f"the probe failed: {answer.text}"
+            yield in_file(s, "P1", text, level=Level.WARN, cause=Cause.FILE)
             continue
         for part, figures in answer.items():
             yield from _judge_losses(run, s, part, figures["ce"], best)
             largest, before = max(figures["activations"], default=0.0), activations.get(part)
             if before is not None and largest > 5 * before:
                 text = f"activations of the {part} model reach {largest:.3g}, before {before:.3g}"
-                yield in_file(
-                    s, "P1", Level.SUSPECT, Cause.INSTABILITY, text, value=largest, baseline=before
-                )
+                yield in_file(s, "P1", text, value=largest, baseline=before)
             activations[part] = min(largest, before or math.inf)
 
 
 def _judge_losses(
-    run: Run, s: Summary, part: str, losses: list[float], best: dict[str, float]
+    run: ExaminedRun, s: Summary, part: str, losses: list[float], best: dict[str, float]
 ) -> Iterator[Finding]:
     """Losses [K] of a file's raw or EMA weights against guessing and the best mean so far."""
     weights = "raw weights" if part == "raw" else "EMA"
@@ -356,7 +339,7 @@ def _judge_losses(
         if not ce <= math.log(size) + BADLY:
             text = f"{weights}: CE of codebook {k} is {ce:.3f}, guessing gives {math.log(size):.3f}"
             yield in_file(
-                s, "P1", Level.DIVERGED, cause, text, where=f"codebook {k}", value=ce,
+                s, "P1", text, level=Level.DIVERGED, cause=cause, where=f"codebook {k}", value=ce,
                 baseline=math.log(size),
             )  # fmt: skip
             return
@@ -366,17 +349,15 @@ def _judge_losses(
     # The average may lag behind; the raw weights cannot be far from what their steps had.
     if mean_ce > guessing + 3 * LASTING:
         text = f"{weights}: CE {mean_ce:.3f} on the probe's windows, guessing gives {guessing:.3f}"
-        yield in_file(
-            s, "P1", Level.DIVERGED, cause, text, value=mean_ce, baseline=guessing,
-            n=len(losses),
-        )  # fmt: skip
+        facts = {"value": mean_ce, "baseline": guessing, "n": len(losses)}
+        yield in_file(s, "P1", text, level=Level.DIVERGED, cause=cause, **facts)
     elif part == "raw" and mean_ce > learned + max(0.5, (guessing - learned) / 2):
         text = f"{weights}: CE {mean_ce:.3f}, the file itself speaks of {learned:.3f}"
         level = Level.DIVERGED if run.on_own_data else Level.SUSPECT
-        yield in_file(s, "P1", level, cause, text, value=mean_ce, baseline=learned)
+        yield in_file(s, "P1", text, level=level, cause=cause, value=mean_ce, baseline=learned)
     if mean_ce > known + max(0.1, 0.1 * known):
         text = (
             f"{weights}: CE {mean_ce:.3f} on the probe's windows, an earlier file has {known:.3f}"
         )
-        yield in_file(s, "P1", Level.SUSPECT, cause, text, value=mean_ce, baseline=known)
+        yield in_file(s, "P1", text, cause=cause, value=mean_ce, baseline=known)
     best[part] = min(known, mean_ce)

@@ -1,6 +1,6 @@
 """What is wrong with an optimizer's state: F2, F3 and O1 to O4.
 
-    findings = [*check_moments(run), *check_momentum(run), *check_updates(run), *check_scale(run)]
+    findings = [*check_moments(run), *check_updates(run), *check_scale(run)]
 
 Moments that no gradients can make are proof; the size of a step is held against its own past.
 """
@@ -12,19 +12,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from doctor.examined_run import Run, finite_number
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun, finite_number
+from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.summary import Parameter, Summary
 
 
-def check_moments(run: Run) -> Iterator[Finding]:
+@check("F2", "second moments below zero", Level.CORRUPT, Cause.OPTIMIZER)
+@check("F3", "moments that no clipped gradients can make", Level.CORRUPT, Cause.OPTIMIZER)
+def check_moments(run: ExaminedRun) -> Iterator[Finding]:
     """F2, F3: what no sequence of gradients can produce."""
     for s in run.readable:
         negative = [p for p in s.parameters if p.v_negative]
         if negative:
             p = negative[0]
             text = f"{p.v_negative} second moments of {p.name} are negative"
-            yield in_file(s, "F2", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+            yield in_file(s, "F2", text, where=p.name)
         over = [p for p in s.parameters if p.m_over_bound]
         if over:
             p = max(over, key=lambda p: p.m_over_bound)
@@ -32,10 +34,11 @@ def check_moments(run: Run) -> Iterator[Finding]:
                 f"{p.m_over_bound} elements of {p.name} have abs(m) > {p.step_bound:.3g} sqrt(v), "
                 f"which no gradients can make ({len(over)} tensors)"
             )
-            yield in_file(s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=p.name)
+            yield in_file(s, "F3", text, where=p.name)
+    yield from _check_momentum(run)
 
 
-def check_momentum(run: Run) -> Iterator[Finding]:
+def _check_momentum(run: ExaminedRun) -> Iterator[Finding]:
     """F3, O2 of Muon: momentum that clipped gradients cannot make, that left its past, or is lost.
 
     torch's Muon keeps a running mean of gradients, so none is longer than the longest of them.
@@ -47,9 +50,7 @@ def check_momentum(run: Run) -> Iterator[Finding]:
             continue
         if still := [p for p in trained if p.m_rms == 0]:
             text = f"no gradient ever reached {still[0].name}, or its momentum was cleared"
-            finding = in_file(
-                s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=still[0].name, value=0.0
-            )
+            finding = in_file(s, "O2", text, where=still[0].name, value=0.0)
             yield finding.with_others(len(still) - 1)
             continue
         longest = max(trained, key=_momentum_norm)
@@ -59,10 +60,7 @@ def check_momentum(run: Run) -> Iterator[Finding]:
                 f"Muon's momentum has norm {norm:.3g}, most of it in {longest.name}; gradients "
                 f"clipped to {clip:g} cannot make it"
             )
-            yield in_file(
-                s, "F3", Level.CORRUPT, Cause.OPTIMIZER, text, where=longest.name, value=norm,
-                baseline=clip,
-            )  # fmt: skip
+            yield in_file(s, "F3", text, where=longest.name, value=norm, baseline=clip)
         else:
             yield from _judge_momentum(run, s, norm, past)
 
@@ -71,7 +69,7 @@ def _momentum_norm(p: Parameter) -> float:
     return p.m_rms * math.sqrt(p.numel)
 
 
-def _largest_clip(run: Run) -> float:
+def _largest_clip(run: ExaminedRun) -> float:
     """Largest --grad-clip of the run's starts; infinite where one did not clip or did not tell."""
     flags = [s.flags for s in run.readable if s.style == "own"]
     flags += [r["flags"] for r in run.history.rows if r["event"] in ("start", "resume")]
@@ -79,7 +77,9 @@ def _largest_clip(run: Run) -> float:
     return max(clips, default=math.inf)
 
 
-def _judge_momentum(run: Run, s: Summary, norm: float, past: list[float]) -> Iterator[Finding]:
+def _judge_momentum(
+    run: ExaminedRun, s: Summary, norm: float, past: list[float]
+) -> Iterator[Finding]:
     """Against the norms of the latest gradients, of which healthy runs have 0.01 to 0.08."""
     near = [
         r["grad_norm"] for r in run.history.steps
@@ -92,14 +92,15 @@ def _judge_momentum(run: Run, s: Summary, norm: float, past: list[float]) -> Ite
     if n >= 3 and not 1 / limit < share / centre < limit:
         text = f"Muon's momentum has norm {norm:.2g}, {share / centre:.2g} times what it had before"
         text += f", at gradients of norm {usual:.2g}" if near else ""
-        yield in_file(
-            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, value=share, baseline=centre, n=n
-        )
+        yield in_file(s, "O2", text, value=share, baseline=centre, n=n)
     else:
         past.append(share)
 
 
-def check_updates(run: Run) -> Iterator[Finding]:
+@check("O1", "second moments below eps", Level.WARN, Cause.OPTIMIZER)
+@check("O2", "RMS of Adam's step, size of Muon's momentum", Level.SUSPECT, Cause.OPTIMIZER)
+@check("O3", "step size against weight size", Level.WARN, Cause.LEARNING_RATE)
+def check_updates(run: ExaminedRun) -> Iterator[Finding]:
     """O1, O2, O3: the step that Adam takes; of Muon, whose step has one size, O3 alone."""
     pasts: dict[str, list[float]] = {}
     for s in run.series:
@@ -108,7 +109,7 @@ def check_updates(run: Run) -> Iterator[Finding]:
     yield from _check_step_size(run)
 
 
-def _check_step_size(run: Run) -> Iterator[Finding]:
+def _check_step_size(run: ExaminedRun) -> Iterator[Finding]:
     """O3: a step that is large beside the tensor that it changes, the worst of each file."""
     for s in run.series:
         lr = s.optimizer.get("lr", math.nan)
@@ -116,9 +117,7 @@ def _check_step_size(run: Run) -> Iterator[Finding]:
         worst = max(large, key=lambda pair: pair[0], default=None)
         if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
             text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
-            yield in_file(
-                s, "O3", Level.WARN, Cause.LEARNING_RATE, text, where=worst[1].name, value=worst[0]
-            )
+            yield in_file(s, "O3", text, where=worst[1].name, value=worst[0])
 
 
 def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Finding]:
@@ -127,7 +126,7 @@ def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Findi
         return
     if p.v_zero == 1.0:
         text = f"no gradient ever reached {p.name}, or its moments were cleared"
-        yield in_file(s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=0.0)
+        yield in_file(s, "O2", text, where=p.name, value=0.0)
         return
     usual = float(np.median(past)) if past else 0.229
     # Rows of an embedding that are never drawn have no moments and take no steps.
@@ -139,26 +138,24 @@ def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Findi
     elif rms < 0.03 and rms < usual / 4:
         text = f"RMS of Adam's step on {p.name} is {rms:.3f}: it hardly moves"
     if text:
-        yield in_file(
-            s, "O2", Level.SUSPECT, Cause.OPTIMIZER, text, where=p.name, value=rms,
-            baseline=usual, n=len(past),
-        )  # fmt: skip
+        yield in_file(s, "O2", text, where=p.name, value=rms, baseline=usual, n=len(past))
     else:
         past.append(rms)
     if p.v_tiny > 0.01:
         text = f"{p.v_tiny:.0%} of {p.name}'s second moments lie below eps: eps sets their step"
-        yield in_file(s, "O1", Level.WARN, Cause.OPTIMIZER, text, where=p.name, value=p.v_tiny)
+        yield in_file(s, "O1", text, where=p.name, value=p.v_tiny)
 
 
-def _peak_lr(run: Run, summary: Summary) -> float:
+def _peak_lr(run: ExaminedRun, summary: Summary) -> float:
     saved = [s.optimizer.get("lr", math.nan) for s in run.readable]
     return max([summary.flag("lr", 0.0), *[x for x in saved if math.isfinite(x)]])
 
 
-def check_scale(run: Run) -> Iterator[Finding]:
+@check("O4", "the fp16 loss scale", Level.SUSPECT, Cause.SCALER)
+def check_scale(run: ExaminedRun) -> Iterator[Finding]:
     """O4: a loss scale that has collapsed: below 128 small gradients vanish in fp16."""
     for s in run.readable:
         if s.scale is None or not math.isfinite(s.scale) or s.scale >= 128:
             continue
         text = f"GradScaler's scale is down to {s.scale:g}: fp16 gradients overflow at every scale"
-        yield in_file(s, "O4", Level.SUSPECT, Cause.SCALER, text, value=s.scale)
+        yield in_file(s, "O4", text, value=s.scale)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from doctor.checks.displacement import travel
-from doctor.examined_run import Run, finite_number
-from doctor.findings import Cause, Finding, Level, in_file
+from doctor.examined_run import ExaminedRun, finite_number
+from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.summary import Parameter, Scale, Summary
 
 LOGITS = 3.0  # times sqrt(2 ln V); healthy: 0.2 to 1.1
@@ -34,7 +34,7 @@ SMALL, SMALL_TABLE, SMALL_OLD_TABLE = 4.0, 0.5, 3.0
 class _Figure(NamedTuple):
     """A value and the limit that it is held against; `text` goes on after the place."""
 
-    check: str
+    id: str
     where: str
     text: str
     value: float
@@ -42,7 +42,12 @@ class _Figure(NamedTuple):
     n: int = 0
 
 
-def check_scales(run: Run) -> Iterator[Finding]:
+@check("A1", "logits of a codebook, by head and last gain: size, offset, bias", Level.DIVERGED)
+@check("A2", "attention logits of random inputs", Level.DIVERGED)
+@check("A3", "a matrix against its start, its steps, other layers, its EMA", Level.DIVERGED)
+@check("A4", "embedding, positions, head against their start and each other", Level.DIVERGED)
+@check("A5", "gains and biases of the norms", Level.DIVERGED)
+def check_scales(run: ExaminedRun) -> Iterator[Finding]:
     """A1 to A5: logits, attention, matrices, tables of codebooks, gains; the worst of each."""
     for s in run.readable:
         for part in ("raw", "ema"):
@@ -52,21 +57,21 @@ def check_scales(run: Run) -> Iterator[Finding]:
                 for f in figures(run, s, part)
                 if f.value > f.limit
             ]
-            for check in dict.fromkeys(f.check for f in over):
-                found = [f for f in over if f.check == check]
+            for id in dict.fromkeys(f.id for f in over):
+                found = [f for f in over if f.id == id]
                 yield _finding(s, part, max(found, key=lambda f: f.value / f.limit), len(found))
 
 
 def _finding(s: Summary, part: str, f: _Figure, count: int) -> Finding:
     of, cause = ("", Cause.INSTABILITY) if part == "raw" else ("averaged ", Cause.EMA)
     found = in_file(
-        s, f.check, Level.DIVERGED, cause, f"{of}{f.where}: {f.text}", where=f.where,
-        value=f.value, baseline=f.limit, n=f.n,
+        s, f.id, f"{of}{f.where}: {f.text}", cause=cause, where=f.where, value=f.value,
+        baseline=f.limit, n=f.n,
     )  # fmt: skip
     return found.with_others(count - 1)
 
 
-def _of_logits(run: Run, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_logits(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
     """A1. Normal logits of deviation r pick one of V codes with certainty once r^2 / 2 > ln V.
 
     Past that cross-entropy has no gradient left that would make them larger.
@@ -96,7 +101,7 @@ def _others(s: Summary, part: str, scale: Scale) -> float:
     return float(np.median(values)) if values else 0.0
 
 
-def _of_attention(run: Run, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_attention(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
     """A2, A5. Logits of random queries and keys; what norms multiply their unit input by."""
     for x in s.scales.get(part, []):
         if x.what == "attention":
@@ -112,7 +117,7 @@ def _size(p: Parameter, part: str) -> float:
     return p.rms if part == "raw" else p.ema_rms
 
 
-def _of_matrices(run: Run, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_matrices(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
     """A3. Matrices between hidden states against their start, each other and their average."""
     matrices = [
         p for p in s.parameters
@@ -142,7 +147,7 @@ def _tells_all(s: Summary) -> bool:
     return first.get("event") == "start" and first.get("step") == 0
 
 
-def _reach(run: Run, s: Summary, p: Parameter) -> float:
+def _reach(run: ExaminedRun, s: Summary, p: Parameter) -> float:
     """Largest RMS that the steps so far make of a tensor's start; infinite where that is unknown.
 
     Matrices start at deviation 1 / sqrt(columns) or less, tables at 0.001 or, in the older script,
@@ -164,7 +169,7 @@ def _reach(run: Run, s: Summary, p: Parameter) -> float:
     return 2 * start + times * travel(lr * p.lr_factor, update, s.step + 10, p.noise_steps)
 
 
-def _of_tables(run: Run, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_tables(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
     """A4. Tables against their start, and a codebook's longest embedding against the others'."""
     for p in s.parameters:
         if p.place.role.endswith(("embed", "pos", "head")):

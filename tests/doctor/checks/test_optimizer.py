@@ -6,7 +6,7 @@ import torch
 from kit.checkpoints import content_of
 
 from doctor.checks.optimizer import check_moments
-from doctor.examined_run import History, Run
+from doctor.examined_run import ExaminedRun, History
 from doctor.reading.optimizer_state import moment_bound
 from doctor.reading.reader import summarize
 
@@ -18,6 +18,6 @@ def test_the_bound_is_that_of_the_tensors_own_group(good):
     later["betas"] = (0.9, 0.999)
     content["optimizer"]["state"][later["params"][0]]["exp_avg"] += 1e4
     torch.save(content, good)
-    (finding,) = check_moments(Run("rvq_4cb", [summarize(good)], History([])))
+    (finding,) = check_moments(ExaminedRun("rvq_4cb", [summarize(good)], History([])))
     assert (finding.check, finding.where) == ("F3", later["param_names"][0])
     assert f"{moment_bound(0.9, 0.999):.3g} sqrt(v)" in finding.text
