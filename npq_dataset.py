@@ -688,22 +688,23 @@ def _phases(seed: int, files: int) -> np.ndarray[Any, Any]:
 
 
 class EpochOrder(Sampler[Any]):
-    """Batches of window numbers in an order that depends on (seed, epoch, detours) alone.
+    """Batches of window numbers in an order that depends on (seed, epoch, changes) alone.
 
     The numbers that it gives out are epoch * num_windows + window, so that the epoch reaches loader
     processes with each batch; everywhere else a window has the same number in all epochs.
 
     Only whole groups of batch * accum windows are given out: optimizer steps are never partial.
     `start` skips windows of the present epoch that a resumed run has used. Each rollback of a run
-    adds a detour, {"epoch", "position", "suspects", "barred"}: from that position on the order is
-    another one, without the suspects in that epoch and without the barred windows from there on.
+    adds a change, {"epoch", "position", "suspects", "excluded_windows"}: from that position on the
+    order is another one, without the suspects in that epoch and without the excluded windows in it
+    and all later ones.
     """
 
     def __init__(self, num_windows: int, *, batch: int, accum: int, seed: int) -> None:
         self.num_windows, self.batch, self.seed = num_windows, batch, seed
         self.group = batch * accum
         self.epoch = self.start = 0
-        self.detours: list[dict[str, Any]] = []
+        self.changes: list[dict[str, Any]] = []
 
     def permutation(self, epoch: int) -> np.ndarray[Any, Any]:
         """The window numbers of an epoch, shuffled.
@@ -711,12 +712,12 @@ class EpochOrder(Sampler[Any]):
         RandomState's streams are frozen for good, Generator's are not (NEP 19).
         """
         order = self._shuffled(np.arange(self.num_windows), epoch)
-        for number, detour in enumerate(self.detours, start=1):
-            if detour["epoch"] > epoch:
+        for number, change in enumerate(self.changes, start=1):
+            if change["epoch"] > epoch:
                 continue
-            is_here = detour["epoch"] == epoch
-            used, rest = np.split(order, [detour["position"] if is_here else 0])
-            left_out = detour["barred"] + (detour["suspects"] if is_here else [])
+            is_here = change["epoch"] == epoch
+            used, rest = np.split(order, [change["position"] if is_here else 0])
+            left_out = change["excluded_windows"] + (change["suspects"] if is_here else [])
             rest = rest[~np.isin(rest, left_out)]
             order = np.concatenate((used, self._shuffled(rest, epoch, number)))
         return order
@@ -734,7 +735,7 @@ class EpochOrder(Sampler[Any]):
 
     def end(self) -> int:
         """How many windows the present epoch has."""
-        return len(self.permutation(self.epoch)) if self.detours else self.num_windows
+        return len(self.permutation(self.epoch)) if self.changes else self.num_windows
 
     def __len__(self) -> int:
         return (self.end() - self.start) // self.group * (self.group // self.batch)

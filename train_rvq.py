@@ -80,6 +80,7 @@ from sound.statistics import compare, describe
 from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.planning import PlanError, is_out_of_memory
+from training.rollback_policy import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
 from training.saving import (
     MAX_FAILED_SAVES,
     check_save,
@@ -99,7 +100,6 @@ from training.setup import (
     set_up,
     settle_flags,
 )
-from training.stability import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
 from training.state import Run
 
 EXIT_GUARD = 3  # stopped by the guard
@@ -312,7 +312,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
         p.epoch_refused += 1
     state.scaler.update()  # halves the scale after an overflow; nothing without a scaler
     state.optimizer.zero_grad(set_to_none=True)
-    state.ladder.attempt()
+    state.policy.attempt()
     p.position += run.windows_per_step
     run.between_steps = True
     return StepStats(loss, ce, grad_norm, lr, refused, overflow)
@@ -564,14 +564,14 @@ def train(run: Run) -> int:
 
 def take_steps(run: Run) -> bool:
     """Step until the epoch, the run or the time ends or validation is due; True at epoch's end."""
-    p, ladder = run.state.progress, run.state.ladder
+    p, policy = run.state.progress, run.state.policy
     batches, end = read_on(run)
     while p.position + run.windows_per_step <= end:
         if run.is_finished() or run.stop.signal is not None or run.guard_stop is not None:
             break
         if validation_due(run, complete=False):
             break
-        keep, cools = ladder.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
+        keep, cools = policy.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
         if keep or cools:  # a run can be extended from the archive of before its cooldown
             reason = save(run, ring=keep, archive=cools, spare=not cools)
             if reason is not None:
@@ -680,7 +680,7 @@ def report_step(run: Run, stats: StepStats) -> None:
 
 
 def handle_refusal(run: Run, stats: StepStats) -> bool:
-    """Log a refused step with its windows, and climb the ladder if due; True after a rollback."""
+    """Log a refused step with its windows, and roll back if that is due; True after a rollback."""
     p, state = run.state.progress, run.state
     used = run.order.permutation(p.epoch)[p.position - run.windows_per_step : p.position]
     run.metrics.write(
@@ -702,8 +702,8 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
                 "fp16 gradients overflow at every scale; use --amp-dtype bf16 or --no-amp"
             )
         return False
-    state.ladder.refuse(used)
-    trouble = state.ladder.trouble(state.guard.refused_in_a_row)
+    state.policy.refuse(used)
+    trouble = state.policy.trouble(state.guard.refused_in_a_row)
     if trouble is None:
         return False
     if run.flags.panic_snapshot:
@@ -725,9 +725,9 @@ def roll_back(run: Run, reason: str) -> bool:
     Where no step checkpoint can be read, the present state goes on with the lower lr.
     """
     check_save(run, wait=True)  # the ring is read, and the best value kept, as they are on disk
-    state, p, flags, ladder = run.state, run.state.progress, run.flags, run.state.ladder
+    state, p, flags, policy = run.state, run.state.progress, run.flags, run.state.policy
     event, refused, kept = p.step, state.guard.refused, {n: getattr(p, n) for n in NOT_ROLLED_BACK}
-    if not ladder.may_roll_back(event):
+    if not policy.may_roll_back(event):
         run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
         return False
     suspects, scale, was_goal = last_windows(run), p.lr_scale, p.lr_goal
@@ -743,14 +743,14 @@ def roll_back(run: Run, reason: str) -> bool:
     for name, value in kept.items():
         setattr(p, name, value)
     # Trouble that comes back once the lr has, and not before, is the lr's.
-    came_back = bool(ladder.events) and scale >= was_goal
+    came_back = bool(policy.events) and scale >= was_goal
     p.lr_goal = goal * (flags.panic_lr_mul if came_back else 1.0)
     p.lr_scale = min(scale, p.lr_goal) * flags.panic_lr_mul
     state.guard.refused = refused
     state.optimizer.zero_grad(set_to_none=True)
     place = {"epoch": p.epoch, "position": p.position, "windows": run.order.num_windows}
     run.metrics.rewind(p.step)
-    ladder.roll_back(event, p.step, suspects=suspects, **place)
+    policy.roll_back(event, p.step, suspects=suspects, **place)
     report_rollback(run, event, reason, found[1] if found else None)
     save(run)
     check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
@@ -774,8 +774,8 @@ def find_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
 
 
 def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
-    """The ladder's first choice that can be read and fits."""
-    for step in run.state.ladder.retreats(run.state.progress.step, run.files.ring_steps()):
+    """The policy's first candidate that can be read and fits."""
+    for step in run.state.policy.candidates(run.state.progress.step, run.files.ring_steps()):
         path = run.files.ring_file(step)
         try:
             checkpoint = load_checkpoint(path)
@@ -792,7 +792,7 @@ def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
 
 def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None:
     """Metrics row and console line of a rollback that has just happened."""
-    p, detour = run.state.progress, run.state.ladder.detours[-1]
+    p, change = run.state.progress, run.state.policy.order_changes[-1]
     run.metrics.write(
         "rollback",
         step=event,
@@ -801,8 +801,8 @@ def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None
         file=file,
         lr_scale=p.lr_scale,
         reason=reason,
-        skipped_windows=len({*detour["suspects"], *detour["barred"]}),
-        rollbacks=len(run.state.ladder.events),
+        skipped_windows=len({*change["suspects"], *change["excluded_windows"]}),
+        rollbacks=len(run.state.policy.events),
     )
     where = f"back to step {p.step}" if file else "no step checkpoint could be read, going on"
     run.console.problem(
@@ -842,7 +842,7 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         p.epoch_loss = p.epoch_seconds = 0.0
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
-    ring = complete and run.state.ladder.keep_due(p.step, p.schedule_steps)
+    ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
     save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
         write_samples(run)

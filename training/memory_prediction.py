@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from layers.loss import Losses
 from model import CodesTransformer
 from run_folder.checkpoint import size_of
-from training.stability import Ema
+from training.ema import Ema
 
 GIB = 2**30
 # Estimates: of a GPU's memory what driver and libraries take, of the host's Python with PyTorch.

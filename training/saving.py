@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from cli.waiting import NoAnswerError, wait_for
 from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
 from training.optimizer import state_tensors
 from training.parallel import World
-from training.stability import not_finite
 from training.state import Progress, Run, Saving, TrainState
 
 MAX_FAILED_SAVES = 3
@@ -40,7 +40,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.state_dict(),
-        "ladder": state.ladder.state_dict(),
+        "ladder": state.policy.state_dict(),
         "progress": dataclasses.asdict(state.progress),
         "rng": rng_state(),
         "architecture": state.model.config.to_dict(),
@@ -78,7 +78,7 @@ def save(
         quarantine(run, reason)
         return reason
     if ring:
-        run.state.ladder.kept_step = p.step
+        run.state.policy.kept_step = p.step
     checkpoint = checkpoint_of(run)
     if not run.world.is_first:
         return None
@@ -168,6 +168,15 @@ def unsound(run: Run) -> str | None:
         if bad
         else state.guard.worse_than_guessing()
     )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; one host sync."""
+    if not tensors:
+        return []
+    # A sum is not finite if one of its terms is not, and takes one pass without a copy.
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    return [name for name, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]
 
 
 def quarantine(run: Run, reason: str) -> None:

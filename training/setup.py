@@ -49,6 +49,8 @@ from run_folder.files import RunFiles, find_run, load_latest, run_name
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version, number
 from run_folder.shared_weights import load_parts
 from sound.origin import codec_of
+from training.ema import Ema
+from training.guard import Guard
 from training.loader import Loader, scan
 from training.memory_prediction import gib
 from training.optimizer import build_optimizer
@@ -56,7 +58,6 @@ from training.parallel import EveryNth, World
 from training.planning import Plan
 from training.saving import load_weights, restore
 from training.schedule import schedule_words, settle_schedule
-from training.stability import Ema, Guard
 from training.state import Progress, Run, StopRequest, TrainState
 
 # Flags that may differ from machine to machine: paths and the like.
@@ -114,13 +115,13 @@ def set_up(
     files = RunFiles(flags.save_dir, run_name(config.num_codebooks, flags.tag))
     if checkpoint is not None:
         restore(state, checkpoint, source, world)
-        state.ladder.load_state_dict(checkpoint.get("ladder", {}))
+        state.policy.load_state_dict(checkpoint.get("ladder", {}))
         settle_data_change(flags, state, checkpoint["data"], data, source, console)
         forget_another_level(flags, state.guard, saved_flags(checkpoint))
     if world.is_first:
         tidy(files, state, console, resumed=checkpoint is not None)
-    state.ladder.kept_step = world.from_first(state.ladder.kept_step)
-    order.detours = state.ladder.detours
+    state.policy.kept_step = world.from_first(state.policy.kept_step)
+    order.changes = state.policy.order_changes
 
     written = files.metrics if world.is_first else None
     run = Run(
@@ -203,7 +204,7 @@ def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool)
     if resumed:
         files.prune_ring(newest=state.progress.step)
         if not files.ring_steps():  # of a run that had ended, or of a version without a ring
-            state.ladder.kept_step = None
+            state.policy.kept_step = None
     elif aside := files.set_aside():
         console.line(f"An earlier run's files were moved to {aside}")
     files.remove_leftovers()
@@ -498,7 +499,7 @@ def settle_data_change(
     progress = state.progress
     console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
     state.guard.forget()
-    state.ladder.forget_windows()
+    state.policy.forget_windows()
     progress.position = progress.epoch_steps = progress.epoch_refused = 0
     progress.epoch_loss = progress.epoch_seconds = 0.0
 

@@ -31,10 +31,12 @@ from npq_dataset import EpochOrder, WindowDataset
 from run_folder.checkpoint import BackgroundSaver
 from run_folder.files import RunFiles
 from run_folder.metrics import Console, MetricsLog
+from training.ema import Ema
+from training.guard import Guard
 from training.loader import Loader
 from training.pace import Pace
 from training.parallel import World
-from training.stability import Ema, Guard, Ladder
+from training.rollback_policy import RollbackPolicy
 
 
 @dataclass
@@ -75,7 +77,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     guard: Guard
     progress: Progress
-    ladder: Ladder = dataclasses.field(default_factory=Ladder)
+    policy: RollbackPolicy = dataclasses.field(default_factory=RollbackPolicy)
 
 
 @dataclass
