@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,47 +62,24 @@ from cli.command_line import (
     steady_streams,
     unexpected,
 )
-from cli.device import pick_device
 from cli.waiting import NoAnswerError
 from model import PATTERNS
 from npq_dataset import BadFilesError
-from pages.run_page import write_report
-from run_folder.checkpoint import CheckpointError, load_checkpoint, rng_kept
-from run_folder.files import find_run, load_latest
+from run_folder.checkpoint import CheckpointError, rng_kept
 from run_folder.lock import FolderLock
-from run_folder.metrics import Console, epoch_lines, number, perplexity, step_line
-from run_folder.names import SAMPLES
+from run_folder.metrics import Console, epoch_lines, perplexity, step_line
 from run_folder.shared_weights import is_shared
-from sound.npq_format import NpqError, map_codes, read_header, write_npq
-from sound.origin import codec_of
-from sound.sampling import Draw, generate
-from sound.statistics import compare, describe
+from sound.npq_format import NpqError
+from training import dry_run, ends, rollback, samples, saving
 from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.planning import PlanError, is_out_of_memory
-from training.rollback_policy import MAX_ROLLBACKS, SUSPECT_STEPS, lr_doubling
-from training.saving import (
-    MAX_FAILED_SAVES,
-    check_save,
-    finish_save,
-    quarantine,
-    restore,
-    save,
-    unsound,
-)
+from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
 from training.setup import (
-    ALONE,
-    check_windows,
-    open_data,
-    pick_architecture,
-    plan_of,
     set_up,
-    settle_flags,
 )
-from training.state import Run
-
-EXIT_GUARD = 3  # stopped by the guard
+from training.state import Run, Stopped
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -397,7 +374,7 @@ def compile_losses(run: Run) -> None:
             accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
-        tell_out_of_memory(run)
+        ends.tell_out_of_memory(run)
         raise
     except Exception as error:  # the compiler can fail in any way; training need not
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -445,97 +422,6 @@ def evaluate(run: Run) -> Validation | None:
     return Validation(sum(ce) / k, objective, ce)
 
 
-class Stopped(Exception):
-    """A signal came while data was waited for, or codes were drawn."""
-
-
-def write_samples(run: Run) -> None:
-    """Draw a sample from the EMA weights; write its codes and its sound to --eval-outdir.
-
-    Sound never stops training: any failure is one line and a metrics row.
-    """
-    p, flags = run.state.progress, run.flags
-    started = time.perf_counter()
-    if not run.world.is_first:
-        return
-
-    def stop_on_signal() -> None:
-        if run.stop.signal is not None or run.stop.received is not None:
-            raise Stopped
-
-    codes: np.ndarray[Any, Any] | None = None
-    outcome: dict[str, Any]
-    try:
-        path = draw_sample(run, stop_on_signal)
-        codes = map_codes(read_header(path)).astype(np.int64)
-        from sound.audio_file import write_wav  # training runs where no codec can be imported
-        from sound.codec import load_codec, misfit
-
-        if said := misfit(flags.eval_dac_repo, codec_of(run.data)):
-            run.console.problem(f"{said}; see --eval-dac-repo")
-        codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
-        waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
-        write_wav(path.with_suffix(".wav"), waveform.numpy(), codec.sample_rate)
-    except Stopped:
-        return
-    except Exception as error:  # a missing codec, a full disk, no memory left: train on
-        run.console.problem(f"evaluation audio failed, training goes on: {in_words(error)}")
-        outcome = {"error": str(error)}
-    else:
-        seconds = round(time.perf_counter() - started, 3)
-        run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
-        outcome = {"file": path.name, "sample_seconds": seconds}
-    figures = {} if codes is None else sample_statistics(run, codes)
-    run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
-
-
-def sample_statistics(run: Run, codes: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
-    try:
-        length = min(len(codes), 2048)
-        read = run.loader.begin(lambda: run.val_windows.excerpts(length))
-        figures = compare(codes, run.loader.result(read, run.val_windows))
-    except Stopped:
-        return {}
-    except Exception as error:  # a file that changed, no memory left: train on
-        run.console.problem(f"statistics of the sample failed, training goes on: {in_words(error)}")
-        return {}
-    run.console.line(f"         {describe(figures)}")
-    return figures
-
-
-def samples_folder(flags: argparse.Namespace) -> Path:
-    """Where evaluation audio goes."""
-    return Path(flags.eval_outdir or Path(flags.save_dir) / SAMPLES)
-
-
-def draw_sample(run: Run, on_frame: Callable[[], None]) -> Path:
-    """Codes of one sample of EMA weights as .npq, named by run, epoch and time."""
-    p, flags, config = run.state.progress, run.flags, run.state.model.config
-    folder = samples_folder(flags)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = Draw.of(config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p)
-    codes = generate(
-        run.state.ema.model,
-        flags.eval_frames,
-        ctx=flags.ctx,
-        draw=draw,
-        seed=flags.seed + p.epoch,
-        dtype=run.amp_dtype,
-        on_frame=on_frame,
-    )
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{run.files.name}_e{p.epoch:04d}__{stamp}.npq"
-    write_npq(
-        path,
-        codes[0].cpu().numpy(),
-        vocab_sizes=config.vocab_sizes,
-        frame_rate=run.data["frame_rate"],
-        side_codebooks=run.data["side_codebooks"],
-    )
-    return path
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -555,11 +441,11 @@ def train(run: Run) -> int:
     while True:
         epoch_complete = take_steps(run)
         if run.guard_stop is not None:
-            return stopped_by_guard(run)
+            return ends.stopped_by_guard(run)
         if run.stop.signal is not None or not close_epoch(run, complete=epoch_complete):
-            return interrupted(run)
+            return ends.interrupted(run)
         if run.is_finished() and p.validated_step == p.step:
-            return finished(run)
+            return ends.finished(run)
 
 
 def take_steps(run: Run) -> bool:
@@ -573,9 +459,9 @@ def take_steps(run: Run) -> bool:
             break
         keep, cools = policy.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
         if keep or cools:  # a run can be extended from the archive of before its cooldown
-            reason = save(run, ring=keep, archive=cools, spare=not cools)
+            reason = saving.save(run, ring=keep, archive=cools, spare=not cools)
             if reason is not None:
-                roll_back(run, reason)
+                rollback.roll_back(run, reason)
                 batches, end = read_on(run)
                 continue
             p.cooling = p.cooling or cools
@@ -592,9 +478,9 @@ def take_steps(run: Run) -> bool:
             report_step(run, stats)
         elif handle_refusal(run, stats):
             batches, end = read_on(run)
-        check_save(run)
+        saving.check_save(run)
         if run.stop.save:
-            save(run)
+            saving.save(run)
     run.console.end_epoch()
     return p.position + run.windows_per_step > end
 
@@ -647,10 +533,10 @@ def while_waiting(run: Run) -> None:
     if run.stop.signal is not None or run.stop.received is not None:
         raise Stopped
     if run.world.size == 1:
-        check_save(run)
+        saving.check_save(run)
         if run.stop.save:
             with torch.inference_mode(False):  # else copies made in a validation stay read-only
-                save(run)
+                saving.save(run)
 
 
 def report_step(run: Run, stats: StepStats) -> None:
@@ -696,8 +582,8 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
     run.console.problem(f"step {p.step + 1} refused, nothing changed: {stats.refused}")
     if stats.is_overflow:
         if state.scaler.get_scale() < SMALLEST_SCALE:
-            save(run)
-            finish_save(run)
+            saving.save(run)
+            saving.finish_save(run)
             run.guard_stop = (
                 "fp16 gradients overflow at every scale; use --amp-dtype bf16 or --no-amp"
             )
@@ -707,111 +593,11 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
     if trouble is None:
         return False
     if run.flags.panic_snapshot:
-        quarantine(run, trouble)
-    return roll_back(run, trouble)
+        saving.quarantine(run, trouble)
+    return rollback.roll_back(run, trouble)
 
 
-# --- rollback ------------------------------------------------------------------------------------
-
-# Of the present, not of the state gone back to: clocks run on, `best` is still on the disk, and the
-# learning rate's schedule is the one that this start settled.
-NOT_ROLLED_BACK: tuple[str, ...] = ("seconds", "elapsed", "best_val", "best_epoch")
-NOT_ROLLED_BACK += ("validated_seconds", "schedule_steps", "schedule_seconds")
-
-
-def roll_back(run: Run, reason: str) -> bool:
-    """Return to an older state with a lower lr and other data; False where the run stops instead.
-
-    Where no step checkpoint can be read, the present state goes on with the lower lr.
-    """
-    check_save(run, wait=True)  # the ring is read, and the best value kept, as they are on disk
-    state, p, flags, policy = run.state, run.state.progress, run.flags, run.state.policy
-    event, refused, kept = p.step, state.guard.refused, {n: getattr(p, n) for n in NOT_ROLLED_BACK}
-    if not policy.may_roll_back(event):
-        run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
-        return False
-    suspects, scale, was_goal = last_windows(run), p.lr_scale, p.lr_goal
-    goal = was_goal
-    found = find_retreat(run)
-    if found is None:
-        state.guard.forget()
-    else:
-        checkpoint, path = found
-        restore(state, checkpoint, path, run.world)
-        # The lr that this state was sound with may be lower than what another --lr asks now.
-        goal = min(goal, p.lr_goal * checkpoint["flags"]["lr"] / flags.lr)
-    for name, value in kept.items():
-        setattr(p, name, value)
-    # Trouble that comes back once the lr has, and not before, is the lr's.
-    came_back = bool(policy.events) and scale >= was_goal
-    p.lr_goal = goal * (flags.panic_lr_mul if came_back else 1.0)
-    p.lr_scale = min(scale, p.lr_goal) * flags.panic_lr_mul
-    state.guard.refused = refused
-    state.optimizer.zero_grad(set_to_none=True)
-    place = {"epoch": p.epoch, "position": p.position, "windows": run.order.num_windows}
-    run.metrics.rewind(p.step)
-    policy.roll_back(event, p.step, suspects=suspects, **place)
-    report_rollback(run, event, reason, found[1] if found else None)
-    save(run)
-    check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
-    if run.world.is_first:
-        run.files.prune_ring(newest=p.step)
-    return True
-
-
-def last_windows(run: Run) -> np.ndarray[Any, Any]:
-    """Windows of the epoch's last SUSPECT_STEPS steps, but a quarter of the epoch at most."""
-    p, order = run.state.progress, run.order
-    count = min(SUSPECT_STEPS * run.windows_per_step, order.num_windows // 4)
-    return order.permutation(p.epoch)[max(0, p.position - count) : p.position]
-
-
-def find_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
-    """The step checkpoint to go back to and its name; rank 0 reads it for all."""
-    found = read_retreat(run) if run.world.is_first else None
-    checkpoint = run.world.share(found[0] if found else None)
-    return (checkpoint, run.world.from_first(found[1] if found else "")) if checkpoint else None
-
-
-def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
-    """The policy's first candidate that can be read and fits."""
-    for step in run.state.policy.candidates(run.state.progress.step, run.files.ring_steps()):
-        path = run.files.ring_file(step)
-        try:
-            checkpoint = load_checkpoint(path)
-        except CheckpointError as error:
-            run.console.problem(f"trying an older one: {error}")
-            continue
-        shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
-        fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
-        if fits and {**checkpoint["data"], "size": 0} == {**run.data, "size": 0}:
-            return checkpoint, path.name
-        run.console.problem(f"{path}: of other data or another architecture; trying an older one")
-    return None
-
-
-def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None:
-    """Metrics row and console line of a rollback that has just happened."""
-    p, change = run.state.progress, run.state.policy.order_changes[-1]
-    run.metrics.write(
-        "rollback",
-        step=event,
-        epoch=p.epoch + 1,
-        to_step=p.step,
-        file=file,
-        lr_scale=p.lr_scale,
-        reason=reason,
-        skipped_windows=len({*change["suspects"], *change["excluded_windows"]}),
-        rollbacks=len(run.state.policy.events),
-    )
-    where = f"back to step {p.step}" if file else "no step checkpoint could be read, going on"
-    run.console.problem(
-        f"{reason} at step {event}; {where}, lr is scaled by {p.lr_scale:g} now, the windows "
-        "before are left out"
-    )
-
-
-# --- ends of epochs and of the run ---------------------------------------------------------------
+# --- the end of an epoch -------------------------------------------------------------------------
 
 
 def close_epoch(run: Run, *, complete: bool) -> bool:
@@ -825,11 +611,11 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         result = evaluate(run)
         if result is None:
             return False
-        check_save(run, wait=True)  # if it fails, the best value is not what it was
+        saving.check_save(run, wait=True)  # if it fails, the best value is not what it was
     # Asked after all that takes long, and before an epoch is counted that must be repeated.
-    if (reason := unsound(run)) is not None:
-        quarantine(run, reason)
-        roll_back(run, reason)
+    if (reason := saving.unsound(run)) is not None:
+        saving.quarantine(run, reason)
+        rollback.roll_back(run, reason)
         return True
     is_best = result is not None and result.val < p.best_val  # never true for NaN
     if result is not None:
@@ -843,27 +629,12 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
-    save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
+    saving.save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
     if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
-        write_samples(run)
+        samples.write(run)
     if p.validated_step == p.step:
-        update_report(run)
+        ends.update_page(run)
     return True
-
-
-def update_report(run: Run) -> None:
-    """Write the run's page anew. Training never stops for it: failures in a row are one line."""
-    if not run.flags.report or not run.world.is_first:
-        return
-    try:
-        write_report(run.files, samples_folder(run.flags))
-    except Exception as error:
-        if not run.report_failed:
-            told = in_words(error)
-            run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
-        run.report_failed = True
-    else:
-        run.report_failed = False
 
 
 def validation_due(run: Run, *, complete: bool) -> bool:
@@ -898,52 +669,7 @@ def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seco
         run.console.line(line)
 
 
-def interrupted(run: Run) -> int:
-    """Save where a signal stopped the run, and say how to go on."""
-    number_ = run.stop.signal or signal.SIGTERM
-    where = f"saved {run.files.latest} at step {run.state.progress.step}"
-    if save(run) is not None:
-        where = run.files.latest_in_words()
-    finish_save(run)
-    name = signal.Signals(number_).name
-    run.metrics.write("end", step=run.state.progress.step, signal=name)
-    update_report(run)
-    flag = "--resume" if run.flags.resume else "--no-resume" if run.flags.no_resume else ""
-    run.console.line(
-        f"Stopped by {name}; {where}. The same command "
-        f"{flag and f'without {flag} '}goes on from there."
-    )
-    return 128 + number_
-
-
-def stopped_by_guard(run: Run) -> int:
-    """Leave `latest` at the last sound save, and say what to look at."""
-    check_save(run, wait=True)
-    run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
-    update_report(run)
-    run.console.problem(
-        f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
-        f"{run.files.latest_in_words()}. See what happened with\n"
-        f"  python ckpt_doctor.py {run.files.folder}\n"
-        f"and the refused windows in {run.files.metrics}. The same command goes on from there, "
-        f"with lr scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
-    )
-    return EXIT_GUARD
-
-
-def finished(run: Run) -> int:
-    """See the last save to its end, and say what there is."""
-    p = run.state.progress
-    finish_save(run)
-    if run.world.is_first:
-        run.files.remove_ring()
-    run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
-    update_report(run)
-    best = "nothing validated"
-    if p.best_epoch:
-        best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
-    run.console.line(f"Done at step {p.step}: {best}, last state in {run.files.latest}")
-    return EXIT_DONE
+# --- a whole run ---------------------------------------------------------------------------------
 
 
 def train_or_save(run: Run) -> int:
@@ -951,94 +677,11 @@ def train_or_save(run: Run) -> int:
     try:
         return train(run)
     except Exception as error:
-        run.console.end_epoch()
-        if not run.world.continue_alone():
+        if (code := ends.failed(run, error)) is None:
             raise
-        run.stop.settle(run.stop.received or 0, False)
-        if run.stop.signal is not None and run.between_steps:
-            return interrupted(run)  # the signal went to every process, and ended others before
-        if run.between_steps and run.failed_saves < MAX_FAILED_SAVES:
-            save_first(run)
-        if is_out_of_memory(error):
-            tell_out_of_memory(run)
-        run.metrics.write(
-            "end", step=run.state.progress.step, error=f"{type(error).__name__}: {error}"
-        )
-        update_report(run)
-        raise
+        return code
     finally:
-        with contextlib.suppress(OSError, NoAnswerError):
-            check_save(run, wait=True)
-        run.metrics.close()
-
-
-def save_first(run: Run) -> None:
-    """Save before a failure ends the run; if that fails too, the first failure is told."""
-    run.console.problem(f"failed at step {run.state.progress.step}; saving first")
-    run.loader.give_back()
-    with contextlib.suppress(OSError, NoAnswerError):  # told by `check_save`
-        save(run)
-        finish_save(run)
-
-
-# --- planning ------------------------------------------------------------------------------------
-
-
-def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) -> int:
-    """Say what the run would take: nothing is trained, locked, moved or restored."""
-    checkpoint, source = look_for_checkpoint(flags)
-    flags = settle_flags(flags, explicit, checkpoint, console)
-    device = planned_device(flags)
-    if flags.data:
-        corpus, train_windows, val_windows, _ = open_data(flags, console)
-        windows, vocab_sizes = (len(train_windows), len(val_windows)), corpus.vocab_sizes
-    else:
-        windows, vocab_sizes = (0, 0), (1024,) * (flags.codebooks or 9)
-        if checkpoint is not None:
-            vocab_sizes = tuple(checkpoint["architecture"]["vocab_sizes"])
-        console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
-    config, _ = pick_architecture(flags, checkpoint, source, vocab_sizes)
-    asked = plan_of(flags, config, device)
-    console.lines(asked.settle_batch(explicit, ALONE))
-    if flags.data:
-        check_windows(flags, *windows, console)
-    console.lines(asked.step_lines())
-    console.lines(asked.memory_lines(is_new=checkpoint is None))
-    console.lines(asked.time_lines())
-    if flags.data:
-        console.lines(asked.run_lines(windows[0]))
-    lines, problem = asked.disk_lines(windows[0])
-    console.lines(lines)
-    if problem is not None:
-        console.problem(problem)
-    return EXIT_DONE
-
-
-def planned_device(flags: argparse.Namespace) -> torch.device:
-    """The device asked for, here or not, or the best one here."""
-    try:
-        return torch.device(flags.device) if flags.device else pick_device(None)
-    except RuntimeError as error:
-        raise UsageError(f"--device: expected cuda, mps or cpu, found {flags.device!r}") from error
-
-
-def look_for_checkpoint(flags: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
-    """As `read_checkpoint`, but a damaged `latest` stays where it is, and nothing is said."""
-    if flags.resume:
-        return load_checkpoint(flags.resume), flags.resume
-    files = None if flags.no_resume else find_run(flags.save_dir, flags.tag, flags.codebooks)
-    if files is None:
-        return None, ""
-    checkpoint, path, _ = load_latest(files, keep_damaged=True)
-    return checkpoint, str(path)
-
-
-def tell_out_of_memory(run: Run) -> None:
-    """What the user can change; the error itself is raised on."""
-    lines = plan_of(run.flags, run.state.model.config, run.device).advice()
-    run.console.problem(
-        "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])
-    )
+        ends.close(run)
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -1109,7 +752,7 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
     if flags.quiet:
         warnings.filterwarnings("ignore")
     if flags.plan:
-        return plan(flags, explicit, console) if world.is_first else EXIT_DONE
+        return dry_run.plan(flags, explicit, console) if world.is_first else EXIT_DONE
     with FolderLock(flags.save_dir) if world.is_first else contextlib.nullcontext():
         run = set_up(flags, explicit, console, world)
         prepare_losses(run)

@@ -212,3 +212,7 @@ class StopRequest:
         """Take note of what all processes know."""
         self.signal = self.signal or number_ or None
         self.save = self.save or save
+
+
+class Stopped(Exception):
+    """A signal came while data was waited for, or codes were drawn."""

@@ -1,0 +1,125 @@
+"""How a run ends: finished, interrupted, stopped by the guard, or failed. Each says how to go on.
+
+return ends.finished(run)     # the exit code
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+from cli.command_line import EXIT_DONE, in_words
+from cli.waiting import NoAnswerError
+from pages.run_page import write_report
+from run_folder.metrics import number
+from training import samples, saving
+from training.planning import is_out_of_memory
+from training.setup import plan_of
+from training.state import Run
+
+EXIT_GUARD = 3  # stopped by the guard
+
+
+def interrupted(run: Run) -> int:
+    """Save where a signal stopped the run, and say how to go on."""
+    signal_number = run.stop.signal or signal.SIGTERM
+    where = f"saved {run.files.latest} at step {run.state.progress.step}"
+    if saving.save(run) is not None:
+        where = run.files.latest_in_words()
+    saving.finish_save(run)
+    name = signal.Signals(signal_number).name
+    run.metrics.write("end", step=run.state.progress.step, signal=name)
+    update_page(run)
+    flag = "--resume" if run.flags.resume else "--no-resume" if run.flags.no_resume else ""
+    run.console.line(
+        f"Stopped by {name}; {where}. The same command "
+        f"{flag and f'without {flag} '}goes on from there."
+    )
+    return 128 + signal_number
+
+
+def stopped_by_guard(run: Run) -> int:
+    """Leave `latest` at the last sound save, and say what to look at."""
+    saving.check_save(run, wait=True)
+    run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
+    update_page(run)
+    run.console.problem(
+        f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
+        f"{run.files.latest_in_words()}. See what happened with\n"
+        f"  python ckpt_doctor.py {run.files.folder}\n"
+        f"and the refused windows in {run.files.metrics}. The same command goes on from there, "
+        f"with lr scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
+    )
+    return EXIT_GUARD
+
+
+def finished(run: Run) -> int:
+    """See the last save to its end, and say what there is."""
+    p = run.state.progress
+    saving.finish_save(run)
+    if run.world.is_first:
+        run.files.remove_ring()
+    run.metrics.write("end", step=p.step, best_val=p.best_val, seconds=round(p.seconds, 3))
+    update_page(run)
+    best = "nothing validated"
+    if p.best_epoch:
+        best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
+    run.console.line(f"Done at step {p.step}: {best}, last state in {run.files.latest}")
+    return EXIT_DONE
+
+
+def failed(run: Run, error: Exception) -> int | None:
+    """Save what was reached, if it is whole; the exit code if a signal was why, else None."""
+    run.console.end_epoch()
+    if not run.world.continue_alone():
+        return None
+    run.stop.settle(run.stop.received or 0, False)
+    if run.stop.signal is not None and run.between_steps:
+        return interrupted(run)  # the signal went to every process, and ended others before
+    if run.between_steps and run.failed_saves < saving.MAX_FAILED_SAVES:
+        save_first(run)
+    if is_out_of_memory(error):
+        tell_out_of_memory(run)
+    told = f"{type(error).__name__}: {error}"
+    run.metrics.write("end", step=run.state.progress.step, error=told)
+    update_page(run)
+    return None
+
+
+def close(run: Run) -> None:
+    """Wait for a save in flight, close the metrics."""
+    with contextlib.suppress(OSError, NoAnswerError):
+        saving.check_save(run, wait=True)
+    run.metrics.close()
+
+
+def save_first(run: Run) -> None:
+    """Save before a failure ends the run; if that fails too, the first failure is told."""
+    run.console.problem(f"failed at step {run.state.progress.step}; saving first")
+    run.loader.give_back()
+    with contextlib.suppress(OSError, NoAnswerError):  # told by `check_save`
+        saving.save(run)
+        saving.finish_save(run)
+
+
+def tell_out_of_memory(run: Run) -> None:
+    """What the user can change; the error itself is raised on."""
+    lines = plan_of(run.flags, run.state.model.config, run.device).advice()
+    run.console.problem(
+        "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])
+    )
+
+
+def update_page(run: Run) -> None:
+    """Write the run's page anew. Training never stops for it: failures in a row are one line."""
+    if not run.flags.report or not run.world.is_first:
+        return
+    try:
+        write_report(run.files, samples.folder(run.flags))
+    except Exception as error:
+        if not run.report_failed:
+            told = in_words(error)
+            run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
+        run.report_failed = True
+    else:
+        run.report_failed = False

@@ -1,0 +1,112 @@
+"""Going back to an older state of the run, as rollback_policy.py decides.
+
+if not roll_back(run, reason):    # the run stops: run.guard_stop says why
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from run_folder.checkpoint import CheckpointError, load_checkpoint
+from training.rollback_policy import MAX_ROLLBACKS, SUSPECT_STEPS
+from training.saving import check_save, restore, save
+from training.state import Run
+
+# Of the present, not of the state gone back to: clocks run on, `best` is still on the disk, and the
+# learning rate's schedule is the one that this start settled.
+NOT_ROLLED_BACK: tuple[str, ...] = ("seconds", "elapsed", "best_val", "best_epoch")
+NOT_ROLLED_BACK += ("validated_seconds", "schedule_steps", "schedule_seconds")
+
+
+def roll_back(run: Run, reason: str) -> bool:
+    """Return to an older state with a lower lr and other data; False where the run stops instead.
+
+    Where no step checkpoint can be read, the present state goes on with the lower lr.
+    """
+    check_save(run, wait=True)  # the ring is read, and the best value kept, as they are on disk
+    state, p, flags, policy = run.state, run.state.progress, run.flags, run.state.policy
+    event, refused, kept = p.step, state.guard.refused, {n: getattr(p, n) for n in NOT_ROLLED_BACK}
+    if not policy.may_roll_back(event):
+        run.guard_stop = f"{reason}, after {MAX_ROLLBACKS} rollbacks"
+        return False
+    suspects, scale, was_goal = last_windows(run), p.lr_scale, p.lr_goal
+    goal = was_goal
+    found = find_retreat(run)
+    if found is None:
+        state.guard.forget()
+    else:
+        checkpoint, path = found
+        restore(state, checkpoint, path, run.world)
+        # The lr that this state was sound with may be lower than what another --lr asks now.
+        goal = min(goal, p.lr_goal * checkpoint["flags"]["lr"] / flags.lr)
+    for name, value in kept.items():
+        setattr(p, name, value)
+    # Trouble that comes back once the lr has, and not before, is the lr's.
+    came_back = bool(policy.events) and scale >= was_goal
+    p.lr_goal = goal * (flags.panic_lr_mul if came_back else 1.0)
+    p.lr_scale = min(scale, p.lr_goal) * flags.panic_lr_mul
+    state.guard.refused = refused
+    state.optimizer.zero_grad(set_to_none=True)
+    place = {"epoch": p.epoch, "position": p.position, "windows": run.order.num_windows}
+    run.metrics.rewind(p.step)
+    policy.roll_back(event, p.step, suspects=suspects, **place)
+    report_rollback(run, event, reason, found[1] if found else None)
+    save(run)
+    check_save(run, wait=True)  # as long as `latest` is the old one, it may need what goes now
+    if run.world.is_first:
+        run.files.prune_ring(newest=p.step)
+    return True
+
+
+def last_windows(run: Run) -> np.ndarray[Any, Any]:
+    """Windows of the epoch's last SUSPECT_STEPS steps, but a quarter of the epoch at most."""
+    p, order = run.state.progress, run.order
+    count = min(SUSPECT_STEPS * run.windows_per_step, order.num_windows // 4)
+    return order.permutation(p.epoch)[max(0, p.position - count) : p.position]
+
+
+def find_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+    """The step checkpoint to go back to and its name; rank 0 reads it for all."""
+    found = read_retreat(run) if run.world.is_first else None
+    checkpoint = run.world.share(found[0] if found else None)
+    return (checkpoint, run.world.from_first(found[1] if found else "")) if checkpoint else None
+
+
+def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+    """The policy's first candidate that can be read and fits."""
+    for step in run.state.policy.candidates(run.state.progress.step, run.files.ring_steps()):
+        path = run.files.ring_file(step)
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            run.console.problem(f"trying an older one: {error}")
+            continue
+        shapes = {n: t.shape for n, t in run.state.model.state_dict().items()}
+        fits = shapes == {n: t.shape for n, t in checkpoint["model"].items()}
+        if fits and {**checkpoint["data"], "size": 0} == {**run.data, "size": 0}:
+            return checkpoint, path.name
+        run.console.problem(f"{path}: of other data or another architecture; trying an older one")
+    return None
+
+
+def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None:
+    """Metrics row and console line of a rollback that has just happened."""
+    p, change = run.state.progress, run.state.policy.order_changes[-1]
+    run.metrics.write(
+        "rollback",
+        step=event,
+        epoch=p.epoch + 1,
+        to_step=p.step,
+        file=file,
+        lr_scale=p.lr_scale,
+        reason=reason,
+        skipped_windows=len({*change["suspects"], *change["excluded_windows"]}),
+        rollbacks=len(run.state.policy.events),
+    )
+    where = f"back to step {p.step}" if file else "no step checkpoint could be read, going on"
+    run.console.problem(
+        f"{reason} at step {event}; {where}, lr is scaled by {p.lr_scale:g} now, the windows "
+        "before are left out"
+    )

@@ -1,0 +1,121 @@
+"""Evaluation audio: a sample of the EMA weights, its codes and its sound in --eval-outdir.
+
+samples.write(run)            # a line and a metrics row; never ends the training
+samples.folder(run.flags)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cli.command_line import in_words
+from run_folder.names import SAMPLES
+from sound.npq_format import map_codes, read_header, write_npq
+from sound.origin import codec_of
+from sound.sampling import Draw, generate
+from sound.statistics import compare, describe
+from training.state import Run, Stopped
+
+Codes = np.ndarray[Any, Any]
+
+
+def write(run: Run) -> None:
+    """Draw a sample from the EMA weights; write its codes and its sound to --eval-outdir.
+
+    Sound never stops training: any failure is one line and a metrics row.
+    """
+    p, started = run.state.progress, time.perf_counter()
+    if not run.world.is_first:
+        return
+    outcome: dict[str, Any]
+    codes: Codes | None = None
+    try:
+        path = draw(run)
+        codes = map_codes(read_header(path)).astype(np.int64)
+        decode(run, codes, path.with_suffix(".wav"))
+    except Stopped:
+        return
+    except Exception as error:  # a missing codec, a full disk, no memory left: train on
+        run.console.problem(f"evaluation audio failed, training goes on: {in_words(error)}")
+        outcome = {"error": str(error)}
+    else:
+        seconds = round(time.perf_counter() - started, 3)
+        run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
+        outcome = {"file": path.name, "sample_seconds": seconds}
+    figures = {} if codes is None else statistics(run, codes)
+    run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
+
+
+def draw(run: Run) -> Path:
+    """Codes of one sample of the EMA weights as .npq, named by run, epoch and time.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    p, flags, config = run.state.progress, run.flags, run.state.model.config
+
+    def stop_on_signal() -> None:
+        if run.stop.signal is not None or run.stop.received is not None:
+            raise Stopped
+
+    codes = generate(
+        run.state.ema.model,
+        flags.eval_frames,
+        ctx=flags.ctx,
+        draw=Draw.of(
+            config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p
+        ),
+        seed=flags.seed + p.epoch,
+        dtype=run.amp_dtype,
+        on_frame=stop_on_signal,
+    )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = folder(flags) / f"{run.files.name}_e{p.epoch:04d}__{stamp}.npq"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_npq(
+        path,
+        codes[0].cpu().numpy(),
+        vocab_sizes=config.vocab_sizes,
+        frame_rate=run.data["frame_rate"],
+        side_codebooks=run.data["side_codebooks"],
+    )
+    return path
+
+
+def decode(run: Run, codes: Codes, path: Path) -> None:
+    """The sound of codes [T, K] as a WAV file."""
+    from sound.audio_file import write_wav  # training runs where no codec can be imported
+    from sound.codec import load_codec, misfit
+
+    flags = run.flags
+    if said := misfit(flags.eval_dac_repo, codec_of(run.data)):
+        run.console.problem(f"{said}; see --eval-dac-repo")
+    codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
+    waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
+    write_wav(path, waveform.numpy(), codec.sample_rate)
+
+
+def statistics(run: Run, codes: Codes) -> dict[str, Any]:
+    """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
+    try:
+        length = min(len(codes), 2048)
+        read = run.loader.begin(lambda: run.val_windows.excerpts(length))
+        figures = compare(codes, run.loader.result(read, run.val_windows))
+    except Stopped:
+        return {}
+    except Exception as error:  # a file that changed, no memory left: train on
+        run.console.problem(f"statistics of the sample failed, training goes on: {in_words(error)}")
+        return {}
+    run.console.line(f"         {describe(figures)}")
+    return figures
+
+
+def folder(flags: argparse.Namespace) -> Path:
+    """Where evaluation audio goes."""
+    return Path(flags.eval_outdir or Path(flags.save_dir) / SAMPLES)
