@@ -23,6 +23,7 @@ from doctor.findings import CHECKS, ids_in_order
 from run_folder.checkpoint import REQUIRED_KEYS
 from run_folder.files import RunFiles
 from training import setup as run_setup
+from training.ends import EXIT_GUARD
 
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 README = ROOT / "README.md"
@@ -254,7 +255,7 @@ def test_exit_codes_are_those_of_the_code():
     section = FORMATS.partition("## Exit codes")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([\d, ]+) \| (.+?) \|", section, re.M))
     numbers = {int(n) for cell in rows for n in cell.split(",")}
-    of_training = {0, 1, 2, train_rvq.EXIT_GUARD, 129, EXIT_INTERRUPTED, 143}
+    of_training = {0, 1, 2, EXIT_GUARD, 129, EXIT_INTERRUPTED, 143}
     assert numbers == of_training | {int(code) for code in ckpt_doctor.ExitCode}
 
 

@@ -1,4 +1,4 @@
-"""The rescue ladder: rollback, quarantine, poisoned runs; in this process and as a real one."""
+"""Rollback, quarantine, poisoned runs; in this process and as a real one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,11 @@ from npq_dataset import EpochOrder
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import QUARANTINE_SIZE, RING_SIZE, RunFiles
 from sound.npq_format import write_npq
+from training import ends, rollback, rollback_policy
 from training import saving as run_saving
-from training import stability
-from training.stability import (
-    FORGIVEN_AFTER,
-    MAX_ROLLBACKS,
-    Guard,
-    Ladder,
-    keep_interval,
-    not_finite,
-)
+from training.guard import Guard
+from training.rollback_policy import FORGIVEN_AFTER, MAX_ROLLBACKS, RollbackPolicy, keep_interval
+from training.saving import not_finite
 from training.state import Run
 
 FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
@@ -50,11 +45,11 @@ def fast_run(tunes: Path, save_dir: Path, *flags: str | Path) -> Run:
 
 def poison(run: Run, is_bad: Callable[[int], bool], by: float = math.nan) -> None:
     """Multiply the losses of attempts (steps taken or refused, from 0) that are bad."""
-    losses, ladder = run.losses, run.state.ladder
+    losses, policy = run.losses, run.state.policy
 
     def poisoned(codes: torch.Tensor) -> Losses:
         made = losses(codes)
-        return Losses(*(x * by for x in made)) if is_bad(ladder.attempts) else made
+        return Losses(*(x * by for x in made)) if is_bad(policy.attempts) else made
 
     run.losses = poisoned
 
@@ -62,40 +57,42 @@ def poison(run: Run, is_bad: Callable[[int], bool], by: float = math.nan) -> Non
 # --- the decision --------------------------------------------------------------------------------
 
 
-def refuse(ladder: Ladder, times: int, every: int = 1) -> list[str | None]:
-    """Refusals `every` so many steps; what the ladder says after each, none of them in a row."""
+def refuse(policy: RollbackPolicy, times: int, every: int = 1) -> list[str | None]:
+    """Refusals `every` so many steps; what the policy says after each, none of them in a row."""
     said = []
     for i in range(times * every):
-        ladder.attempt()
+        policy.attempt()
         if i % every == every - 1:
-            ladder.refuse([i])
-            said.append(ladder.trouble(refused_in_a_row=1))
+            policy.refuse([i])
+            said.append(policy.trouble(refused_in_a_row=1))
     return said
 
 
 def test_the_next_rung_is_due_after_ten_in_a_row_or_ten_of_the_last_thousand():
-    ladder = Ladder()
-    assert ladder.trouble(9) is None
-    assert "10 steps in a row" in ladder.trouble(10)
-    said = refuse(ladder, 10, every=100)
+    policy = RollbackPolicy()
+    assert policy.trouble(9) is None
+    assert "10 steps in a row" in policy.trouble(10)
+    said = refuse(policy, 10, every=100)
     assert said[:9] == [None] * 9
     assert "of the last 1000" in said[9]
-    assert refuse(Ladder(), 100, every=112) == [None] * 100, "isolated bad windows: 9 in a thousand"
+    assert refuse(RollbackPolicy(), 100, every=112) == [None] * 100, (
+        "isolated bad windows: 9 in a thousand"
+    )
 
 
 def test_three_events_are_too_many_only_within_some_thousand_steps():
-    ladder = Ladder()
+    policy = RollbackPolicy()
     where = {"epoch": 0, "position": 0, "suspects": [], "windows": 100}
     for step in (100, 200, 300):
-        assert ladder.may_roll_back(step)
-        ladder.roll_back(step, 0, **where)
-    assert not ladder.may_roll_back(300)
-    assert not ladder.may_roll_back(99 + FORGIVEN_AFTER)
-    assert ladder.may_roll_back(100 + FORGIVEN_AFTER)
+        assert policy.may_roll_back(step)
+        policy.roll_back(step, 0, **where)
+    assert not policy.may_roll_back(300)
+    assert not policy.may_roll_back(99 + FORGIVEN_AFTER)
+    assert policy.may_roll_back(100 + FORGIVEN_AFTER)
     for day in range(1, 50):
         step = day * FORGIVEN_AFTER
-        assert Ladder.may_roll_back(ladder, step + 300)
-        ladder.roll_back(step + 300, step, **where)
+        assert RollbackPolicy.may_roll_back(policy, step + 300)
+        policy.roll_back(step + 300, step, **where)
 
 
 def test_a_cut_lr_comes_back_unless_it_is_to_blame(tunes, tmp_path):
@@ -111,43 +108,54 @@ def test_a_cut_lr_comes_back_unless_it_is_to_blame(tunes, tmp_path):
 
 
 def test_retreats_prefer_the_newest_that_is_a_hundred_steps_older():
-    retreats = Ladder().retreats
-    assert retreats(430, [0, 100, 200, 300, 400]) == [300, 200, 100, 0, 400]
-    assert retreats(400, [100, 200, 300, 400]) == [300, 200, 100, 400]
-    assert retreats(60, [0, 50, 900]) == [0, 50], "at the very start the oldest; never a newer one"
-    assert retreats(60, []) == []
+    candidates = RollbackPolicy().candidates
+    assert candidates(430, [0, 100, 200, 300, 400]) == [300, 200, 100, 0, 400]
+    assert candidates(400, [100, 200, 300, 400]) == [300, 200, 100, 400]
+    assert candidates(60, [0, 50, 900]) == [0, 50], (
+        "at the very start the oldest; never a newer one"
+    )
+    assert candidates(60, []) == []
 
 
 def test_the_ring_reaches_a_hundred_steps_back_three_times():
     for planned in (10, 2_000, 5_000, 1_000_000):
         every = keep_interval(planned)
         assert 100 <= every <= 500
-        assert (RING_SIZE - 1) * every >= MAX_ROLLBACKS * stability.ROLLBACK_STEPS
+        assert (RING_SIZE - 1) * every >= MAX_ROLLBACKS * rollback_policy.ROLLBACK_STEPS
 
 
 def test_refused_windows_are_barred_up_to_a_fifth_of_the_data():
-    ladder = Ladder()
-    refuse(ladder, 10)
+    policy = RollbackPolicy()
+    refuse(policy, 10)
     where = {"epoch": 0, "position": 0, "suspects": [1], "windows": 60}
-    ladder.roll_back(5, 0, **where)
-    assert ladder.detours[0]["barred"] == list(range(10))
-    refuse(ladder, 10)
-    ladder.roll_back(6, 0, **where)
-    assert len(ladder.detours[1]["barred"]) == 2
-    assert ladder.refusals == []
+    policy.roll_back(5, 0, **where)
+    assert policy.order_changes[0]["excluded_windows"] == list(range(10))
+    refuse(policy, 10)
+    policy.roll_back(6, 0, **where)
+    assert len(policy.order_changes[1]["excluded_windows"]) == 2
+    assert policy.refusals == []
 
 
-def test_ladder_state_round_trips_and_old_checkpoints_have_none():
-    ladder, other = Ladder(), Ladder()
-    refuse(ladder, 5)
-    ladder.roll_back(5, 0, epoch=1, position=8, suspects=np.array([3]), windows=100)
-    refuse(ladder, 3)
-    state = ladder.state_dict()
+def test_the_policys_state_round_trips_and_old_checkpoints_have_none():
+    policy, other = RollbackPolicy(), RollbackPolicy()
+    refuse(policy, 5)
+    policy.roll_back(5, 0, epoch=1, position=8, suspects=np.array([3]), windows=100)
+    refuse(policy, 3)
+    state = policy.state_dict()
     other.load_state_dict(state)
     assert other.state_dict() == state
     refuse(other, 1)
-    assert ladder.state_dict() == state, "nothing shared"
+    assert policy.state_dict() == state, "nothing shared"
     other.load_state_dict({})
+
+
+def test_a_policy_saved_under_the_names_of_an_older_version_is_the_same():
+    change = {"epoch": 1, "position": 8, "suspects": [3]}
+    old = {"attempts": 9, "refusals": [], "events": [7], "kept_step": 4}
+    policy = RollbackPolicy()
+    policy.load_state_dict({**old, "detours": [{**change, "barred": [1, 2]}]})
+    now = {**old, "order_changes": [{**change, "excluded_windows": [1, 2]}]}
+    assert policy.state_dict() == now
 
 
 def test_a_lasting_loss_above_guessing_is_told_from_a_bad_step():
@@ -181,15 +189,17 @@ def test_not_finite_names_the_tensor(bad):
 
 def test_a_detour_changes_the_rest_of_its_epoch_alone():
     order, plain = (EpochOrder(100, batch=4, accum=2, seed=3) for _ in range(2))
-    suspects, barred = plain.permutation(2)[24:40].tolist(), plain.permutation(2)[32:40].tolist()
-    order.detours.append({"epoch": 2, "position": 16, "suspects": suspects, "barred": barred})
+    suspects, excluded = plain.permutation(2)[24:40].tolist(), plain.permutation(2)[32:40].tolist()
+    order.changes.append(
+        {"epoch": 2, "position": 16, "suspects": suspects, "excluded_windows": excluded}
+    )
     assert (order.permutation(1) == plain.permutation(1)).all()
     here, there = order.permutation(2), plain.permutation(2)
     assert (here[:16] == there[:16]).all()
     assert (here[16:24] != there[16:24]).any()
     assert sorted(here) == sorted(set(range(100)) - set(suspects))
-    assert sorted(order.permutation(3)) == sorted(set(range(100)) - set(barred))
-    order.detours.append({"epoch": 2, "position": 40, "suspects": [], "barred": []})
+    assert sorted(order.permutation(3)) == sorted(set(range(100)) - set(excluded))
+    order.changes.append({"epoch": 2, "position": 40, "suspects": [], "excluded_windows": []})
     assert (order.permutation(2)[:40] == here[:40]).all()
     assert (order.permutation(2)[40:] != here[40:]).any()
     order.epoch, order.start = 2, 16
@@ -206,7 +216,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     run = fast_run(tunes, tmp_path, "--panic-snapshot")
     poison(run, lambda attempt: attempt in range(205, 215))
     before: dict[str, Any] = {}
-    original = train_rvq.roll_back
+    original = rollback.roll_back
 
     def watched(run: Run, reason: str) -> bool:
         before["ring"] = load_checkpoint(run.files.ring_file(100))
@@ -220,7 +230,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
         run.stop.signal = signal.SIGTERM
         return done
 
-    monkeypatch.setattr(train_rvq, "roll_back", watched)
+    monkeypatch.setattr(rollback, "roll_back", watched)
     assert train_rvq.train_or_save(run) == 143
     ring, now = comparable(before["ring"]), before["now"]
     for part in ("model", "ema", "optimizer", "scaler", "rng"):
@@ -234,8 +244,8 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     assert row["skipped_windows"] >= 10
     assert "10 steps in a row" in row["reason"]
     assert load_checkpoint(tmp_path / "rvq_4cb_quarantine_s00000205.pt")["progress"]["step"] == 205
-    skip, detour = rows(tmp_path, "skip")[0], run.state.ladder.detours[0]
-    left_out = np.array(detour["barred"] + detour["suspects"])
+    skip, change = rows(tmp_path, "skip")[0], run.state.policy.order_changes[0]
+    left_out = np.array(change["excluded_windows"] + change["suspects"])
     assert skip["windows"][0] in run.train_windows.describe(left_out, skip["epoch"] - 1)
 
 
@@ -243,7 +253,7 @@ def test_nan_for_ever_rolls_back_three_times_and_stops(tunes, tmp_path, capsys):
     """Fault 11: exit code 3, the doctor's command, weights finite, refusals with their windows."""
     run = fast_run(tunes, tmp_path, "--epochs", "50")
     poison(run, lambda attempt: attempt >= 120)
-    assert train_rvq.train_or_save(run) == train_rvq.EXIT_GUARD
+    assert train_rvq.train_or_save(run) == ends.EXIT_GUARD
     skips, rollbacks = rows(tmp_path, "skip"), rows(tmp_path, "rollback")
     assert [row["lr_scale"] for row in rollbacks] == [0.5, 0.25, 0.125]
     assert [(row["step"], row["to_step"]) for row in rollbacks] == [(120, 0), (0, 0), (0, 0)]
@@ -285,12 +295,12 @@ def test_a_corrupt_step_checkpoint_gives_way_to_an_older_one(tunes, tmp_path, ca
     eager = run.losses
 
     def damaging(codes: torch.Tensor) -> Losses:
-        if run.state.ladder.attempts == 210:
+        if run.state.policy.attempts == 210:
             path = run.files.ring_file(100)
             content = path.read_bytes()
             path.unlink()  # other names of these bytes stay whole
             path.write_bytes(content[:-2000])
-        if run.state.ladder.events:
+        if run.state.policy.events:
             run.stop.signal = signal.SIGTERM
         return eager(codes)
 
@@ -306,7 +316,7 @@ def test_without_any_step_checkpoint_the_run_goes_on_with_a_lower_lr(tunes, tmp_
     eager = run.losses
 
     def removing(codes: torch.Tensor) -> Losses:
-        if run.state.ladder.attempts == 25:
+        if run.state.policy.attempts == 25:
             run_saving.check_save(run, wait=True)
             run.files.remove_ring()
         return eager(codes)
@@ -337,7 +347,7 @@ def interrupting(run: Run, at: int) -> Callable[[torch.Tensor], Losses]:
     losses = run.losses
 
     def made(codes: torch.Tensor) -> Losses:
-        if run.state.ladder.attempts == at:
+        if run.state.policy.attempts == at:
             run.stop.signal = signal.SIGTERM
         return losses(codes)
 
@@ -382,7 +392,7 @@ def test_an_unsound_state_is_written_once_and_not_at_every_step(tunes, tmp_path)
     eager = run.losses
 
     def spoil(codes: torch.Tensor) -> Losses:
-        if run.state.ladder.attempts == 50:
+        if run.state.policy.attempts == 50:
             run.state.guard.recent_ce = [math.log(64) + 10] * 4
             run.last_save -= 1000
         return eager(codes)
@@ -556,11 +566,11 @@ real = train_rvq.set_up
 
 def set_up(*args):
     run = real(*args)
-    losses, ladder = run.losses, run.state.ladder
+    losses, policy = run.losses, run.state.policy
 
     def poisoned(codes):
         made = losses(codes)
-        bad = any(ladder.attempts in range(first, first + 10) for first in {bad})
+        bad = any(policy.attempts in range(first, first + 10) for first in {bad})
         return Losses(*(x * math.nan for x in made)) if bad else made
 
     run.losses = poisoned
@@ -652,11 +662,11 @@ def nan_window(run: Run) -> None:
 
 
 def random_codes(run: Run) -> None:
-    losses, ladder = run.losses, run.state.ladder
+    losses, policy = run.losses, run.state.policy
     draw = torch.Generator().manual_seed(0)
 
     def made(codes: torch.Tensor) -> Losses:
-        if ladder.attempts in range(250, 265):
+        if policy.attempts in range(250, 265):
             codes = torch.randint(64, codes.shape, generator=draw)
         return losses(codes)
 
@@ -665,11 +675,11 @@ def random_codes(run: Run) -> None:
 
 def lr_bomb(run: Run) -> None:
     """The optimizer's own rate, 100 times too high for 20 steps."""
-    step, ladder = run.state.optimizer.step, run.state.ladder
+    step, policy = run.state.optimizer.step, run.state.policy
 
     def bombed() -> None:
         for group in run.state.optimizer.param_groups:
-            group["lr"] *= 100 if ladder.attempts in range(250, 270) else 1
+            group["lr"] *= 100 if policy.attempts in range(250, 270) else 1
         step()
 
     run.state.optimizer.step = bombed

@@ -29,8 +29,9 @@ from run_folder.files import save_checkpoint
 from sound.npq_format import write_npq
 from training import saving as run_saving
 from training import state as run_state
+from training.ema import Ema
+from training.guard import Guard
 from training.optimizer import MUON_FACTOR
-from training.stability import Ema, Guard
 
 Checkpoint = dict[str, Any]
 

@@ -181,6 +181,7 @@ LEAK = f"""
 import os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_rvq
+from training import ends
 
 def leak():
     while not os.path.exists(sys.argv[-1]):
@@ -192,8 +193,8 @@ def leak():
             time.sleep(0.001)
 
 failed = threading.Event()
-save_first = train_rvq.save_first
-train_rvq.save_first = lambda run: (failed.set(), time.sleep(0.1), save_first(run))
+save_first = ends.save_first
+ends.save_first = lambda run: (failed.set(), time.sleep(0.1), save_first(run))
 threading.Thread(target=leak, daemon=True).start()
 train_rvq.leave(train_rvq.main(sys.argv[1:-1]))
 """

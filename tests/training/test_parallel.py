@@ -248,11 +248,11 @@ def test_rollback_and_guard_are_the_same_everywhere(tunes, tmp_path):
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train_rvq\n"
-        "from training import stability\n"
-        "judge = stability.Guard.judge\n"
+        "from training.guard import Guard\n"
+        "judge = Guard.judge\n"
         "def refuse_all_after(self, loss, norm, ce):\n"
         "    return 'test' if len(self.losses) >= 3 else judge(self, loss, norm, ce)\n"
-        "stability.Guard.judge = refuse_all_after\n"
+        "Guard.judge = refuse_all_after\n"
         "train_rvq.leave(train_rvq.main())\n"
     )
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))

@@ -300,7 +300,7 @@ def test_a_wsd_run_is_extended_from_where_its_cooldown_began(tunes, tmp_path, ca
     extended = train(
         *("--save_dir", tmp_path / "long", "--resume", archive, "--max-steps", "40"), "--quiet"
     )
-    for part in ("model", "ema", "optimizer", "guard", "rng"):  # the ladder counts by the plan
+    for part in ("model", "ema", "optimizer", "guard", "rng"):  # the policy counts by the plan
         assert_same_tensors(dict(extended[part]), dict(straight[part]))
 
 
