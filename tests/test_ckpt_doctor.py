@@ -242,7 +242,7 @@ class Payload:
 def test_a_malicious_file_costs_a_row_and_never_runs(run_folder, tmp_path):
     canary = tmp_path / "canary"
     with zipfile.ZipFile(run_folder / "rvq_4cb_epoch_e0099__20260101-000000.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(Payload(canary)))
+        archive.writestr("archive/data.pkl", pickle.dumps(Payload(canary), protocol=2))
         archive.writestr("archive/version", "3")
     (run_folder / "plain.pt").write_bytes(pickle.dumps(Payload(canary)))
     (run_folder / "cut.pt").write_bytes((run_folder / "rvq_4cb_latest.pt").read_bytes()[:-900])

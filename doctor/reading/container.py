@@ -3,8 +3,8 @@
     content = open_safely("rvq_ckpts/rvq_9cb_latest.pt")   # its dictionary; tensors lie on disk
     forget_pages(content["model"]["head.weight"])          # once it was read
 
-The opcodes of the pickle are read before anything runs, and a file that names what no checkpoint
-needs is never loaded. Raises Unreadable with the reason. Called in a child process with limits.
+torch's reader lists what the pickle names before anything runs, and a file that names what no
+checkpoint needs is never loaded. Raises Unreadable with the reason. Called in a limited child.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ctypes
 import mmap
 import os
 import pickletools
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -39,27 +38,12 @@ from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, read_ten
 
 _maps_files = True  # False once a file had to be read: of what was, no page may be dropped
 
-SAFE_GLOBALS = re.compile(
-    r"torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter|parameter_with_state)"
-    r"|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.(Size|device)"
-    r"|torch\.(b?float\d*|double|half|u?int\d*|long|short|bool|float8_\w+)"
-    r"|collections\.(OrderedDict|defaultdict)"
-    r"|argparse\.Namespace"  # cfg of older scripts: only attributes are set
-    r"|numpy\.dtype|numpy\._?core\.multiarray\.scalar|_codecs\.encode"  # best_val of such
-)
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]}
 ALLOWED: list[Any] = [
     *(argparse.Namespace, np.dtype, *NUMBERS),
     *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
-# All that torch.save's pickler writes and torch's safe reader reads. With no other a name can be
-# put together, or taken off the stack, where reading the opcodes in turn would not see it.
-OPCODES = re.compile(
-    r"PROTO|STOP|GLOBAL|REDUCE|NEWOBJ|BUILD|BINPERSID|MARK|(LONG_)?BIN(PUT|GET)|APPENDS?|SETITEMS?"
-    r"|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(TUPLE|LIST|DICT)"
-    r"|TUPLE[123]?"
-)
 
 
 def open_safely(path: str) -> dict[str, Any]:
@@ -76,13 +60,9 @@ def open_safely(path: str) -> dict[str, Any]:
     if os.path.isfile(path) and not zipfile.is_zipfile(path):
         raise Unreadable("corrupt", _not_a_zip(path))
     verify_file(Path(path))
-    refuse_unsafe_pickle(path)
-    try:
-        with open(path, "rb") as file, torch.serialization.safe_globals(ALLOWED):
-            # torch opens no name that is not UTF-8.
-            content = _content_of(Path(f"/proc/self/fd/{file.fileno()}"))
-    except CheckpointError as error:
-        raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
+    with open(path, "rb") as file, torch.serialization.safe_globals(ALLOWED):
+        # torch opens no name that is not UTF-8.
+        content = _content_of(path, Path(f"/proc/self/fd/{file.fileno()}"))
     _check_storages(path, content)
     if as_dict(content).get("format") == FORMAT and not isinstance(content.get("model"), dict):
         raise Unreadable("corrupt", "lacks `model`, the raw weights")
@@ -134,13 +114,17 @@ def _strip_prefix(content: dict[str, Any]) -> None:
             group["param_names"] = [str(n).removeprefix(prefix) for n in names]
 
 
-def _content_of(path: Path) -> Any:
+def _content_of(path: str, opened: Path) -> Any:
+    """By torch's reader, which calls only what rebuilds tensors; `opened` is the same file."""
     global _maps_files
+    _refuse_unsafe(path, opened)
     try:
-        return map_tensors(path)
+        return map_tensors(opened)
     except OSError:
         _maps_files = False
-        return read_tensors(path)
+        return read_tensors(opened)
+    except CheckpointError as error:
+        raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
 
 
 def _not_a_zip(path: str) -> str:
@@ -155,60 +139,35 @@ def _not_a_zip(path: str) -> str:
     )
 
 
-def refuse_unsafe_pickle(path: str) -> None:
-    """Read a checkpoint's pickle without running it; refuse foreign names and foreign opcodes.
+def _refuse_unsafe(path: str, opened: Path) -> None:
+    """Refuse a pickle that names what torch's reader does not allow, before anything runs.
 
-    A pickle can call any function that it names; these names are its GLOBAL opcodes.
+    One that the reader cannot list is unsafe too: torch.save writes none.
     """
     with zipfile.ZipFile(path) as container:
         pickles = [e for e in container.infolist() if e.filename.endswith(".pkl")]
         if len(pickles) != 1:
             raise Unreadable("unsafe", f"expected one pickle inside, found {len(pickles)}")
-        if pickles[0].file_size > 256 << 20:
-            raise Unreadable("unsafe", "its pickle is larger than 256 MB")
         data = container.read(pickles[0])
-    named = {n for n in pickle_globals(data) if not SAFE_GLOBALS.fullmatch(n)}
+    try:
+        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # an opcode that it does not know, or no pickle at all
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        text = f"torch's safe reader refuses its pickle ({why}); it was not loaded"
+        raise Unreadable("unsafe", text) from error
+    listed = ", ".join(named[:5])
+    if named and all(map(LIBRARIES.fullmatch, named)):
+        strings = {a for _, a, _ in pickletools.genops(data) if isinstance(a, str)}
+        name, way = by_keys(path, strings)
+        trust = "weights_only=False), which runs code that it names: only if you trust its source"
+        raise Unreadable(
+            "foreign", f"{name}; its pickle names {listed}, so it was not loaded",
+            way.replace("weights_only=True)", trust, 1),
+        )  # fmt: skip
     if named:
-        listed = ", ".join(sorted(named)[:5])
-        if all(map(LIBRARIES.fullmatch, named)):
-            strings = {a for _, a, _ in pickletools.genops(data) if isinstance(a, str)}
-            name, way = by_keys(path, strings)
-            trust = (
-                "weights_only=False), which runs code that it names: only if you trust its source"
-            )
-            raise Unreadable(
-                "foreign", f"{name}; its pickle names {listed}, so it was not loaded",
-                way.replace("weights_only=True)", trust, 1),
-            )  # fmt: skip
         raise Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
-    used = {op.name for op, _, _ in pickletools.genops(data)}
-    if foreign := {name for name in used if not OPCODES.fullmatch(name)}:
-        listed = ", ".join(sorted(foreign)[:5])
-        raise Unreadable("unsafe", f"torch.save writes no {listed} in a pickle; it was not loaded")
-
-
-def pickle_globals(data: bytes) -> Iterator[str]:
-    """Dotted names that a pickle would import, from its opcodes."""
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    last = ""
-    for op, argument, _ in pickletools.genops(data):
-        if op.name == "STACK_GLOBAL":
-            # Where the two names did not come as plain strings nothing is known: that is unsafe.
-            yield ".".join(strings[-2:]) if len(strings) >= 2 else "a name that is computed"
-        elif op.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
-        elif op.name in ("EXT1", "EXT2", "EXT4"):
-            yield f"extension {argument}"
-        elif isinstance(argument, str) and op.name != "PERSID":
-            strings.append(argument)
-            last = argument
-        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument or 0)] = last
-        elif op.name == "MEMOIZE":
-            memo[len(memo)] = last
-        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
-            strings.append(memo.get(int(argument or 0), "?"))
 
 
 def _check_storages(path: str, content: Any) -> None:

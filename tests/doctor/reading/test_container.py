@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -21,7 +20,6 @@ import torch
 from kit.planted_faults import cut_off, flip_a_bit
 from torch import nn
 
-from doctor.reading.container import pickle_globals
 from doctor.reading.reader import summarize
 from doctor.reading.summary import Summary
 
@@ -142,21 +140,6 @@ def test_the_canary_would_have_sung(name, tmp_path):
     canary = tmp_path / "canary"
     pickle.loads(hostile_pickles(canary)[name])
     assert canary.exists()
-
-
-def test_names_are_read_off_the_opcodes_as_pickle_would():
-    class Probe(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            found.append(f"{module}.{name}")
-            return super().find_class(module, name)
-
-    values = (OrderedDict(a=1), argparse.Namespace(a=1), nn.Linear(1, 1), Path("a"), {1: print})
-    for value in values:
-        for protocol in range(6):
-            found: list[str] = []
-            data = pickle.dumps(value, protocol)
-            Probe(io.BytesIO(data)).load()
-            assert set(found) <= set(pickle_globals(data)), protocol
 
 
 def test_more_than_one_pickle_or_a_nested_archive(good, tmp_path):
