@@ -283,6 +283,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
         p.step += 1
         p.lr_scale = min(p.lr_goal, p.lr_scale * 2 ** (1 / lr_doubling(p.schedule_steps)))
         p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
+        p.epoch_ce += sum(ce) / len(ce)
         p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
     else:
         state.guard.refuse(in_a_row=not overflow)
@@ -625,7 +626,7 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
         report_epoch(run, result, is_best=is_best, evaluation_seconds=time.perf_counter() - started)
     if complete:
         p.epoch, p.position = epoch, 0
-        p.epoch_loss = p.epoch_seconds = 0.0
+        p.epoch_loss = p.epoch_ce = p.epoch_seconds = 0.0
         p.epoch_steps = p.epoch_refused = 0
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
@@ -655,6 +656,7 @@ def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seco
         step=p.step,
         epoch=p.epoch + 1,
         train=p.epoch_loss / steps if p.epoch_steps else math.nan,
+        train_ce=p.epoch_ce / steps if p.epoch_steps else math.nan,
         val=result.val,
         val_obj=result.val_obj,
         ppl=perplexity(result.val),

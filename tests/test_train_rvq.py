@@ -377,10 +377,12 @@ def test_train_is_the_mean_over_micro_batches(tunes, tmp_path):
     order = run.order.permutation(0)[: run.steps_per_epoch * run.windows_per_step]
     with torch.no_grad():
         losses = run.state.model.losses(run.train_windows[order].long(), 0.05, weights=run.weights)
-    expected = losses.objective.item()
+    expected, ce = losses.objective.item(), losses.ce.mean().item()
     assert train_rvq.train_or_save(run) == 0
     (row,) = rows(tmp_path, "epoch")
     assert row["train"] == pytest.approx(expected, rel=1e-5)
+    assert row["train_ce"] == pytest.approx(ce, rel=1e-5)
+    assert expected != pytest.approx(ce, rel=1e-5)
 
 
 def test_val_is_plain_cross_entropy_of_the_ema_weights(tunes, tmp_path):
@@ -481,6 +483,7 @@ def test_metrics_rows_hold_what_other_programs_rely_on(tunes, tmp_path):
         "step",
         "epoch",
         "train",
+        "train_ce",
         "val",
         "val_obj",
         "ppl",

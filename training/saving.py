@@ -10,6 +10,7 @@ Training goes on while a copy is written; one save is in flight at a time.
 from __future__ import annotations
 
 import dataclasses
+import math
 import functools
 import time
 from collections.abc import Mapping
@@ -224,6 +225,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: Wor
     for name, value in checkpoint["progress"].items():
         if name in known:
             setattr(state.progress, name, value)
+    if "epoch_ce" not in checkpoint["progress"] and state.progress.epoch_steps:
+        state.progress.epoch_ce = math.nan  # an older version did not add up its part of the epoch
     set_rng_state(checkpoint["rng"])
 
 

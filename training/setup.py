@@ -501,7 +501,7 @@ def settle_data_change(
     state.guard.forget()
     state.policy.forget_windows()
     progress.position = progress.epoch_steps = progress.epoch_refused = 0
-    progress.epoch_loss = progress.epoch_seconds = 0.0
+    progress.epoch_loss = progress.epoch_ce = progress.epoch_seconds = 0.0
 
 
 def another_codec(saved: dict[str, Any], found: dict[str, Any]) -> str:

@@ -58,7 +58,8 @@ class Progress:
     best_epoch: int = 0
     validated_step: int = -1
     validated_seconds: float = 0.0  # of --val-every-seconds
-    epoch_loss: float = 0.0  # sum over the epoch's accepted steps
+    epoch_loss: float = 0.0  # the objective, summed over the epoch's accepted steps
+    epoch_ce: float = 0.0  # plain cross-entropy, likewise: what val is compared with
     epoch_steps: int = 0
     epoch_refused: int = 0
     epoch_seconds: float = 0.0
