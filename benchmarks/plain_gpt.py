@@ -127,15 +127,18 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--wd", type=float, default=0.02)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seconds", type=float, default=300, help="of training; 0 = no limit")
     parser.add_argument("--evals", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-steps", type=int, default=10**9)
-    return parser.parse_args()
+    parser.add_argument("--max-steps", type=int, default=0, help="0 = no limit")
+    flags = parser.parse_args()
+    if not flags.seconds and not flags.max_steps:
+        parser.error("--seconds 0 needs --max-steps")
+    return flags
 
 
 def main() -> None:
-    """Train for `--seconds` and print a line at each evaluation."""
+    """Train for the steps or seconds asked for and print a line at each evaluation."""
     a = parse_flags()
     torch.manual_seed(a.seed)
     rng = np.random.default_rng(a.seed)
@@ -148,26 +151,32 @@ def main() -> None:
     params = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=a.wd)
     order: list[int] = []
-    spent, step, due = 0.0, 0, a.seconds / a.evals
+    spent, step, due = 0.0, 0, 1
     model.train()
-    while spent < a.seconds and step < a.max_steps:
+    while (share := share_done(a, step, spent)) < 1:
         started = time.perf_counter()
         if len(order) < a.batch:
             order = list(rng.permutation(len(starts)))
         chosen = [starts[order.pop()] for _ in range(a.batch)]
         batch = torch.stack([train[i][s : s + a.ctx] for i, s in chosen])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(a.lr, step, spent / a.seconds)
+            group["lr"] = learning_rate(a.lr, step, share)
         loss = update(model, optimizer, batch)
         step += 1
         spent += time.perf_counter() - started
-        if spent >= due or step == a.max_steps:
+        if share_done(a, step, spent) * a.evals >= due:
             report(a, spent, step, loss, evaluate(model, windows), params)
-            due += a.seconds / a.evals
+            due += 1
+
+
+def share_done(a: argparse.Namespace, step: int, spent: float) -> float:
+    """Of the budget of steps or of seconds, whichever is nearer to its end."""
+    by_steps = step / a.max_steps if a.max_steps else 0.0
+    return max(by_steps, spent / a.seconds if a.seconds else 0.0)
 
 
 def learning_rate(peak: float, step: int, share: float) -> float:
-    """50 steps of warm-up, times a cosine over the share of the time down to 5 %."""
+    """50 steps of warm-up, times a cosine over the share of the run down to 5 %."""
     return peak * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
 
 

@@ -10,8 +10,8 @@ Training goes on while a copy is written; one save is in flight at a time.
 from __future__ import annotations
 
 import dataclasses
-import math
 import functools
+import math
 import time
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,7 @@
-"""The benchmark of learning: times, tables, picture, and runs that are kept."""
+"""The benchmark of passes: which curves it reads, its tables and picture, runs that are kept."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,117 +9,91 @@ import sys
 
 import pytest
 from kit.trainer import ROOT
-from learning import (
-    Job,
-    RunFailed,
-    Setup,
-    by_variant,
-    jobs_of,
-    measure,
-    report,
-    table,
-    time_to_reach,
-)
+from learning import Curve, Setup, by_variant, choose, keep_or_compare, reach_lines, rows_of, table
 
-SETUP = Setup(("a",), ("b",), 100, 2, 64, 2, 2, 32, 4)
+SETUP = Setup(("a",), ("b",), 1000, 4, 20, 50, 4, 32, 2, 2, "")
 
 
-def rows_of(*vals: float | None) -> list[dict]:
-    """Validations at 10, 20, ... seconds; two codebooks."""
-    return [
-        {"seconds": 10.0 * i, "step": i, "val": val, "ce": [val, val]}
+def curve(variant: str, seed: int, *vals: float) -> Curve:
+    """Validations at steps 10, 20, ... of ten steps a second; train at half of val."""
+    rows = [
+        {"step": 10 * i, "seconds": i, "val": val, "train": val / 2, "ce": [val, val]}
         for i, val in enumerate(vals, 1)
     ]
+    return Curve(variant, seed, "--x 1" if variant == "worse" else "", rows, 4000, 0.1)
 
 
-def run_of(variant: str, seed: int, *vals: float) -> dict:
-    figures = {"flags": "", "params_m": 1.5, "steps": len(vals), "frames_per_s": 1000}
-    kept = {"refused": 0, "wall_s": 1, "load": 0.5, "commit": "abc"}
-    return {"variant": variant, "seed": seed, **figures, **kept, "rows": rows_of(*vals)}
-
-
-@pytest.mark.parametrize(
-    ("vals", "target", "seconds"),
-    [
-        ((6.0, 5.0, 4.0), 4.5, 25.0),
-        ((6.0, 5.0, 4.0), 5.0, 20.0),
-        ((6.0, 5.0, 4.0), 6.5, 10.0),  # there at the first validation: at most so long
-        ((6.0, 5.0, 4.0), 3.9, None),
-        ((6.0, 4.0, 6.0, 4.0), 5.0, 15.0),  # the first time counts
-        ((6.0, None, 4.0), 5.0, 20.0),  # a validation that was not finite
-    ],
-)
-def test_time_to_reach(vals, target, seconds):
-    assert time_to_reach(rows_of(*vals), target) == seconds
-
-
-RUNS = [
-    run_of("default", 0, 6.0, 4.0), run_of("default", 1, 6.0, 4.2),
-    run_of("worse", 0, 6.0, 5.5), run_of("worse", 1, 6.0, 5.0),
-    run_of("plain-1e-3", 0, 6.5, 5.1), run_of("plain-1e-3", 1, 6.5, 5.3),
-    run_of("plain-3e-4", 0, 6.5, 6.0),
+CURVES = [
+    curve("default", 0, 6.0, 4.0, 4.4), curve("default", 1, 6.0, 4.2, 4.4),
+    curve("worse", 0, 6.0, 5.5, 5.4), curve("worse", 1, 6.0, 5.2, 5.6),
+    curve("plain 1e-3", 0, 6.5, 5.1, 5.2),
 ]  # fmt: skip
 
 
-def test_the_table_compares_seed_by_seed_with_the_default_and_with_the_best_plain():
-    head, _, *body = table(RUNS, 100, base="default", yardstick="plain")
-    cells = {line.split("|")[1].strip(" *"): line for line in body}
-    assert "plain-1e-3's end (5.200)" in head
-    assert list(cells) == ["default", "plain-1e-3", "worse", "plain-3e-4"], "best first"
-    assert "4.100 (4.000 to 4.200)" in cells["default"]
-    assert "| 14 (14 to 14) % |" in cells["default"]
-    assert "+1.150 (+0.800 to +1.500)" in cells["worse"]
-    assert "1 of 2 never" in cells["worse"]
-    assert "| 1 of 1 never |" in cells["plain-3e-4"]
+def test_the_table_has_lowest_and_last_and_compares_seed_by_seed():
+    head, _, *body = table(SETUP, CURVES)
+    assert head.count("|") == body[0].count("|")
+    cells = {row.split("|")[1].strip(" *"): [c.strip() for c in row.split("|")] for row in body}
+    assert list(cells) == ["default", "plain 1e-3", "worse"], "best first"
+    lowest = ["1.00", "4.100 (4.000 to 4.200)", "4 (4 to 4)", "", "4.400 (4.400 to 4.400)"]
+    assert cells["default"][3:8] == lowest
+    assert cells["default"][8:10] == ["2.200 (2.200 to 2.200)", "2.200 (2.200 to 2.200)"]
+    assert cells["worse"][6] == "+1.200 (+1.000 to +1.400)"
 
 
-def test_a_run_that_ended_in_nan_is_last():
-    assert list(by_variant([*RUNS, run_of("nan", 0, 3.0, None)]))[-1] == "nan"
+def test_when_a_variant_passes_the_yardstick():
+    first, *lines = reach_lines(SETUP, CURVES)
+    assert first == "plain's lowest val, 5.100, took 20 steps, 2 s"
+    assert lines == ["  default: 20 steps, 2 s, 2 of 2 runs", "  worse: never, 0 of 2 runs"]
+    assert reach_lines(SETUP, CURVES[:4]) == []
 
 
-def test_runs_are_made_in_turn_kept_and_not_repeated(tmp_path, capsys):
-    made = []
-
-    def job(variant: str, seed: int, flags: str = "") -> Job:
-        def make(_):
-            made.append((variant, seed))
-            if variant == "bad":
-                raise RunFailed("no such flag")
-            return {k: v for k, v in run_of(variant, seed, 6.0, 5.0).items() if k != "flags"}
-
-        return Job(variant, seed, flags, make)
-
-    file = tmp_path / "out" / "learning.json"
-    failed = measure(file, SETUP, [job("default", 0), job("bad", 0)])
-    assert failed == ["bad, seed 0: no such flag"]
-    assert measure(file, SETUP, [job("default", 0), job("default", 1)]) == []
-    assert made == [("default", 0), ("bad", 0), ("default", 1)]
-    assert [r["seed"] for r in json.loads(file.read_text())["runs"]] == [0, 1]
-    with pytest.raises(SystemExit, match="another name"):
-        measure(file, SETUP, [job("default", 0, "--lr 1")])
-    with pytest.raises(SystemExit, match="seconds 100 and not 5"):
-        measure(file, dataclasses.replace(SETUP, seconds=5), [])
-    report(file, base="default", yardstick="plain")
-    assert "| **default** |" in capsys.readouterr().out
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+def test_a_val_that_was_not_finite_is_never_the_lowest():
+    assert by_variant([curve("default", 0, 6.0, 5.0)])["default"][0].lowest["val"] == 5.0
+    rows = [{"step": 1, "val": None}, {"step": 2, "val": 7.0}]
+    assert Curve("x", 0, "", rows, 1, 1).lowest["step"] == 2
 
 
-def test_jobs_go_seed_by_seed():
-    jobs = jobs_of(SETUP, {"default": "", "plain": "", "x": "--lr 1"}, ["1e-3", "2e-3"], range(2))
-    names = ["default", "plain-1e-3", "plain-2e-3", "x"]
-    assert [(j.variant, j.seed) for j in jobs] == [(n, s) for s in (0, 1) for n in names]
+def test_steps_taken_again_after_a_cut_count_once(tmp_path):
+    events = [(10, 5.0), (20, 4.0), (30, 3.9), (20, 4.5)]
+    lines = [
+        json.dumps({"event": "epoch", "step": s, "val": v, "seconds": s, "val_per_codebook": [v]})
+        for s, v in events
+    ]
+    (tmp_path / "rvq_4cb_metrics.jsonl").write_text("\n".join([*lines, '{"event": "end"}']))
+    assert [(r["step"], r["val"]) for r in rows_of(tmp_path)] == [(10, 5.0), (20, 4.5)]
+
+
+def test_other_flags_under_the_same_name_are_refused(tmp_path):
+    keep_or_compare(tmp_path / "x.json", {"flags": "--lr 1", "seed": 0})
+    keep_or_compare(tmp_path / "x.json", {"flags": "--lr 1", "seed": 0})
+    with pytest.raises(SystemExit, match="flags --lr 1 and not --lr 2"):
+        keep_or_compare(tmp_path / "x.json", {"flags": "--lr 2", "seed": 0})
+
+
+def test_whole_files_are_taken_until_there_are_frames_enough(tunes, capsys):
+    files = [str(path) for path in sorted(tunes.glob("*.npq"))]
+    assert choose(files[::-1], 301) == (tuple(files[:2]), 600)
+    assert choose(files, None) == (tuple(files), 1200)
+    assert choose(files, 9999)[1] == 1200
+    assert "1,200 frames of the wanted 9,999" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_real_runs(tunes, tmp_path):
+def test_real_runs_are_made_once(tunes, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), "--out", str(tmp_path)]
     command += ["--data", *(str(tunes / f"{i}.npq") for i in range(3)), "--val"]
     command += [str(tunes / "3.npq"), "--d_model", "32", "--layers", "1", "--heads", "2", "--ctx"]
-    command += ["32", "--batch", "4", "--seconds", "1", "--evals", "2", "--seeds", "1"]
+    command += ["32", "--batch", "4", "--frames", "900", "--passes", "3", "--seeds", "0"]
+    command += ["--variants", "default,plain"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kept = json.loads((tmp_path / "learning.json").read_text())["runs"]
-    assert len(kept) == 4
-    assert all(run["rows"][-1]["seconds"] >= 1 for run in kept)
-    assert (tmp_path / "learning.png").exists()
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "| **default** |" in done.stdout
+        assert "plain's lowest val" in done.stdout
+    out = tmp_path / "user"
+    (metrics,) = (out / "default-s0").glob("*_metrics.jsonl")
+    assert metrics.read_text().count('"event": "start"') == 1, "the second start trains nothing"
+    assert rows_of(out / "default-s0")[-1]["train"] is not None
+    assert (out / "learning.png").read_bytes().startswith(b"\x89PNG")
