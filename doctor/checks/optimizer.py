@@ -135,7 +135,7 @@ def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Findi
     # A tensor that is pushed one way step after step comes near 1, and does so early in a run.
     if rms > 0.6 and len(past) >= 3 and rms > 2.5 * usual:
         text = f"RMS of Adam's step on {p.name} is {rms:.2f}; noise alone gives 0.23"
-    elif rms < 0.03 and rms < usual / 4:
+    elif rms == 0 or (len(past) >= 3 and rms < 0.03 and rms < usual / 4):
         text = f"RMS of Adam's step on {p.name} is {rms:.3f}: it hardly moves"
     if text:
         yield in_file(s, "O2", text, where=p.name, value=rms, baseline=usual, n=len(past))

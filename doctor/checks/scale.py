@@ -125,6 +125,8 @@ def _of_matrices(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
     ]  # fmt: skip
     for p in matrices:
         size, unit = _size(p, part), math.sqrt(max(p.shape[1], 1))
+        if size == 0 and (s.step or 0) >= 10:  # some start at zero, and the first step moves them
+            yield _Figure("A3", p.name, f"zero throughout after {s.step} steps", 1.0, 0.5)
         alike = [_size(q, part) * unit for q in matrices if q.place.role == p.place.role]
         others = float(np.median(alike)) if len(alike) > 2 else math.inf
         reach = _reach(run, s, p)

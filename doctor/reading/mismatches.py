@@ -103,7 +103,8 @@ def _odd_optimizer(
 ) -> list[str]:
     """Groups and moments, against the weights and against the flags."""
     odd = []
-    if not members and (summary.step or 0) > 0:
+    # Of the older script's files only their weights can be used, so one may be without.
+    if not members and (summary.step or 0) > 0 and (summary.style == "own" or "opt" in content):
         odd.append("no optimizer state")
     odd += _odd_groups(content.get("optimizer", content.get("opt")))
     for name, member in members.items():

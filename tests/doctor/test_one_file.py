@@ -22,7 +22,10 @@ from kit.checkpoints import content_of
 from kit.single_files import DATA, Old, OldModel, train_old
 from kit.trainer import ROOT, TINY, run_trainer
 
+from doctor.diagnosis import Verdict, diagnose
+from doctor.examined_run import ExaminedRun, History
 from doctor.probe import old_logits
+from doctor.reading.reader import summarize
 from model import CodesTransformer, ModelConfig
 from sound.npq_format import write_npq
 
@@ -94,6 +97,32 @@ def test_a_healthy_file_alone_is_healthy(lone):
     assert (run["verdict"], code) == ("HEALTHY", 0)
 
 
+def in_type(dtype: torch.dtype) -> Any:
+    def change(content: Content) -> None:
+        for part in ("model", "ema"):
+            content[part] = {n: t.to(dtype) for n, t in content[part].items()}
+
+    return change
+
+
+def as_converged(content: Content) -> None:
+    """Hardly any gradient is left: the data is known by heart."""
+    for state in content["optimizer"]["state"].values():
+        state["exp_avg"] *= 0.05
+    for name, raw in content["model"].items():
+        content["ema"][name] = raw.lerp(content["ema"][name], 0.05)
+
+
+@pytest.mark.parametrize(
+    "change", [in_type(torch.float16), in_type(torch.bfloat16), as_converged],
+    ids=["float16", "bfloat16", "converged"],
+)  # fmt: skip
+def test_what_is_unusual_is_no_fault(change, lone):
+    summary = summarize(harm(lone, change))
+    diagnosis = diagnose(ExaminedRun("rvq_4cb", [summary], History(summary.history)))
+    assert diagnosis.verdict is Verdict.HEALTHY, diagnosis.findings
+
+
 def test_a_file_from_before_the_first_step_is_healthy(lone):
     def as_begun(content: Content) -> None:
         torch.manual_seed(1)
@@ -120,6 +149,7 @@ def test_a_file_from_before_the_first_step_is_healthy(lone):
         (scaled(40, "norm2"), "A5", "norm2"),
         (scaled(20, "q_norm", "k_norm"), "A2", "attn.q_norm.weight"),
         (scaled(30, "embed"), "A4", "embed.weight"),
+        (scaled(0, ""), "A3", "blocks."),
         (lambda c: c["guard"].update(recent_ce=[1.0, 27.0, 3.0, 2.0]), "H1", "codebook 1"),
     ],
 )

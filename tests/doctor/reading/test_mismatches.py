@@ -51,6 +51,16 @@ def test_names_of_a_compiled_module(tmp_path):
     assert [p.place.layer for p in summary.parameters] == [0, 1]
 
 
+def test_an_older_scripts_file_may_be_without_its_optimizer(tmp_path):
+    weights = {f"{part}.0.weight": torch.randn(64, 32) for part in ("embeds", "heads")}
+    path = tmp_path / "rvq_1cb_latest.pt"
+    content = {"model": weights, "global_step": 5, "cfg": {}, "vocab_sizes": [64]}
+    torch.save(content, path)
+    assert summarize(path).misfits == []
+    torch.save({**content, "opt": {"state": {}, "param_groups": []}}, path)
+    assert summarize(path).misfits == ["no optimizer state"]
+
+
 def test_momentum_that_is_missing_foreign_or_not_finite(muon):
     content = content_of(muon)
     group = next(g for g in content["optimizer"]["param_groups"] if "ns_steps" in g)
