@@ -199,10 +199,10 @@ class Bench:
         return self.root / f"healthy{number}_{seed}"
 
     def train(
-        self, folder: Path, number: int, starts: Iterable[str], sabotage: Sabotage | None = None
+        self, folder: Path, data: Path, starts: Iterable[str], sabotage: Sabotage | None = None
     ) -> None:
         for flags in starts:
-            words = ["--data", str(self.data(number)), "--save_dir", str(folder), *COMMON]
+            words = ["--data", str(data), "--save_dir", str(folder), *COMMON]
             words += ["--optim", "muon" if self.muon else "adamw", "--pattern", self.pattern]
             words += flags.split()
             if self.muon:
@@ -219,7 +219,7 @@ class Bench:
         shape = SHAPES[number]
         epochs = 8 if self.quick else shape.epochs
         flags = f"{shape.flags} --epochs {epochs} --seed {seed}{more}"
-        self.train(folder, number, [flags], sabotage)
+        self.train(folder, self.data(number), [flags], sabotage)
 
     def last_step(self, number: int) -> int:
         return moments(self.healthy(number, 0))[-1][0]
@@ -237,7 +237,7 @@ def make_healthy(bench: Bench, shapes: Iterable[int], extra: Iterable[str]) -> l
         number, starts = HEALTHY_EXTRA[name]
         folder = bench.root / name.replace(" ", "_")
         cases.append(Case(name, folder, None))
-        jobs.append(_job(folder, bench.train, folder, number, starts))
+        jobs.append(_job(folder, bench.train, folder, bench.data(number), starts))
     in_background(jobs)
     return cases
 
@@ -265,8 +265,9 @@ def make_fault(bench: Bench, fault: str, seed: int, folder: Path) -> Truth:
     if fault == "overfit":
         return make_overfit(bench, seed, folder)
     if fault == "lr 1 without warm-up":
-        bench.train(folder, number, [f"{SHAPES[number].flags} --lr 1 --warmup-ratio 0 --epochs 4"])
-        return Truth(1, ("O3", "S1", "H1", "H2", "H3", "G1"))
+        flags = f"{SHAPES[number].flags} --lr 1 --warmup-ratio 0 --epochs 4"
+        bench.train(folder, bench.data(number), [flags])
+        return Truth(1, ("S1", "H1", "H2", "H3", "G1"))
     if fault in sabotages:
         last = bench.last_step(number)
         sabotage = sabotages[fault](rng, int(last * rng.uniform(0.4, 0.75)))
@@ -298,9 +299,9 @@ def make_overfit(bench: Bench, seed: int, folder: Path) -> Truth:
     flags = (
         f"--val-list {listed} --d_model 64 --layers 2 --heads 4 --ctx 32 --batch 4 --accum 1 "
         f"--lr {(1e-3, 2e-3, 3e-3)[seed % 3]} --dropout 0 --weight-decay 0 --label-smoothing 0 "
-        f"--epochs 40 --archive-every 2 --ema 0.95 --seed {seed} --data {data}"
+        f"--epochs 40 --archive-every 2 --ema 0.95 --seed {seed}"
     )
-    bench.train(folder, 0, [flags])
+    bench.train(folder, data, [flags])
     (path,) = folder.glob("*_metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     epochs = [r for r in rows if r["event"] == "epoch"]

@@ -22,7 +22,6 @@ import pytest
 import torch
 from kit.planted_faults import MUON_FAULTS, copy_run, plant, train
 from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
-from make_codes import make_tune
 
 from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
@@ -30,7 +29,6 @@ from doctor.examined_run import ExaminedRun, History, scheduled_lr
 from doctor.reading.summary import Summary
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
-from sound.npq_format import write_npq
 from training.schedule import lr_at_step
 
 EPOCHS = 8
@@ -315,24 +313,6 @@ def test_the_probe_finds_what_only_running_the_model_shows(run_folder, tunes, tm
     found = [f for f in run["findings"] if f["check"] == "P1"]
     assert found, run["findings"]
     assert "e0006" in run["last_healthy"]
-
-
-def test_a_codebook_that_the_music_hardly_uses_is_no_fault(tmp_path):
-    """Rows of codes that never come stay at their start, so most rows can be short."""
-    rng = np.random.default_rng(1)
-    patterns = rng.integers(20, size=(16, 8, 4))  # of 256 codes
-    (tmp_path / "data").mkdir()
-    for i in range(3):
-        codes = make_tune(patterns, 1200, rng)
-        noise = rng.random((1200, 3)) < 0.3
-        codes[:, 1:][noise] = rng.integers(256, size=int(noise.sum()))  # these use all of theirs
-        write_npq(tmp_path / "data" / f"{i}.npq", codes, vocab_sizes=[256] * 4, frame_rate=86.13)
-    flags = ("--data", tmp_path / "data", "--save_dir", tmp_path / "run", "--epochs", "3")
-    code, output = run_trainer(*TINY, *flags)
-    assert code == 0, output
-    done = doctor(tmp_path / "run")
-    assert "G7" not in done.stdout, done.stdout
-    assert done.returncode == ExitCode.HEALTHY
 
 
 # --- manners -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is wrong with an optimizer's state: F2, F3 and O1 to O4.
+"""What is wrong with an optimizer's state: F2, F3, O2 and O4.
 
     findings = [*check_moments(run), *check_updates(run), *check_scale(run)]
 
@@ -97,31 +97,17 @@ def _judge_momentum(
         past.append(share)
 
 
-@check("O1", "second moments below eps", Level.WARN, Cause.OPTIMIZER)
 @check("O2", "RMS of Adam's step, size of Muon's momentum", Level.SUSPECT, Cause.OPTIMIZER)
-@check("O3", "step size against weight size", Level.WARN, Cause.LEARNING_RATE)
 def check_updates(run: ExaminedRun) -> Iterator[Finding]:
-    """O1, O2, O3: the step that Adam takes; of Muon, whose step has one size, O3 alone."""
+    """O2: the step that Adam takes; Muon's has one size."""
     pasts: dict[str, list[float]] = {}
     for s in run.series:
         for p in s.measurable:
             yield from _check_update(s, p, pasts.setdefault(p.name, []))
-    yield from _check_step_size(run)
-
-
-def _check_step_size(run: ExaminedRun) -> Iterator[Finding]:
-    """O3: a step that is large beside the tensor that it changes, the worst of each file."""
-    for s in run.series:
-        lr = s.optimizer.get("lr", math.nan)
-        large = [(lr * p.lr_factor * p.update_rms / p.rms, p) for p in s.measurable if p.rms > 1e-2]
-        worst = max(large, key=lambda pair: pair[0], default=None)
-        if worst and worst[0] > 1e-2 and lr > 0.5 * _peak_lr(run, s):
-            text = f"a step changes {worst[1].name} by {worst[0]:.1%} of its size"
-            yield in_file(s, "O3", text, where=worst[1].name, value=worst[0])
 
 
 def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Finding]:
-    """O1, O2: the RMS of Adam's step before lr, against `past`, which healthy values join."""
+    """O2: the RMS of Adam's step before lr, against `past`, which healthy values join."""
     if p.optimizer == "Muon" or not math.isfinite(p.update_rms) or p.adam_step < 10:
         return
     if p.v_zero == 1.0:
@@ -141,14 +127,6 @@ def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Findi
         yield in_file(s, "O2", text, where=p.name, value=rms, baseline=usual, n=len(past))
     else:
         past.append(rms)
-    if p.v_tiny > 0.01:
-        text = f"{p.v_tiny:.0%} of {p.name}'s second moments lie below eps: eps sets their step"
-        yield in_file(s, "O1", text, where=p.name, value=p.v_tiny)
-
-
-def _peak_lr(run: ExaminedRun, summary: Summary) -> float:
-    saved = [s.optimizer.get("lr", math.nan) for s in run.readable]
-    return max([summary.flag("lr", 0.0), *[x for x in saved if math.isfinite(x)]])
 
 
 @check("O4", "the fp16 loss scale", Level.SUSPECT, Cause.SCALER)

@@ -32,8 +32,10 @@ def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) 
     _measure_elements(parameter, parts, group_settings(member.group))
     stride = max(1, raw.numel() // SAMPLE)
     parameter.sample = raw.reshape(-1)[::stride][:SAMPLE].double().tolist()
-    if raw.dim() == 2 and raw.numel() and not parameter.bad.get("raw"):
-        _measure_matrix(parameter, raw.detach(), summary)
+    place, whole = parameter.place, raw.numel() and not parameter.bad.get("raw")
+    if place.role in ("embed", "head") and raw.dim() == 2 and whole:
+        tables = tables_of(raw.detach(), place.codebook, summary.vocab_sizes)
+        parameter.rows = [_rows(table, k) for k, table in tables]
     return parameter
 
 
@@ -105,7 +107,6 @@ def _note_sums(parameter: Parameter, sums: _Sums, parts: set[str]) -> None:
     if "m" in parts and count:
         parameter.v_root = sums.rms("v", count)
         parameter.v_zero = values["zero"] / count
-        parameter.v_tiny = values["tiny"] / max(count - values["zero"], 1)
         parameter.update_rms = sums.rms("u", count)
 
 
@@ -147,7 +148,6 @@ def _add_moments(
     sums.add("m", m.square().sum())
     sums.add("v", v.clamp_min(0.0).sum())
     sums.add("zero", (root == 0).sum())
-    sums.add("tiny", ((root > 0) & (root < eps)).sum())
     u = m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + eps)
     sums.add("u", u.square().sum())
     if d is not None:
@@ -155,28 +155,6 @@ def _add_moments(
 
 
 # --- by role -------------------------------------------------------------------------------------
-
-
-def _measure_matrix(parameter: Parameter, matrix: Tensor, summary: Summary) -> None:
-    """Fill in what only a matrix [rows, columns] of finite values has."""
-    if min(matrix.shape) >= 16:
-        parameter.stable_rank = _stable_rank(matrix)
-    place = parameter.place
-    if place.role in ("embed", "head"):
-        tables = tables_of(matrix, place.codebook, summary.vocab_sizes)
-        parameter.rows = [_rows(table, k) for k, table in tables]
-
-
-def _stable_rank(matrix: Tensor) -> float:
-    """Squared Frobenius norm over squared spectral norm, the latter by power iteration."""
-    matrix = matrix.float()
-    probe = torch.ones(matrix.shape[1]) + 0.1 * torch.arange(matrix.shape[1]).remainder(7)
-    spectral = torch.tensor(0.0)
-    for _ in range(12):
-        image = matrix @ (probe / probe.norm().clamp_min(1e-30))
-        spectral = image.norm()
-        probe = matrix.T @ image
-    return float(matrix.norm().square() / spectral.square().clamp_min(1e-30))
 
 
 def tables_of(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[tuple[int, Tensor]]:
@@ -196,12 +174,5 @@ def tables_of(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[tup
 
 
 def _rows(table: Tensor, codebook: int) -> Rows:
-    table = table.float()
-    norms = table.norm(dim=1)
-    return Rows(
-        codebook,
-        float(norms.median()),
-        float(norms.quantile(0.05)),
-        float(norms.max()),
-        int((norms == 0).sum()),
-    )
+    norms = table.float().norm(dim=1)
+    return Rows(codebook, float(norms.quantile(0.05)), int((norms == 0).sum()))

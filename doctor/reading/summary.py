@@ -48,9 +48,7 @@ class Rows:
     """The rows of one codebook in an embedding or a head: norms [V]."""
 
     codebook: int
-    median: float  # of the rows' norms
-    low: float  # that one row in twenty stays below
-    largest: float
+    low: float  # norm that one row in twenty stays below
     zero: int  # rows of zeros
 
 
@@ -75,11 +73,9 @@ class Parameter:
     v_negative: int = 0
     m_over_bound: int = 0  # elements where abs(m) > C sqrt(v), which no gradients can produce
     v_zero: float = math.nan  # share of second moments that are zero: no gradient ever came
-    v_tiny: float = math.nan  # share, of those that are not, whose root is below eps
     update_rms: float = math.nan  # of the optimizer's step before lr
     update_cos: float = math.nan  # between raw - EMA and the way that Adam, or momentum, goes
     adam_step: float = math.nan
-    stable_rank: float = math.nan  # squared Frobenius norm over squared spectral norm
     sample: list[float] = dataclasses.field(default_factory=list)
     rows: list[Rows] = dataclasses.field(default_factory=list)
 

@@ -297,7 +297,7 @@ def _plain(value: Any) -> Any:
 
 NUMBERS = (
     *("lr_factor", "rms", "largest", "ema_rms", "ema_distance", "m_rms", "v_root", "v_negative"),
-    *("m_over_bound", "v_zero", "v_tiny", "update_rms", "update_cos", "adam_step", "stable_rank"),
+    *("m_over_bound", "v_zero", "update_rms", "update_cos", "adam_step"),
 )
 BAD = ("raw", "ema", "m", "v", "momentum")
 

@@ -191,7 +191,7 @@ def head_drift(rng: np.random.Generator, onset: int) -> Sabotage:
             pushes.append(way / way.norm() * rows.norm(dim=1).square().mean().sqrt())
         rows += rate * pushes[0]
 
-    return Sabotage(onset, ("G1", "G2", "G7"), "head", after=push)
+    return Sabotage(onset, ("G1", "G2"), "head", after=push)
 
 
 def qkv_growth(rng: np.random.Generator, onset: int) -> Sabotage:
@@ -200,12 +200,12 @@ def qkv_growth(rng: np.random.Generator, onset: int) -> Sabotage:
     def grow(run: run_state.Run) -> None:
         _parameter(run, name).mul_(1.01)
 
-    return Sabotage(onset, ("G1", "G2", "G4"), name, after=grow)
+    return Sabotage(onset, ("G1", "G2"), name, after=grow)
 
 
 def lr_times(factor: float, *, guarded: bool) -> Callable[[np.random.Generator, int], Sabotage]:
     def fault(_: np.random.Generator, onset: int) -> Sabotage:
-        return Sabotage(onset, ("S1", "O3"), lr=lambda _, lr: factor * lr, guarded=guarded)
+        return Sabotage(onset, ("S1",), lr=lambda _, lr: factor * lr, guarded=guarded)
 
     return fault
 
@@ -239,7 +239,7 @@ def dead_rows(rng: np.random.Generator, onset: int) -> Sabotage:
         rows = _rows_of(run, table, k)
         rows[: max(1, int(share * len(rows)))] = 0.0
 
-    return Sabotage(onset, ("G8", "G1", "G2", "G7"), table, after=kill)
+    return Sabotage(onset, ("G8", "G1", "G2"), table, after=kill)
 
 
 def hidden_lr(rng: np.random.Generator, onset: int) -> Sabotage:
@@ -350,10 +350,8 @@ TRAINED_EXTRA: dict[str, Callable[[np.random.Generator, int], Sabotage]] = {
     "EMA stops": frozen_ema,
     "EMA copies raw": raw_ema,
     "matrix shrinks 1 % a step": _each_step((*MOVES, "G3"), lambda w, _: w.mul_(0.99)),
-    "q_norm gain grows 1 % a step": _each_step(
-        ("G4", "G6", *MOVES), lambda w, _: w.mul_(1.01), "attn.q_norm"
-    ),
-    "norm2 gain grows 1 % a step": _each_step(("G6", *MOVES), lambda w, _: w.mul_(1.01), "norm2"),
+    "q_norm gain grows 1 % a step": _each_step(MOVES, lambda w, _: w.mul_(1.01), "attn.q_norm"),
+    "norm2 gain grows 1 % a step": _each_step(MOVES, lambda w, _: w.mul_(1.01), "norm2"),
     "noise on a matrix each step": _each_step(
         (*MOVES, "G3"), lambda w, r: w.add_(0.02 * w.square().mean().sqrt() * _random_like(w, r))
     ),
@@ -660,7 +658,7 @@ WRONG_ADAM = tuple(
     )
 )  # fmt: skip
 FILE_FAULTS["wrong Adam"] = WRONG_ADAM[0]
-W, WE = ("G1", "G2", "G3", "G5"), ("G1", "G2", "G3", "G5")
+W = WE = ("G1", "G2", "G3")
 FILE_EXTRA: dict[str, FileFault] = {
     "NaN in one weight": FileFault(_on_matrix(_some_nan), ("F1",)),
     "NaN in the EMA alone": FileFault(_on_matrix(_some_nan, ema=True, raw=False), ("F1",)),
@@ -682,8 +680,8 @@ FILE_EXTRA: dict[str, FileFault] = {
     "square matrix transposed": FileFault(_transposed_square, W),
     "value rows of a head negated": FileFault(_head_negated, W),
     "embedding rows permuted": FileFault(_codebook("embed", _permuted_rows), W),
-    "head of a codebook zeroed": FileFault(_codebook("head", _scaled(0.0)), ("G7", "G8", *W)),
-    "head of a codebook x 3": FileFault(_codebook("head", _scaled(3.0)), ("G7", *W)),
+    "head of a codebook zeroed": FileFault(_codebook("head", _scaled(0.0)), ("G8", *W)),
+    "head of a codebook x 3": FileFault(_codebook("head", _scaled(3.0)), W),
     "head rows permuted": FileFault(_codebook("head", _permuted_rows), W),
     "EMA = raw": FileFault(_ema_is_raw, ("G3",)),
     "EMA of an older step": FileFault(_older_ema, ("G3",)),
