@@ -10,9 +10,10 @@ r"""Train a causal transformer on the codes of a neural audio codec, kept in .np
 Exit code: 0 done, 1 failed, 2 wrong usage, 3 stopped by the guard; after saving 129, 130 or 143 for
 a terminal that closed, Ctrl-C and SIGTERM.
 
-The file reads from top to bottom: flags, one step, evaluation, the loop, rollback, the ends of a
-run, planning, and `main`. It can be killed at any moment; the same command goes on from the last
-checkpoint and, on a CPU, ends in the very weights of an uninterrupted run.
+The file reads from top to bottom: flags, one step, compiling, evaluation, the loop, the end of an
+epoch, and `main`; what it calls stands in training/. It can be killed at any moment; the same
+command goes on from the last checkpoint and, on a CPU, ends in the very weights of an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import contextlib
 import itertools
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -42,186 +42,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli.command_line import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_USAGE,
-    FlagParser,
-    Once,
-    Several,
-    UsageError,
-    at_least,
-    begin_work,
-    file_path,
-    fraction,
-    fraction_or_one,
-    in_words,
-    not_negative,
-    number_or_auto,
-    positive,
-    steady_streams,
-    unexpected,
-)
+from cli.command_line import EXIT_DONE, FlagParser, exit_code_of, in_words, problem, unexpected
 from cli.waiting import NoAnswerError
-from model import PATTERNS
 from npq_dataset import BadFilesError
+from run_folder import flags as flags_of_runs
 from run_folder.checkpoint import CheckpointError, rng_kept
 from run_folder.lock import FolderLock
 from run_folder.metrics import Console, epoch_lines, perplexity, step_line
 from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError
 from training import dry_run, ends, rollback, samples, saving
-from training.optimizer import ADAMW_FACTOR, MUON_FACTOR
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
-from training.planning import PlanError, is_out_of_memory
+from training.planning import is_out_of_memory
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
-from training.setup import (
-    set_up,
-)
+from training.setup import set_up
 from training.state import Run, Stopped
 
 # --- flags ---------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, by group. Defaults are run #3 of the notes that this trainer was made for."""
+    """All flags, by group; run_folder/flags.py declares them."""
     parser = FlagParser(__file__, usage="%(prog)s --data GLOB [GLOB ...] [flags]")
-    switch = argparse.BooleanOptionalAction
-
-    # fmt: off
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=file_path, action=Several, nargs="+", metavar="GLOB",
-        help="globs, folders or .npq files")
-    add("--ctx", type=at_least(2), default=512, help="frames in a window")
-    add("--step", type=at_least(1), help="frames between window starts; without it ctx // 2")
-    add("--jitter", action=switch, default=True,
-        help="shift training windows from epoch to epoch")
-    add("--val_split", type=fraction, default=0.05, help="share of the data that validates")
-    add("--val-list", type=file_path, action=Once, metavar="FILE",
-        help="text file of validation files; overrides --val_split")
-    add("--codebooks", type=at_least(1), help="use the first so many codebooks of each file")
-    add("--skip-bad-files", action="store_true", help="train without files that are not valid .npq")
-    add("--num_workers", type=at_least(0, 256), default=2,
-        help="threads that read ahead; 0 = each micro-batch is read when its turn comes")
-    add("--persistent-workers", action=switch, default=True,
-        help="taken for older commands' sake: threads stay in any case")
-    add("--prefetch", type=at_least(1, 1000), default=6,
-        help="micro-batches that each thread reads ahead")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--d_model", type=at_least(2, 65536), default=768, help="width")
-    add("--layers", type=at_least(1, 1000), default=16, help="transformer blocks")
-    add("--heads", type=at_least(1), default=12, help="attention heads")
-    add("--dropout", type=fraction, default=0.1,
-        help="on embeddings and on each block's two outputs")
-    add("--pattern", choices=PATTERNS, default="depth",
-        help="what a code may depend on within its frame; see model.py")
-    add("--depth-share", type=fraction_or_one, default=0.5,
-        help="depth: share of the frames in each micro-batch that its loss is made of")
-    add("--code-dropout", type=fraction, default=0.0,
-        help="share of the input codes that training hides")
-    add("--grad-checkpoint", action=switch, default=False, help="recompute blocks to save memory")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch", type=number_or_auto, default=6, metavar="N|auto",
-        help="windows in a micro-batch; auto: the most that fit, and --accum to match")
-    add("--accum", type=at_least(1), default=6,
-        help="micro-batches in an optimizer step, over all processes")
-    add("--effective-batch", type=at_least(1, 10**9), metavar="N",
-        help="windows in an optimizer step: sets --accum to N / --batch; auto without it: 36")
-    add("--epochs", type=at_least(1), default=250, help="passes over the training windows")
-    add("--max-steps", type=at_least(1), help="end after so many optimizer steps")
-    add("--max-seconds", type=positive, help="end after so many training seconds, over all starts")
-    add("--optim", choices=("muon", "adamw"), default="muon",
-        help=f"muon: Muon for matrices within the model at {MUON_FACTOR:g} x --lr, AdamW for the "
-             f"rest at {ADAMW_FACTOR:g} x, less for a wide head")
-    add("--lr", type=positive, default=2e-4, help="peak learning rate")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine",
-        help="of the lr after warm-up: a cosine, or stable and then a linear cooldown")
-    add("--cooldown", type=fraction_or_one, default=0.2, help="wsd: share of the run that it takes")
-    add("--weight-decay", type=not_negative, default=0.02,
-        help="on the matrices of the blocks and head")
-    add("--warmup-ratio", type=fraction, default=0.01, help="share of the run with rising lr")
-    add("--eta-min", type=not_negative, default=1e-5,
-        help="lr at and after the end of the schedule")
-    add("--ema", type=fraction, default=0.999, help="decay of the averaged weights")
-    add("--label-smoothing", type=fraction, default=0.05, help="share spread over all entries")
-    add("--cb-weights", default="auto", metavar="auto|w0,w1,...", help="codebooks' loss weights")
-    add("--cb-weights-auto-alpha", type=not_negative, default=0.5,
-        help="auto: 1 + alpha * k / (K - 1)")
-    add("--grad-clip", type=not_negative, default=1.0, help="largest gradient norm; 0 = off")
-    add("--seed", type=at_least(0), default=0, help="of weights, dropout and data order")
-
-    add = parser.add_argument_group("stability").add_argument
-    add("--outlier-skip-factor", type=not_negative, default=6.0,
-        help="refuse steps so many sigma above the recent past; 0 = only absolute limits")
-    add("--outlier-ema-beta", type=fraction, default=1 - 1 / 128,
-        help="the guard looks back over 1 / (1 - beta) accepted steps")
-    add("--decay-all", action=switch, default=False,
-        help="weight decay on embeddings and gains as well")
-    add("--panic-lr-mul", type=positive, default=0.5,
-        help="factor on lr at each rollback")
-    add("--panic-snapshot", action=switch, default=False,
-        help="keep the state before a rollback too, as *_quarantine_sNNNNNNNN.pt")
-
-    add = parser.add_argument_group("speed").add_argument
-    add("--device", metavar="NAME",
-        help="cuda, cuda:1, mps or cpu; without it the best device present")
-    add("--amp", action=switch, default=True, help="mixed precision")
-    add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto",
-        help="auto: bf16 where the device is fast in it, else fp16, on a CPU float32")
-    add("--compile", action=switch, help="torch.compile; without it on for CUDA only")
-    add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
-        help="reduce-overhead and max-autotune use CUDA graphs")
-    add("--fused-optim", action=switch, default=True, help="fused AdamW")
-
-    add = parser.add_argument_group("planning").add_argument
-    add("--plan", action="store_true",
-        help="print memory, time and disk that the run will take, and do nothing else")
-    add("--memory-gb", type=positive,
-        help="memory to fit into, GiB; without it what is free on the device, if that is here")
-    add("--device-tflops", type=positive,
-        help="TFLOP/s of the device's matrix products; without it a step is timed, if that is here")
-    add("--mfu", type=fraction_or_one, default=0.35, help="share of them that training reaches")
-
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--save_dir", type=file_path, metavar="DIR", default="rvq_ckpts",
-        help="folder of the run's files")
-    add("--tag", default="", help="part of the files' names")
-    add("--resume", type=file_path, metavar="PATH",
-        help="go on from this checkpoint and not from *_latest.pt")
-    add("--no-resume", action="store_true", help="start anew; an earlier run's files are set aside")
-    add("--init-from", type=file_path, metavar="PATH",
-        help="start a new run from the EMA weights of a checkpoint or .safetensors")
-    add("--ignore-arch", action="store_true", help="take the architecture from flags when resuming")
-    add("--allow-data-change", action="store_true", help="resume although data or windows changed")
-    add("--archive-every", type=at_least(0), default=10, help="epochs between archives; 0 = none")
-    add("--keep-archived", type=at_least(1), default=20, help="archives of each kind to keep")
-    add("--save-every-minutes", type=not_negative, default=15.0, help="within epochs; 0 = never")
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--val-every", type=at_least(1), default=1, help="epochs between validations")
-    add("--val-every-seconds", type=positive,
-        help="training seconds between validations; overrides --val-every")
-    add("--eval-audio-every", type=at_least(0), default=5, help="epochs between samples; 0 = none")
-    add("--eval-frames", type=at_least(1), default=1290, help="length of a sample (1290 = 15 s)")
-    add("--eval-temperature", type=positive, default=1.0, help="of sampling")
-    add("--eval-top-k", type=at_least(0), default=0, help="draw from the k likeliest; 0 = all")
-    add("--eval-top-p", type=fraction_or_one, default=1.0, help="draw from this much probability")
-    add("--eval-outdir", type=file_path, metavar="DIR",
-        help="folder of samples; without it `samples` in --save_dir")
-    add("--eval-on-cpu", action=switch, default=True, help="decode audio on the CPU")
-    add("--eval-dac-repo", type=file_path, default="44khz", metavar="CODEC",
-        help="codec of samples: 44khz, 24khz, 16khz, demo (bundled, lo-fi) or a path")
-
-    add = parser.add_argument_group("logging").add_argument
-    add("--log-lr-steps", type=at_least(1), default=50, help="steps between loss and lr lines")
-    add("--report", action=switch, default=True,
-        help="keep *_report.html up to date: curves, sound and facts of the run on one page")
-    add("--quiet", action="store_true", help="no bar, no start-up details, no library warnings")
-    add("--tensorboard", action=switch, default=False, help="write event files beside the metrics")
-    # fmt: on
+    flags_of_runs.add_to(parser)
     return parser
 
 
@@ -302,10 +146,10 @@ def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
     The micro-batches are those of all processes, and so is what is returned; it is on the device.
     """
     state = run.state
-    facts = run.world.sum(accumulate(run, batches))
+    loss_and_ce = run.world.sum(accumulate(run, batches))
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    return torch.cat((facts, torch.nn.utils.get_total_norm(gradients)[None]))
+    return torch.cat((loss_and_ce, torch.nn.utils.get_total_norm(gradients)[None]))
 
 
 def accumulate(run: Run, batches: Iterator[Tensor]) -> Tensor:
@@ -314,20 +158,21 @@ def accumulate(run: Run, batches: Iterator[Tensor]) -> Tensor:
     Everything stays on the device. Codes arrive as 16-bit integers and are widened there.
     """
     flags, p, world = run.flags, run.state.progress, run.world
-    facts = torch.zeros(1 + len(run.weights), device=run.device)
+    loss_and_ce = torch.zeros(1 + len(run.weights), device=run.device)
     mine = range(world.rank, flags.accum, world.size)
-    for number_, codes in zip(mine, batches, strict=False):
+    for index, codes in zip(mine, batches, strict=False):
         codes = codes.to(run.device, non_blocking=True).long()
         if run.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(noise_seed(flags.seed, p.epoch, p.position + number_ * flags.batch))
-        with world.reducing(last=number_ == mine[-1]):
+        torch.manual_seed(noise_seed(flags.seed, p.epoch, p.position + index * flags.batch))
+        with world.reducing(last=index == mine[-1]):
             with run.autocast():
                 losses = run.losses(codes)
             run.state.scaler.scale(losses.objective / len(mine)).backward()
         # The sum is a new tensor: CUDA graphs overwrite their outputs at the next micro-batch.
-        facts = facts + torch.cat((losses.objective.detach()[None], losses.ce)) / flags.accum
-    return facts
+        share = torch.cat((losses.objective.detach()[None], losses.ce)) / flags.accum
+        loss_and_ce = loss_and_ce + share
+    return loss_and_ce
 
 
 def noise_seed(seed: int, epoch: int, position: int) -> int:
@@ -357,7 +202,7 @@ def prepare_losses(run: Run) -> None:
     """Compile them if asked to, or on CUDA; average their gradients over all processes."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
         compile_losses(run)
-    run.losses = run.world.averaging(run.state.model, run.losses)
+    run.losses = run.world.averaging(run.losses)
 
 
 def compile_losses(run: Run) -> None:
@@ -365,8 +210,8 @@ def compile_losses(run: Run) -> None:
     state, failure = run.state, None
     eager, scaler = run.losses, state.scaler
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
-    options = {"mode": run.flags.compile_mode, "fullgraph": True}
-    run.losses, run.compiled = torch.compile(eager, **options), True
+    compiled: Any = torch.compile(eager, mode=run.flags.compile_mode, fullgraph=True)
+    run.losses, run.compiled = compiled, True
     started = time.perf_counter()
     try:
         with rng_kept():
@@ -408,7 +253,7 @@ def evaluate(run: Run) -> Validation | None:
     count = len(run.val_windows)
     firsts = np.arange(0, count, flags.batch * world.size) + flags.batch * world.rank
     mine = [np.arange(first, min(first + flags.batch, count)) for first in firsts]
-    # With nothing left of its own a process goes through the motions, for the others' sake.
+    # A rank without windows runs one with weight 0: collectives need every rank.
     batches = run.loader.read(run.val_windows, (w if len(w) else np.arange(1) for w in mine))
     for windows in mine:
         codes = next_codes(run, batches, 1)
@@ -452,7 +297,7 @@ def train(run: Run) -> int:
 def take_steps(run: Run) -> bool:
     """Step until the epoch, the run or the time ends or validation is due; True at epoch's end."""
     p, policy = run.state.progress, run.state.policy
-    batches, end = read_on(run)
+    batches, end = start_epoch_batches(run)
     while p.position + run.windows_per_step <= end:
         if run.is_finished() or run.stop.signal is not None or run.guard_stop is not None:
             break
@@ -460,10 +305,10 @@ def take_steps(run: Run) -> bool:
             break
         keep, cools = policy.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
         if keep or cools:  # a run can be extended from the archive of before its cooldown
-            reason = saving.save(run, ring=keep, archive=cools, spare=not cools)
+            reason = saving.save(run, ring=keep, archive=cools, may_fail=not cools)
             if reason is not None:
                 rollback.roll_back(run, reason)
-                batches, end = read_on(run)
+                batches, end = start_epoch_batches(run)
                 continue
             p.cooling = p.cooling or cools
         started = time.perf_counter()
@@ -471,14 +316,14 @@ def take_steps(run: Run) -> bool:
         if codes is None:
             break
         stats = train_step(run, iter(codes))
-        seconds = agree(run, time.perf_counter() - started)
+        seconds = sync_control(run, time.perf_counter() - started)
         p.seconds += seconds
         p.epoch_seconds += seconds
         p.log_seconds += seconds
         if stats.refused is None:
             report_step(run, stats)
         elif handle_refusal(run, stats):
-            batches, end = read_on(run)
+            batches, end = start_epoch_batches(run)
         saving.check_save(run)
         if run.stop.save:
             saving.save(run)
@@ -486,23 +331,23 @@ def take_steps(run: Run) -> bool:
     return p.position + run.windows_per_step > end
 
 
-def agree(run: Run, seconds: float = 0.0) -> float:
-    """Settle what the shared state does not say: signals, and clocks, where rank 0's counts.
+def sync_control(run: Run, seconds: float = 0.0) -> float:
+    """Exchange what the shared state does not contain: signals, and clocks, where rank 0's counts.
 
-    Returns rank 0's seconds. Every process decides by what is settled here, so all do the same.
+    Returns rank 0's seconds. Every process decides by the result, so all do the same.
     """
     stop, world, every = run.stop, run.world, run.flags.save_every_minutes
     due = 0 < every < (time.perf_counter() - run.last_save) / 60
     if world.size == 1:
-        stop.settle(0, due)
+        stop.record(0, due)
         return seconds
     clock = (float(due), seconds) if world.is_first else (0.0, 0.0)
-    number_, asked, due, seconds = world.largest(*stop.news(), *clock)
-    stop.settle(int(number_), bool(asked or due))
+    signal_number, asked, due, seconds = world.largest(*stop.news(), *clock)
+    stop.record(int(signal_number), bool(asked or due))
     return seconds
 
 
-def read_on(run: Run) -> tuple[Iterator[Tensor], int]:
+def start_epoch_batches(run: Run) -> tuple[Iterator[Tensor], int]:
     """The epoch's micro-batches from the present position on, and the epoch's number of windows."""
     p, order = run.state.progress, run.order
     order.epoch, order.start = p.epoch, p.position
@@ -522,14 +367,14 @@ def next_codes(run: Run, batches: Iterator[Tensor], count: int) -> list[Tensor] 
         codes = list(itertools.islice(batches, count))
     except Stopped:
         codes = []
-    agree(run)
+    sync_control(run)
     return codes if run.stop.signal is None else None
 
 
 def while_waiting(run: Run) -> None:
     """Serve signals several times a second while data is waited for.
 
-    Of many processes none can save or stop alone; the others learn of it from `agree`.
+    Of many processes none can save or stop alone; the others learn of it from `sync_control`.
     """
     if run.stop.signal is not None or run.stop.received is not None:
         raise Stopped
@@ -689,63 +534,28 @@ def train_or_save(run: Run) -> int:
 # --- main ----------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Join, parse, lock the folder, train; errors become one message and an exit code."""
-    begin_work()
-    world, flags = World(), None
-    try:
-        world = join()
-        with steady_streams(), world.print_once():
-            flags, explicit = parse_flags(argv)
-        with steady_streams():
-            return train_as_one(flags, explicit, world)
-    except (Exception, KeyboardInterrupt) as error:
-        if flags and flags.debug:
-            traceback.print_exc()
-        return fail(world, *ending_of(error, flags))
-
-
 EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, NoAnswerError, OSError)
 
 
-def ending_of(
-    error: Exception | KeyboardInterrupt, flags: argparse.Namespace | None
-) -> tuple[int, str]:
-    """Exit code and message for what ended a run before its time."""
-    if isinstance(error, KeyboardInterrupt):
-        if flags and flags.plan:
-            return 128 + signal.SIGINT, "interrupted; nothing was changed"
-        return 128 + signal.SIGINT, (
-            "interrupted before a step was taken; no checkpoint was changed, and the same command "
-            "starts again"
-        )
-    if isinstance(error, (UsageError, PlanError)):
-        return EXIT_USAGE, str(error)
-    if isinstance(error, EXPECTED):
-        return EXIT_FAILED, in_words(error)
-    if is_out_of_memory(error):
-        short = in_words(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        return EXIT_FAILED, (
-            f"out of memory ({short}); lower --batch, --ctx, --d_model or --layers; --plan tells "
-            "what fits"
-        )
-    if torch.distributed.is_initialized() and is_loss_of_peer(error):
-        return EXIT_FAILED, f"another process of the run died ({error}); torchrun names it below"
-    return EXIT_FAILED, unexpected(error, where_it_arose(error, flags))
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say; errors become one message and an exit code."""
+    return exit_code_of(lambda: join_and_train(argv), expected=EXPECTED, debug=False)
 
 
-def where_it_arose(error: Exception, flags: argparse.Namespace | None) -> str:
-    """Keep the traceback beside the run: after days, nobody wants to see it happen once more."""
-    path = Path(
-        flags.save_dir if flags else "", time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt")
+def join_and_train(argv: list[str] | None) -> int:
+    """Join the other processes, parse, train; a failure is told once for all of them."""
+    world = join()
+    with world.print_once():
+        flags, explicit = parse_flags(argv)
+    before = "interrupted before a step was taken; no checkpoint was changed, and the same command "
+    return exit_code_of(
+        lambda: train_as_one(flags, explicit, world),
+        expected=EXPECTED,
+        debug=flags.debug,
+        interrupted="interrupted; nothing was changed" if flags.plan else f"{before}starts again",
+        explain=lambda error: explain(error, flags),
+        report=lambda code, message: report_once(world, code, message),
     )
-    try:
-        if not path.parent.is_dir() or flags is None or flags.plan:
-            return "--debug shows where"
-        path.write_text("".join(traceback.format_exception(error)))
-    except OSError:
-        return "--debug shows where"
-    return f"traceback in {path}"
 
 
 def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
@@ -764,12 +574,37 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
         return code
 
 
-def fail(world: World, code: int, message: str) -> int:
+def explain(error: Exception, flags: argparse.Namespace) -> str:
+    """The message for an error that no part of the program raises on purpose."""
+    if is_out_of_memory(error):
+        short = in_words(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        return (
+            f"out of memory ({short}); lower --batch, --ctx, --d_model or --layers; --plan tells "
+            "what fits"
+        )
+    if torch.distributed.is_initialized() and is_loss_of_peer(error):
+        return f"another process of the run died ({error}); torchrun names it below"
+    return unexpected(error, where_it_arose(error, flags))
+
+
+def where_it_arose(error: Exception, flags: argparse.Namespace) -> str:
+    """Keep the traceback beside the run: after days, nobody wants to see it happen once more."""
+    path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
+    try:
+        if not path.parent.is_dir() or flags.plan:
+            return "--debug shows where"
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return "--debug shows where"
+    return f"traceback in {path}"
+
+
+def report_once(world: World, code: int, message: str) -> int:
     """Say why the run failed, once for all processes; the exit code of all."""
     told = world.first_failure(code)
     if told is not None:
         return told
-    Console().problem(message if world.is_first else f"{world.name}: {message}")
+    problem(message if world.is_first else f"{world.name}: {message}")
     return code
 
 

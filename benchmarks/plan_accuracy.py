@@ -29,6 +29,7 @@ import train_rvq
 from run_folder import lock
 from run_folder.metrics import Console
 from sound.npq_format import write_npq
+from training import building
 from training import saving as run_saving
 from training import setup as run_setup
 from training.memory_prediction import FIXED, KEPT
@@ -68,7 +69,7 @@ def take_steps(words: list[str]) -> None:
     flags, explicit = train_rvq.parse_flags(words)
     with lock.FolderLock(flags.save_dir):
         run = run_setup.set_up(flags, explicit, Console(quiet=True))
-        batches, _ = train_rvq.read_on(run)
+        batches, _ = train_rvq.start_epoch_batches(run)
         train_rvq.train_step(run, batches)
         run_saving.save(run)
         run_saving.check_save(run, wait=True)
@@ -106,7 +107,7 @@ def predicted(words: list[str], *, allocated: bool = False) -> int:
     flags, _ = train_rvq.parse_flags(words)
     names = ("d_model", "layers", "heads", "dropout", "pattern")
     config = model.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
-    memory = run_setup.plan_of(flags, config, torch.device("cpu")).predict()
+    memory = building.plan_of(flags, config, torch.device("cpu")).predict()
     return memory.total - (FIXED["cpu"][1] + memory.parts[KEPT] if allocated else 0)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/train_pairs.py --data "npq_out/*.npq" --val one.npq --pairs 3
 
 `train_speed.py` runs all ways in one process, where the plain GPT gains from what the trainer sets
-for it (`run_setup.tune_for`). Here both start as commands, in turn, and train for some seconds;
+for it (`tune_for`). Here both start as commands, in turn, and train for some seconds;
 their own clocks count training steps alone.
 """
 

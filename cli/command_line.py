@@ -364,27 +364,32 @@ def exit_code_of(
     debug: bool,
     interrupted: str = "interrupted",
     failed: int = EXIT_FAILED,
+    explain: Callable[[Exception], str] | None = None,
+    report: Callable[[int, str], int] | None = None,
 ) -> int:
     """Run a command's work; an error becomes one line and a code, `failed` but for wrong usage.
 
-    `expected` errors carry their own remedy; of others the type is named, and how to see where they
-    arose.
+    `expected` errors carry their own remedy; `explain` words the others, by default with their type
+    and how to see where they arose. `report` is given code and line, and returns the code; by
+    default it prints the line.
     """
     begin_work()
     try:
         with steady_streams():
             return work()
     except UsageError as error:
-        problem(str(error))
-        return EXIT_USAGE
+        code, message = EXIT_USAGE, str(error)
     except KeyboardInterrupt:
-        problem(interrupted)
-        return EXIT_INTERRUPTED
+        code, message = EXIT_INTERRUPTED, interrupted
     except Exception as error:
-        problem(in_words(error) if isinstance(error, expected) else unexpected(error))
         if debug:
             traceback.print_exc()
-        return failed
+        code = failed
+        message = in_words(error) if isinstance(error, expected) else (explain or unexpected)(error)
+    if report is not None:
+        return report(code, message)
+    problem(message)
+    return code
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from doctor.checks import findings_of
 from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Summary
+from run_folder.flags import FLAGS, Scope, command_words, names, saved_flags
 
 
 class Verdict(enum.Enum):
@@ -296,7 +298,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
         whole = s.style == "own" and s.path not in lost
         if not whole or any(p.bad.get("ema") or math.isnan(p.ema_rms) for p in s.parameters):
             continue
-        command = ["python", "train_rvq.py", "--init-from", s.path, *_new_run(s, "from_ema")]
+        command = ["python", "train_rvq.py", "--init-from", s.path, *_new_run(s, "from_ema", "run")]
         return shlex.join(command), (
             "No file is healthy, but this one's averaged weights show nothing: a new run starts "
             "from them, at a lower learning rate. Listen to them first."
@@ -307,7 +309,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
     )
     if not newest.flags.get("data"):
         return None, f"Nothing here is sound. {others} be: name them too. Else train anew."
-    command = ["python", "train_rvq.py", *_new_run(newest, "anew", SHAPE_FLAGS)]
+    command = ["python", "train_rvq.py", *_new_run(newest, "anew", "run", "architecture")]
     return shlex.join(command), (
         f"Nothing here is sound, averaged weights included. {others} be: name them too. Else this "
         "trains anew, at a lower learning rate."
@@ -331,24 +333,19 @@ def _without_prefix(run: ExaminedRun, s: Summary) -> tuple[str, str]:
     )
 
 
-SHAPE_FLAGS = ("d_model", "layers", "heads", "pattern", "depth_layers", "ema", "label_smoothing")
 SANE_LR = 1e-3  # for both optimizers
 
 
-def _new_run(summary: Summary, folder: str, more: tuple[str, ...] = ()) -> list[str]:
-    """Flags of a new run in a folder beside: those of the saved one that shape it, a lower lr."""
-    words = ["--save_dir", os.path.join(os.path.dirname(summary.path) or ".", folder)]
-    for name in (
-        *("data", "ctx", "step", "batch", "accum", "epochs", "dropout", "weight_decay"),
-        *("optim", "schedule", "cooldown"),
-        *more,
-    ):
-        value = summary.flags.get(name)
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    lr = summary.flag("lr", 0.0)
-    return [*words, *(["--lr", f"{min(lr / 2, SANE_LR):g}"] if lr else [])]
+def _new_run(summary: Summary, folder: str, *scopes: Scope) -> list[str]:
+    """Flags of a new run in a folder beside: those of the saved one of some scopes, a lower lr."""
+    saved = saved_flags({"flags": summary.flags})
+    wanted = {name: saved.get(name) for name in ("data", "val_list", *names(*scopes))}
+    values = {n: v for n, v in wanted.items() if v != FLAGS[n].options.get("default")}
+    if lr := min(summary.flag("lr", 0.0) / 2, SANE_LR):
+        lowest = min(lr, summary.flag("eta_min", FLAGS["eta_min"].options["default"]))
+        values |= {"lr": f"{lr:g}", "eta_min": f"{lowest:g}"}
+    place = os.path.join(os.path.dirname(summary.path) or ".", folder)
+    return ["--save_dir", place, *itertools.chain(*command_words(values))]
 
 
 def _against_overfitting(run: ExaminedRun, command: list[str], healthy: Summary) -> tuple[str, str]:

@@ -20,7 +20,7 @@ import reprlib
 import shlex
 import stat
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from cli.disk import NOT_OFFERED, replace_file
 from run_folder.checkpoint import OF_A_FILE, CheckpointError, load_checkpoint
+from run_folder.flags import command_words, names
 
 SUFFIX = ".safetensors"
 FORMAT = "rvq-weights"
@@ -40,17 +41,6 @@ FORMAT_VERSION = 1
 SHARED_KEYS = {"ema", "architecture", "data", "flags", "progress"}
 SHARED_DATA = ("frame_rate", "side_codebooks", "size")
 SHARED_PROGRESS = ("step", "epoch", "best_val", "best_epoch")
-# Flags that shape the training or the sampling. Others say where and on what machine, which is
-# nobody's business.
-SHARED_FLAGS = (
-    "ctx", "step", "jitter", "val_split", "codebooks",
-    "d_model", "layers", "heads", "dropout", "code_dropout",
-    "pattern", "depth_share", "batch", "accum", "epochs", "max_steps",
-    "max_seconds", "optim", "lr", "schedule", "cooldown", "weight_decay", "decay_all",
-    "warmup_ratio", "eta_min", "ema", "label_smoothing",
-    "cb_weights", "cb_weights_auto_alpha", "grad_clip", "seed", "outlier_skip_factor",
-    "outlier_ema_beta", "panic_lr_mul", "amp", "amp_dtype", "eval_dac_repo",
-)  # fmt: skip
 CODEC_NAME = re.compile(r"\w+")  # and not the path of a weights file
 
 
@@ -112,15 +102,16 @@ def _metadata_of(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def shared_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Those of SHARED_FLAGS that are set; a codec only by its name."""
-    kept = {n: v for n, v in _picked(flags, SHARED_FLAGS).items() if v is not None}
+    """Those that are set and shape the run, as the others are nobody's business; codecs by name."""
+    shared = _picked(flags, names("run", "architecture"))
+    kept = {name: value for name, value in shared.items() if value is not None}
     if not CODEC_NAME.fullmatch(kept.get("eval_dac_repo", "")):
         kept.pop("eval_dac_repo", None)
     return kept
 
 
-def _picked(part: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: part[name] for name in names if name in part}
+def _picked(part: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: part[key] for key in keys if key in part}
 
 
 def _without_infinity(part: dict[str, Any]) -> dict[str, Any]:
@@ -236,13 +227,11 @@ def _nats(value: float | None) -> str:
 
 def _command(flags: dict[str, Any]) -> str:
     """The command that trains with these flags, wrapped for a page."""
-    words = ["python train_rvq.py", '--data "npq_out/*.npq"']
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words.append(f"--{flag} {shlex.quote(str(value))}")
+    words = [
+        "python train_rvq.py",
+        '--data "npq_out/*.npq"',
+        *map(shlex.join, command_words(flags)),
+    ]
     # A flag and its value stay on one line.
     lines = textwrap.wrap(
         " ".join(word.replace(" ", "\0") for word in words), 76, break_on_hyphens=False

@@ -44,6 +44,19 @@ def codec_of(facts: Mapping[str, Any]) -> CodecId | None:
     return CodecId(**found) if all(isinstance(v, str) for v in found.values()) else None
 
 
+def are_different(one: CodecId | None, other: CodecId | None) -> bool:
+    """Whether two codecs are known and have other weights."""
+    return one is not None and other is not None and one.weights != other.weights
+
+
+def another_codec(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What to say where a checkpoint was trained on codes of another codec than the data's."""
+    before, now = codec_of(saved), codec_of(found)
+    if not are_different(before, now):
+        return ""
+    return f"trained on codes of codec {before}, the data are of {now}, which mean nothing to it"
+
+
 @dataclass(frozen=True)
 class Record:
     """A line of RECORDS."""

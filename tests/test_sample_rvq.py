@@ -30,7 +30,7 @@ from sound.codec import codec_id
 from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import CodecId, Records
 from sound.statistics import compare, describe
-from training.setup import settle_data_change
+from training.resume import settle_data_change
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 

@@ -28,7 +28,7 @@ from run_folder.checkpoint import load_checkpoint
 from run_folder.lock import FolderLock
 from sound.npq_format import map_codes, read_header
 from train_rvq import backward, parse_flags, update
-from training import setup as run_setup
+from training import building
 from training.optimizer import parameter_groups
 from training.schedule import lr_at_step
 from training.setup import codebook_weights
@@ -220,7 +220,7 @@ def test_a_whole_step_runs_on_meta(tunes, tmp_path):
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--no-fused-optim", "--no-amp")
     meta = torch.device("meta")
     model = CodesTransformer(run.state.model.config).to(meta)
-    run.state = run_setup.build_state(run.flags, model, None, meta)
+    run.state = building.build_state(run.flags, model, None, meta)
     run.device, run.weights = meta, run.weights.to(meta)
     run.losses = lambda codes: model.losses(codes, 0.05)
     facts = backward(run, iter(run.loader))

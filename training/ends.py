@@ -13,8 +13,8 @@ from cli.waiting import NoAnswerError
 from pages.run_page import write_report
 from run_folder.metrics import number
 from training import samples, saving
+from training.building import plan_of
 from training.planning import is_out_of_memory
-from training.setup import plan_of
 from training.state import Run
 
 EXIT_GUARD = 3  # stopped by the guard
@@ -73,7 +73,7 @@ def failed(run: Run, error: Exception) -> int | None:
     run.console.end_epoch()
     if not run.world.continue_alone():
         return None
-    run.stop.settle(run.stop.received or 0, False)
+    run.stop.record(run.stop.received or 0, False)
     if run.stop.signal is not None and run.between_steps:
         return interrupted(run)  # the signal went to every process, and ended others before
     if run.between_steps and run.failed_saves < saving.MAX_FAILED_SAVES:

@@ -1,6 +1,6 @@
 """Peak memory of a run's optimizer steps by part, on a device that need not be here.
 
-    step = Step(build, shape=(6, 512, 9), losses={}, accum=6, amp_dtype=torch.bfloat16)
+    step = Step(build, shape=(6, 512, 9), label_smoothing=0.05, accum=6, amp_dtype=torch.bfloat16)
     memory = predict_memory(step, "cuda")
     print(gib(memory.total), memory.parts["activations"], memory.fits(24 * GIB))
 
@@ -21,15 +21,15 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.overrides import TorchFunctionMode
 
-from layers.loss import Losses
 from model import CodesTransformer
 from run_folder.checkpoint import size_of
 from training.ema import Ema
+from training.objective import Objective
 
 GIB = 2**30
 # Estimates: of a GPU's memory what driver and libraries take, of the host's Python with PyTorch.
@@ -63,13 +63,13 @@ class Step:
 
     build: Callable[[], Trained]  # on torch's default device
     shape: tuple[int, int, int]  # [B, T, K] of a micro-batch
-    losses: dict[str, Any]  # keywords of `model.losses` but the weights
+    label_smoothing: float
     accum: int  # micro-batches
     amp_dtype: torch.dtype | None  # None: no mixed precision
 
-    def loss_keywords(self) -> dict[str, Any]:
-        """All of `model.losses`; weights [K] on torch's default device."""
-        return {**self.losses, "weights": torch.ones(self.shape[2])}
+    def objective(self, model: CodesTransformer) -> Objective:
+        """Of even weights, on torch's default device."""
+        return Objective(model, self.label_smoothing, torch.ones(self.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def predict_memory(step: Step, device: str) -> Memory:
 def _take_step(trained: Trained, step: Step, device: str, tracker: _Tracker) -> None:
     """The update first: it makes the optimizer's state, which later micro-batches find there."""
     tracker.track_external(*trained.ema.averaged)
-    micro_batch = _MicroBatch(trained.model, tracker, step.loss_keywords())
+    micro_batch = step.objective(trained.model)  # MemTracker learns the parameters from a module
+    last = trained.model.depth or trained.model.norm
+    last.register_forward_hook(lambda *_: setattr(tracker, "in_loss", True))
     if device != "cpu":
         _take_foreach(trained.optimizer)
         _recompute_elsewhere(trained.model, device)
@@ -176,19 +178,6 @@ class _Tracker(MemTracker):
     def mark(self, tensor: Tensor, kind: Any) -> None:
         """Count a tensor that exists as another kind."""
         self._update_and_maybe_create_winfos(tensor, kind)
-
-
-class _MicroBatch(nn.Module):
-    """`model.losses` as a module's forward: MemTracker learns the parameters from a module."""
-
-    def __init__(self, model: CodesTransformer, tracker: _Tracker, losses: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.losses = model, losses
-        last = model.depth or model.norm
-        last.register_forward_hook(lambda *_: setattr(tracker, "in_loss", True))
-
-    def forward(self, codes: Tensor) -> Losses:
-        return self.model.losses(codes, **self.losses)
 
 
 # --- the kernels of another device ---------------------------------------------------------------

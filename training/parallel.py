@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
     world = join()                                 # one process without torchrun: the rest is free
-    losses = world.averaging(model, model.losses)  # whose backward averages the gradients (DDP)
+    losses = world.averaging(objective)            # its backward averages the gradients (DDP)
 
 Every process runs the same program and takes the same decisions. What is not a function of the
 shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
@@ -19,7 +19,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -195,17 +195,17 @@ class World:
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def averaging(self, model: nn.Module, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
-        """The `losses` of a model, of codes [B, T, K], with a backward that averages its gradients.
+    def averaging(self, objective: nn.Module) -> nn.Module:
+        """A module of codes [B, T, K] -> losses, with a backward that averages its gradients.
 
         By DistributedDataParallel (Li et al. 2020, "PyTorch Distributed").
         """
         if self.size == 1:
-            return losses
+            return objective
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the old name; torch 2.13 renamed it
             self.module = DistributedDataParallel(
-                _Losses(model, losses), broadcast_buffers=False, gradient_as_bucket_view=True
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         return self.module
 
@@ -220,6 +220,9 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+ALONE = World()
 
 
 def join() -> World:
@@ -275,18 +278,6 @@ class EveryNth(Sampler[T]):
 
     def __len__(self) -> int:
         return len(self.order) // self.world.size  # type: ignore[arg-type]
-
-
-class _Losses(nn.Module):
-    """A model and its losses as the module that DDP wants; nothing of it is ever saved."""
-
-    def __init__(self, model: nn.Module, losses: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.losses = model, losses
-
-    def forward(self, codes: Tensor) -> Any:
-        """The losses of codes."""
-        return self.losses(codes)
 
 
 def _outline(value: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 
+from cli.command_line import UsageError
 from cli.disk import free_space
 from model import CodesTransformer, ModelConfig
 from run_folder.files import RING_SIZE, megabytes
+from run_folder.flags import command_words
 from training.memory_prediction import (
     FIXED,
     GIB,
@@ -41,7 +44,7 @@ from training.parallel import World
 DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
 
 
-class PlanError(ValueError):
+class PlanError(UsageError):
     """What is asked for fits into no memory, or divides into no whole step."""
 
 
@@ -76,7 +79,7 @@ class Plan:
         return Step(
             build=functools.partial(self.build, flags, config),
             shape=(flags.batch, flags.ctx, config.num_codebooks),
-            losses={"label_smoothing": flags.label_smoothing},
+            label_smoothing=flags.label_smoothing,
             accum=flags.accum,
             amp_dtype=self.amp_dtype,
         )
@@ -339,9 +342,8 @@ def what_to_change(
 
 
 def _option(memory: Memory, **flags: Any) -> str:
-    names = {name: "--" + name.replace("_", "-") for name in flags}
-    said = [names[n] + ("" if value is True else f" {value}") for n, value in flags.items()]
-    return f"{' '.join(said)}: {gib(memory.total)}"
+    words = itertools.chain(*command_words(flags))
+    return f"{' '.join(words)}: {gib(memory.total)}"
 
 
 # --- time, disk, and what a device has -----------------------------------------------------------
@@ -357,16 +359,15 @@ def time_step(
     """
     with device:
         trained, codes = step.build(), torch.randint(2, step.shape)
-        losses = step.loss_keywords()
+        forward: Any = step.objective(trained.model)
     dtype = step.amp_dtype
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-    forward: Any = trained.model.losses
     if compile_mode is not None:
         forward = torch.compile(forward, mode=compile_mode, fullgraph=True)
 
     def micro_batch() -> None:
         with mixed:
-            objective = forward(codes, **losses).objective
+            objective = forward(codes).objective
         objective.backward()
         objective.item()  # waits for the device
 

@@ -59,14 +59,14 @@ def save(
     is_best: bool = False,
     archive: bool = False,
     ring: bool = False,
-    spare: bool = False,
+    may_fail: bool = False,
     is_sound: bool = False,
 ) -> str | None:
     """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
 
     The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
     `is_sound`: `unsound` has found nothing and the tensors are still those; else it is asked here.
-    A failing disk is survived: three failures in a row, of saves that are not spare, raise OSError
+    A failing disk is survived: three failures in a row, of saves that may not fail, raise OSError
     here or in `check_save`.
     """
     began = time.perf_counter()
@@ -93,7 +93,7 @@ def save(
     )
     written = run.saver.start(checkpoint, write)
     stall = time.perf_counter() - began
-    run.saving = Saving(written, p.step, p.epoch, is_best, archive, spare, started, stall)
+    run.saving = Saving(written, p.step, p.epoch, is_best, archive, may_fail, started, stall)
     return None
 
 
@@ -119,7 +119,7 @@ def check_save(run: Run, *, wait: bool = False) -> Saving | None:
         run.failed_saves = MAX_FAILED_SAVES
         raise
     except OSError as error:
-        run.failed_saves += not saving.spare
+        run.failed_saves += not saving.may_fail
         run.console.problem(
             f"save at step {saving.step} failed ({in_words(error)}); {run.files.latest_in_words()}"
         )

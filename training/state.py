@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from layers.loss import Losses
 from model import CodesTransformer
 from npq_dataset import EpochOrder, WindowDataset
 from run_folder.checkpoint import BackgroundSaver
@@ -92,7 +90,7 @@ class Run:
     files: RunFiles
     metrics: MetricsLog
     state: TrainState
-    losses: Callable[[Tensor], Losses]  # codes on the device -> losses; compiled or not
+    losses: nn.Module  # an Objective, compiled or not, of codes on the device
     compiled: bool
     weights: Tensor  # [K], of the codebooks in the objective
     train_windows: WindowDataset
@@ -167,7 +165,7 @@ class Saving:
     epoch: int
     is_best: bool
     archive: bool
-    spare: bool  # a step checkpoint; these come often, and a disk may be full for minutes
+    may_fail: bool  # a step checkpoint; these come often, and a disk may be full for minutes
     started: float
     stall: float  # seconds that training waited, for the save before it too
 
@@ -177,7 +175,7 @@ class StopRequest:
 
     The first SIGINT, SIGTERM or SIGHUP (a terminal that closed) asks to save and stop, the second
     leaves at once; SIGUSR1 asks to save and go on. Of many processes any may get one; it counts
-    once `agree` has told all of them.
+    once `sync_control` has told all of them.
     """
 
     def __init__(self, world: World) -> None:
@@ -189,29 +187,29 @@ class StopRequest:
 
     def install(self) -> None:
         """Take over the signals; under nohup SIGHUP stays ignored."""
-        for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if number_ != signal.SIGHUP or signal.getsignal(number_) != signal.SIG_IGN:
-                signal.signal(number_, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
-    def _receive(self, number_: int, _: FrameType | None) -> None:
-        if number_ == signal.SIGUSR1:
+    def _receive(self, signal_number: int, _: FrameType | None) -> None:
+        if signal_number == signal.SIGUSR1:
             self.received_save = True
         elif self.received is not None:
-            os._exit(128 + number_)
+            os._exit(128 + signal_number)
         else:
-            self.received = number_
+            self.received = signal_number
         if self.world.size == 1:
-            self.settle(*self.news())
+            self.record(*self.news())
 
     def news(self) -> tuple[int, bool]:
         """What this process has received: a signal to stop, or 0; whether to save, told once."""
-        number_, save = self.received or 0, self.received_save
+        signal_number, save = self.received or 0, self.received_save
         self.received_save = False
-        return number_, save
+        return signal_number, save
 
-    def settle(self, number_: int, save: bool) -> None:
+    def record(self, signal_number: int, save: bool) -> None:
         """Take note of what all processes know."""
-        self.signal = self.signal or number_ or None
+        self.signal = self.signal or signal_number or None
         self.save = self.save or save
 
 

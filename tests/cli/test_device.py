@@ -14,8 +14,9 @@ import sample_rvq
 from cli import device as devices
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
+from training.building import pick_amp_dtype
 from training.pace import SLOW_SECONDS, Pace
-from training.setup import pick_amp_dtype, settle_threads
+from training.setup import settle_threads
 
 CPU = torch.device("cpu")
 
@@ -46,10 +47,10 @@ def test_products_are_really_timed():
 
 
 def test_the_precision_is_saved_and_kept_on_another_machine(tunes, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.setup.fast_precision", lambda _: "float32")
+    monkeypatch.setattr("training.building.fast_precision", lambda _: "float32")
     saved = train("--data", tunes, "--save_dir", tmp_path, "--max-steps", "1")
     assert saved["flags"]["amp_dtype"] == "float32"
-    monkeypatch.setattr("training.setup.fast_precision", lambda _: "bf16")
+    monkeypatch.setattr("training.building.fast_precision", lambda _: "bf16")
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--amp", "--amp-dtype", "auto")
     assert run.amp_dtype is None
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--amp-dtype", "bf16")
@@ -62,7 +63,7 @@ def test_a_run_of_before_that_was_bf16_by_auto_stays_so(tunes, tmp_path, monkeyp
     old = load_checkpoint(path)
     old["flags"]["amp_dtype"] = "auto"
     save_checkpoint({k: v for k, v in old.items() if k != "format"}, path)
-    monkeypatch.setattr("training.setup.fast_precision", lambda _: "float32")
+    monkeypatch.setattr("training.building.fast_precision", lambda _: "float32")
     assert make_run("--data", tunes, "--save_dir", tmp_path).amp_dtype is torch.bfloat16
 
 

@@ -28,6 +28,7 @@ from doctor.probe import old_logits
 from doctor.reading.reader import summarize
 from model import CodesTransformer, ModelConfig
 from sound.npq_format import write_npq
+from train_rvq import parse_flags
 
 Content = dict[str, Any]
 
@@ -211,6 +212,20 @@ def test_where_nothing_is_sound_the_command_trains_anew_at_a_lower_rate(lone):
     assert code == 0, output
     (latest,) = (lone.parent / "anew").glob("*_latest.pt")
     assert content_of(latest)["architecture"]["d_model"] == 32
+
+
+def test_a_new_runs_command_has_only_flags_that_this_version_takes(lone):
+    """Saved by a version with --depth-layers, before --optim and --pattern; with a low rate."""
+
+    def age(content: Content) -> None:
+        scaled(30, "attn.", "mlp.")(content)
+        content["flags"] |= {"depth_layers": 2, "eta_min": 2e-5, "lr": 3e-5, "amp": False}
+        del content["flags"]["optim"], content["flags"]["pattern"]
+
+    run, _, _ = ask(harm(lone, age), "--no-probe")
+    flags, _ = parse_flags(shlex.split(run["command"])[2:])
+    assert (flags.optim, flags.pattern, flags.amp) == ("adamw", "parallel", False)
+    assert (flags.lr, flags.eta_min) == (1.5e-5, 1.5e-5)
 
 
 # --- run on its own data -------------------------------------------------------------------------

@@ -372,7 +372,7 @@ def test_a_disk_that_is_full_for_step_checkpoints_alone_ends_no_run(tunes, tmp_p
     full = tmp_path / ".rvq_4cb_latest.pt.saving"
     for failures in range(1, 5):
         full.symlink_to("/dev/full")
-        run_saving.save(run, ring=True, spare=True)
+        run_saving.save(run, ring=True, may_fail=True)
         assert run_saving.check_save(run, wait=True) is not None
         assert capsys.readouterr().err.count("No space left on device") == 1, failures
     assert (run.failed_saves, run.files.ring_steps()) == (0, [])

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from model import CodesTransformer, ModelConfig
 from run_folder import shared_weights as sharing
 from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError, load_checkpoint
+from run_folder.flags import names
 from run_folder.shared_weights import (
     FORMAT,
-    SHARED_FLAGS,
     SHARED_KEYS,
     export_weights,
     load_parts,
@@ -105,24 +105,12 @@ def test_what_is_of_this_machine_or_person_is_not_told(best, tmp_path):
     for secret in (b"a_folder_of_mine", b"secret_tag", b"weights.pth", b"/home", b"tunes"):
         assert secret not in told
     flags = load_parts(tmp_path / "x.safetensors", needed=SHARED_KEYS)["flags"]
-    assert set(flags) <= set(SHARED_FLAGS) - {"eval_dac_repo"}
+    assert set(flags) <= set(names("run", "architecture")) - {"eval_dac_repo"}
 
 
 def test_a_codec_is_told_by_its_name():
     assert sharing.shared_flags({"eval_dac_repo": "demo"}) == {"eval_dac_repo": "demo"}
     assert sharing.shared_flags({"eval_dac_repo": "weights.pth"}) == {}
-
-
-def test_every_flag_that_shapes_training_is_shared():
-    of_machine = {"grad_checkpoint", "effective_batch", "panic_snapshot"}
-    groups = {group.title: group for group in build_parser()._action_groups}
-    names = {
-        action.dest
-        for title in ("model", "optimisation", "stability")
-        for action in groups[title]._group_actions
-    }
-    assert names - of_machine <= set(SHARED_FLAGS)
-    assert set(SHARED_FLAGS) <= set(vars(build_parser().parse_args([])))
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
@@ -196,7 +184,8 @@ def test_the_cards_command_trains_alike(best):
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["python", "train_rvq.py"]
     parsed = vars(build_parser().parse_args(words[2:]))
-    assert {n: parsed[n] for n in SHARED_FLAGS} == {n: flags[n] for n in SHARED_FLAGS}
+    shared = names("run", "architecture")
+    assert {n: parsed[n] for n in shared} == {n: flags[n] for n in shared}
 
 
 def test_without_a_validation_val_is_not_known():

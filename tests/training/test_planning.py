@@ -15,10 +15,10 @@ from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import RING_SIZE
 from train_rvq import parse_flags
+from training.building import plan_of
 from training.memory_prediction import GIB, Memory
 from training.parallel import World
 from training.planning import checkpoints_kept, largest_batch, what_to_change
-from training.setup import plan_of
 
 CONFIG = ModelConfig((64,) * 4, d_model=64, layers=2, heads=2, pattern="parallel")
 BF16 = "--ctx 256 --batch 2 --d_model 64"

@@ -1,0 +1,163 @@
+"""From flags and an architecture to what trains: model, optimizer, scaler, EMA, guard.
+
+config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes)
+state = first_state(flags, config, initial, amp_dtype, device, world)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import torch
+
+from cli.command_line import UsageError
+from cli.device import PRECISIONS, fast_precision
+from model import CodesTransformer, ModelConfig
+from run_folder.checkpoint import WEIGHTS_KEYS, CheckpointError
+from run_folder.shared_weights import load_parts
+from training.ema import Ema
+from training.guard import Guard
+from training.optimizer import build_optimizer
+from training.parallel import ALONE, World
+from training.planning import Plan
+from training.saving import load_weights
+from training.state import Progress, TrainState
+
+
+def pick_architecture(
+    flags: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    source: str,
+    vocab_sizes: tuple[int, ...],
+    world: World = ALONE,
+) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """Of the checkpoint, of --init-from, or of the flags, in that order; and --init-from's file."""
+    initial = None
+    if checkpoint is None and flags.init_from:
+        if world.is_first:
+            initial = load_parts(flags.init_from, needed=WEIGHTS_KEYS)
+        initial = world.share(initial)
+    saved = checkpoint or initial
+    if saved is not None and not flags.ignore_arch:
+        try:
+            config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{source or flags.init_from}: its architecture is none of this version ({error}); "
+                "use the program that wrote it"
+            ) from error
+    else:
+        sizes = {"d_model": flags.d_model, "layers": flags.layers, "heads": flags.heads}
+        try:
+            config = ModelConfig(vocab_sizes, **sizes, dropout=flags.dropout, pattern=flags.pattern)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    fits = len(config.vocab_sizes) == len(vocab_sizes) and all(
+        have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
+    )
+    if not fits:
+        remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
+        raise CheckpointError(
+            f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
+            f"data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
+        )
+    return config, initial
+
+
+def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
+    """With fresh weights, and what the flags say of training it."""
+    return CodesTransformer(
+        config,
+        grad_checkpoint=flags.grad_checkpoint,
+        code_dropout=flags.code_dropout,
+        depth_share=flags.depth_share,
+    )
+
+
+def first_state(
+    flags: argparse.Namespace,
+    config: ModelConfig,
+    initial: dict[str, Any] | None,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+    world: World,
+) -> TrainState:
+    """With fresh weights, or the EMA weights of --init-from's file."""
+    torch.manual_seed(flags.seed)
+    model = new_model(flags, config).to(device)
+    if initial is not None:
+        load_weights(model, initial["ema"], flags.init_from, world)
+    return build_state(flags, model, amp_dtype, device)
+
+
+def build_state(
+    flags: argparse.Namespace,
+    model: CodesTransformer,
+    amp_dtype: torch.dtype | None,
+    device: torch.device,
+) -> TrainState:
+    """Optimizer, scaler, EMA and guard around a model."""
+    optimizer = build_optimizer(
+        model,
+        optim=flags.optim,
+        lr=flags.lr,
+        weight_decay=flags.weight_decay,
+        decay_all=flags.decay_all,
+        fused=flags.fused_optim,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    memory = max(32, round(1 / (1 - flags.outlier_ema_beta)))
+    guard = Guard(model.config.vocab_sizes, factor=flags.outlier_skip_factor, memory=memory)
+    ema = Ema(model, flags.ema)
+    return TrainState(model, ema, optimizer, scaler, guard, Progress())
+
+
+def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:
+    """Loss weight of each codebook, mean 1. `auto` rises linearly with k; else a comma list."""
+    k = num_codebooks
+    if choice == "auto":
+        weights = [1 + alpha * i / max(k - 1, 1) for i in range(k)]
+    else:
+        try:
+            weights = [float(w) for w in choice.split(",")]
+        except ValueError as error:
+            raise UsageError(
+                f"--cb-weights: expected auto or {k} numbers with commas between, found {choice!r}"
+            ) from error
+        if len(weights) != k or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise UsageError(
+                f"--cb-weights: expected {k} numbers >= 0 and not all 0, one for each codebook, "
+                f"found {choice!r}"
+            )
+    return [w * k / sum(weights) for w in weights]
+
+
+def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
+    """Of a run on a device, here or not."""
+    return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
+
+
+def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
+    """With fresh weights, whole, on torch's default device."""
+    return build_state(flags, new_model(flags, config), None, torch.device("cpu"))
+
+
+def settle_amp_dtype(
+    flags: argparse.Namespace, device: torch.device, world: World, *, resumed: bool
+) -> None:
+    """Write into the flags what `auto` is, so that a resumed run computes as it did.
+
+    Runs that were saved with `auto` itself took bf16 on every CPU.
+    """
+    if flags.amp and flags.amp_dtype == "auto":
+        was_bf16 = resumed and device.type == "cpu"
+        flags.amp_dtype = world.from_first("bf16" if was_bf16 else fast_precision(device))
+
+
+def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """Dtype of mixed precision; None without."""
+    if not flags.amp:
+        return None
+    return PRECISIONS[fast_precision(device) if flags.amp_dtype == "auto" else flags.amp_dtype]

@@ -1,0 +1,112 @@
+"""From files to windows to micro-batches on their way: scanned, split, indexed, read ahead.
+
+data = open_data(flags, console)
+loader = build_loader(flags, data.train, order, console, device, world)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from cli.command_line import UsageError, problem
+from npq_dataset import Corpus, EpochOrder, Spans, WindowDataset, split_corpus
+from run_folder.metrics import Console
+from training.loader import Loader, scan
+from training.parallel import EveryNth, World
+
+
+class Data(NamedTuple):
+    """What a run reads."""
+
+    corpus: Corpus
+    train: WindowDataset
+    val: WindowDataset
+    facts: dict[str, Any]  # tell one set of windows from another; in the checkpoint as `data`
+
+
+def open_data(flags: argparse.Namespace, console: Console) -> Data:
+    """Scan, split and index the files; UsageError where --val-list does not fit them."""
+    corpus = scan(
+        flags.data,
+        tell=console.line,
+        ctx=flags.ctx,
+        codebooks=flags.codebooks,
+        skip_bad=flags.skip_bad_files,
+        checked_file=os.path.join(flags.save_dir, ".checked_files.json")
+        if os.path.isdir(flags.save_dir)  # --plan makes none
+        else None,
+    )
+    split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
+    try:
+        train, val = split_corpus(corpus, **split)
+    except OSError as error:
+        raise UsageError(
+            f"--val-list: expected a text file of validation files, found {error.strerror!r} at "
+            f"{flags.val_list}; check the path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--val-list: {error}") from error
+    jitter_seed = flags.seed if flags.jitter else None
+    train_windows = WindowDataset(
+        corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
+    )
+    # Validation windows do not overlap: each frame counts once, and the same ones in each epoch.
+    val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
+    for line in corpus.summary.lines():
+        console.line(line)
+    for line in corpus.summary.warnings:
+        console.problem(line)
+    console.line(
+        f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
+        f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
+    )
+    # Without `jitter`: with it and without, a window has the same number and about the same place.
+    facts = {
+        "files": corpus.fingerprint(),
+        "split": train.fingerprint() + val.fingerprint(),
+        "ctx": flags.ctx,
+        "step": flags.step,
+        "seed": flags.seed,
+        "frame_rate": corpus.frame_rate,
+        "side_codebooks": corpus.side_codebooks,
+        "size": size_of_data(corpus, train, val),
+        "codec": corpus.summary.codec and corpus.summary.codec._asdict(),
+    }
+    return Data(corpus, train_windows, val_windows, facts)
+
+
+def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
+    """What a report or a model card tells of the data: files, and hours on either side."""
+    hours = 3600 * corpus.frame_rate
+    return {
+        "files": len(corpus.files),
+        "train_hours": round(float((train.stop - train.start).sum()) / hours, 4),
+        "val_hours": round(float((val.stop - val.start).sum()) / hours, 4),
+    }
+
+
+def build_loader(
+    flags: argparse.Namespace,
+    windows: WindowDataset,
+    order: EpochOrder,
+    console: Console,
+    device: torch.device,
+    world: World,
+) -> Loader:
+    """Reads this process's micro-batches, in the epoch's order."""
+
+    def tell_too(text: str) -> None:
+        problem(f"{world.name}: {text}")
+
+    return Loader(
+        windows,
+        EveryNth(order, world),
+        threads=flags.num_workers,
+        ahead=flags.prefetch,
+        pinned=device.type == "cuda",
+        tell=console.problem if world.is_first else tell_too,
+    )
