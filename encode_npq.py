@@ -355,15 +355,10 @@ class Coder:
             raise ValueError(f"{job.target} is there and is older; --overwrite replaces it")
         header, codec = npq.read_header(job.source), self.codec
         side = header.side_codebooks
-        mid = header.num_codebooks - side
-        has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
-        needs = max(mid, side), max(header.vocab_sizes), header.frame_rate
-        off = abs(needs[2] / has[2] - 1)  # real files carry frames / duration, not the nominal rate
-        if needs[0] > has[0] or needs[1] != has[1] or off > npq.FRAME_RATE_TOLERANCE:
-            shape = "{} codebooks of {} at {:.2f} frames/s"
-            wanted = f"at most {shape.format(*has)}, as codec {self.flags.codec!r} has"
+        if odd := codec.mismatch(header.vocab_sizes, side, header.frame_rate):
+            wanted = f"at most {odd[0]}, as codec {self.flags.codec!r} has"
             remedy = "name the codec that made the file: --codec"
-            raise npq.NpqError(job.source, "codes", wanted, shape.format(*needs), remedy)
+            raise npq.NpqError(job.source, "codes", wanted, odd[1], remedy)
         codes = torch.from_numpy(npq.map_codes(header).astype(np.int64))
         with self.published(job, self.judge.settings(0, 0), source) as path:
             write_wav(path, codec.decode_channels(codes, side).numpy(), codec.sample_rate)

@@ -51,16 +51,15 @@ from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError, read_audio, resample, write_wav
-from sound.codec import Codec, CodecError, load_codec, misfit
+from sound.codec import Codec, CodecError, load_codec, not_the_trainings
 from sound.npq_format import (
-    FRAME_RATE_TOLERANCE,
     NpqError,
     check_codes,
     map_codes,
     read_header,
     write_npq,
 )
-from sound.origin import codec_of, find_all
+from sound.origin import are_different, codec_of, find_all
 from sound.sampling import Draw, NotFiniteError, generate
 from training.planning import is_out_of_memory
 
@@ -241,18 +240,13 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
         return None
     name = codec_name(flags, checkpoint["flags"])
     codec = load_codec(name)
-    if said := misfit(name, codec_of(checkpoint["data"])):
+    if said := not_the_trainings(name, codec_of(checkpoint["data"])):
         problem(f"{said}; see --codec")
-    k, side = shape_of(checkpoint)
-    has = codec.num_codebooks, codec.codebook_size, codec.frame_rate
-    sizes, rate = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]["frame_rate"]
-    needs = max(k - side, side), max(sizes), rate
-    off = abs(rate / codec.frame_rate - 1)  # real files carry frames / duration, not the nominal
-    if needs[0] > has[0] or needs[1] != has[1] or off > FRAME_RATE_TOLERANCE:
-        shape = "{} codebooks of {} at {:.2f} frames/s"
+    sizes, data = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]
+    if odd := codec.mismatch(sizes, data["side_codebooks"], data["frame_rate"]):
         raise UsageError(
-            f"--codec {name}: has {shape.format(*has)}, the model makes {shape.format(*needs)}; "
-            "name the codec that the training data was encoded with"
+            f"--codec {name}: has {odd[0]}, the model makes {odd[1]}; name the codec that the "
+            "training data was encoded with"
         )
     return codec
 
@@ -294,7 +288,7 @@ def read_prompt(
     trained = codec_of(checkpoint["data"])
     place = os.path.realpath(flags.prompt)
     (record,) = find_all([(place, header.file_size, check_codes(header))])
-    if trained and record and record.weights != trained.weights:
+    if record and are_different(record.codec_id, trained):
         problem(
             f"--prompt {flags.prompt}: codes of codec {record.codec_id}, the training data's are "
             f"of {trained}: expect noise"

@@ -21,12 +21,13 @@ import types
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.disk import replace
-from sound.origin import CodecId
+from sound.npq_format import FRAME_RATE_TOLERANCE
+from sound.origin import CodecId, are_different
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +80,9 @@ def codec_id(name: str) -> CodecId:
     return CodecId(name, digest.hexdigest())
 
 
-def misfit(name: str, trained: CodecId | None) -> str:
+def not_the_trainings(name: str, trained: CodecId | None) -> str:
     """What to say where a codec is not the one of the training data; "" where it is, or unknown."""
-    if trained is None or (asked := codec_id(name)).weights == trained.weights:
+    if trained is None or not are_different(asked := codec_id(name), trained):
         return ""
     return f"codec {asked} is not {trained} of the training data: expect noise"
 
@@ -214,6 +215,19 @@ class Codec:
     def frame_rate(self) -> float:
         """Frames per second."""
         return self.sample_rate / self.hop_length
+
+    def mismatch(
+        self, vocab_sizes: Sequence[int], side_codebooks: int, frame_rate: float
+    ) -> tuple[str, str] | None:
+        """What the codec has and what codes need, in words, where it cannot decode them."""
+        has = self.num_codebooks, self.codebook_size, self.frame_rate
+        mid = len(vocab_sizes) - side_codebooks
+        needs = max(mid, side_codebooks), max(vocab_sizes), frame_rate
+        off = abs(needs[2] / has[2] - 1)  # real files carry frames / duration, not the nominal rate
+        if needs[0] <= has[0] and needs[1] == has[1] and off <= FRAME_RATE_TOLERANCE:
+            return None
+        shape = "{} codebooks of {} at {:.2f} frames/s"
+        return shape.format(*has), shape.format(*needs)
 
     def encode(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.command_line import in_words
+from cli.command_line import UsageError, in_words
 from run_folder.names import SAMPLES
 from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import codec_of
@@ -89,15 +89,21 @@ def draw(run: Run) -> Path:
 
 
 def decode(run: Run, codes: Codes, path: Path) -> None:
-    """The sound of codes [T, K] as a WAV file."""
+    """The sound of codes [T, K] as a WAV file; UsageError where the codec is of another shape."""
     from sound.audio_file import write_wav  # training runs where no codec can be imported
-    from sound.codec import load_codec, misfit
+    from sound.codec import load_codec, not_the_trainings
 
-    flags = run.flags
-    if said := misfit(flags.eval_dac_repo, codec_of(run.data)):
+    name, side = run.flags.eval_dac_repo, run.data["side_codebooks"]
+    if said := not_the_trainings(name, codec_of(run.data)):
         run.console.problem(f"{said}; see --eval-dac-repo")
-    codec = load_codec(flags.eval_dac_repo, "cpu" if flags.eval_on_cpu else str(run.device))
-    waveform = codec.decode_channels(torch.from_numpy(codes), run.data["side_codebooks"])
+    codec = load_codec(name, "cpu" if run.flags.eval_on_cpu else str(run.device))
+    sizes = run.state.model.config.vocab_sizes
+    if odd := codec.mismatch(sizes, side, run.data["frame_rate"]):
+        raise UsageError(
+            f"--eval-dac-repo {name}: has {odd[0]}, the model makes {odd[1]}; name the codec that "
+            "the training data was encoded with"
+        )
+    waveform = codec.decode_channels(torch.from_numpy(codes), side)
     write_wav(path, waveform.numpy(), codec.sample_rate)
 
 
