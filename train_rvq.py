@@ -470,9 +470,8 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
             p.best_val, p.best_epoch = result.val, epoch
         report_epoch(run, result, is_best=is_best, evaluation_seconds=time.perf_counter() - started)
     if complete:
-        p.epoch, p.position = epoch, 0
-        p.epoch_loss = p.epoch_ce = p.epoch_seconds = 0.0
-        p.epoch_steps = p.epoch_refused = 0
+        p.epoch = epoch
+        p.begin_epoch()
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
     saving.save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)

@@ -131,9 +131,7 @@ def settle_data_change(
             "flags, or pass --allow-data-change to go on with what is there now, from the start of "
             "this epoch"
         )
-    progress = state.progress
-    console.problem(f"the data changed ({said}); epoch {progress.epoch + 1} starts anew")
+    console.problem(f"the data changed ({said}); epoch {state.progress.epoch + 1} starts anew")
     state.guard.forget()
     state.policy.forget_windows()
-    progress.position = progress.epoch_steps = progress.epoch_refused = 0
-    progress.epoch_loss = progress.epoch_ce = progress.epoch_seconds = 0.0
+    state.progress.begin_epoch()

@@ -65,6 +65,11 @@ class Progress:
     log_steps: int = 0
     log_seconds: float = 0.0
 
+    def begin_epoch(self) -> None:
+        """Go to the first window of the present epoch; its sums start at 0."""
+        self.position = self.epoch_steps = self.epoch_refused = 0
+        self.epoch_loss = self.epoch_ce = self.epoch_seconds = 0.0
+
 
 @dataclass
 class TrainState:
