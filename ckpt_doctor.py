@@ -47,7 +47,7 @@ from cli.command_line import (
 )
 from cli.file_search import NothingFoundError, expand
 from doctor.diagnosis import GRAVITY, Diagnosis, Verdict, diagnose
-from doctor.examined_run import ExaminedRun, History
+from doctor.examined_run import ExaminedRun
 from doctor.probe import WINDOWS, probe, probe_own_data
 from doctor.reading.foreign import by_folder
 from doctor.reading.reader import summarize
@@ -55,7 +55,7 @@ from doctor.reading.summary import FILE_KINDS, Problem, Summary, kind_of
 from doctor.report.page import as_html
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from npq_dataset import BadFilesError
-from run_folder.metrics import read_metrics
+from run_folder.metrics import RunMetrics, read_metrics
 from sound.npq_format import NpqError
 
 
@@ -144,7 +144,7 @@ def read_runs(flags: argparse.Namespace) -> list[ExaminedRun]:
     summaries = summarize_all(paths)
     runs = []
     for name, members in group_by_run(summaries).items():
-        run = ExaminedRun(name, members, History(metrics_rows(flags.metrics, name, members)))
+        run = ExaminedRun(name, members, RunMetrics(metrics_rows(flags.metrics, name, members)))
         if flags.probe_data:
             try:
                 run.probes = probe(run.readable, flags.probe_data, flags.probe_windows)

@@ -1,6 +1,6 @@
 """From findings to a verdict, the last healthy checkpoint, and the command that goes on from it.
 
-    diagnosis = diagnose(ExaminedRun(name, summaries, History(rows)))
+    diagnosis = diagnose(ExaminedRun(name, summaries, RunMetrics(rows)))
     diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
 
 The gravest finding makes the verdict, the first in time the cause and the onset; a file that no
@@ -123,9 +123,9 @@ def _forgive_what_healed(run: ExaminedRun, findings: list[Finding]) -> list[Find
     sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
     guessing = math.log(max([2, *sizes])) if sizes else math.inf
     best_at = [
-        r["step"] for i, r in enumerate(run.history.epochs)
+        r["step"] for i, r in enumerate(run.metrics.epochs)
         if isinstance(r.get("val"), float) and r["val"] < guessing
-        and all(r["val"] < (q.get("val") or math.inf) for q in run.history.epochs[:i])
+        and all(r["val"] < (q.get("val") or math.inf) for q in run.metrics.epochs[:i])
     ]  # fmt: skip
     healed = max(best_at, default=-1)
 
@@ -218,7 +218,7 @@ def _moment(run: ExaminedRun, step: int | None) -> str:
     known: list[tuple[int, int]] = [
         (s.step, s.epoch) for s in run.series if s.step is not None and s.epoch is not None
     ]
-    rows = run.history.steps + run.history.epochs
+    rows = run.metrics.steps + run.metrics.epochs
     known += [(r["step"], r["epoch"]) for r in rows if isinstance(r.get("epoch"), int)]
     near = min(known, key=lambda pair: abs(pair[0] - step), default=None)
     return f"step {step}" + (f" (epoch {near[1]})" if near else "")

@@ -1,8 +1,7 @@
 """One training run as the checks see it: its metrics, its files in order, its learning rate.
 
-    run = ExaminedRun(name, summaries, History(rows))
+    run = ExaminedRun(name, summaries, RunMetrics(rows))
     run.series                   # one file for each moment, by step
-    run.history.steps            # rows of steps that no resume took back
 
 Steps are optimizer steps, losses nats per code.
 """
@@ -19,91 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from doctor.reading.summary import MOST_WHOLE, Summary
+from doctor.reading.summary import Summary
+from run_folder.metrics import RunMetrics
 from training.schedule import lr_at_step
-
-
-class History:
-    """Rows of `*_metrics.jsonl`; apart from them those that a resume or a rollback took back."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.abandoned: list[dict[str, Any]] = []
-        self.rewinds: list[tuple[int, float]] = []  # step gone back to, and when
-        for row in filter(None, map(_checked_row, rows)):
-            if row["event"] in ("start", "resume", "rollback"):
-                to = row.get("to_step", row["step"])
-                if any(r["step"] > to for r in self.rows):
-                    self.rewinds.append((to, row.get("time") or 0.0))
-                self.abandoned += [r for r in self.rows if r["step"] > to]
-                self.rows = [r for r in self.rows if r["step"] <= to]
-            self.rows.append(row)
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        """Rows of an event, in order of steps."""
-        return [r for r in self.rows if r.get("event") == event]
-
-    @cached_property
-    def steps(self) -> list[dict[str, Any]]:
-        """Rows of single steps."""
-        return self.of("step")
-
-    @cached_property
-    def epochs(self) -> list[dict[str, Any]]:
-        """Rows of validations."""
-        return self.of("epoch")
-
-    @cached_property
-    def _lr(self) -> tuple[list[int], list[float]]:
-        pairs = [(r["step"], r["lr"]) for r in self.steps if isinstance(r.get("lr"), float)]
-        return [s for s, _ in pairs], [lr for _, lr in pairs]
-
-    def mean_lr(self, first: int, last: int) -> float:
-        """Mean learning rate of the steps in (first, last]; NaN where no row is near."""
-        steps, lrs = self._lr
-        low, high = bisect.bisect_right(steps, first), bisect.bisect_right(steps, last)
-        if high - low >= 2:
-            return float(np.mean(lrs[low:high]))
-        if not steps or not steps[0] <= last <= steps[-1]:
-            return math.nan
-        return float(np.interp((first + last) / 2, steps, lrs))
-
-    def is_abandoned(self, summary: Summary) -> bool:
-        """Whether a file is of steps that a later resume or rollback took back."""
-        saved = _timestamp(summary.saved_at) or summary.modified
-        return any((summary.step or 0) > step and saved < time for step, time in self.rewinds)
-
-
-NUMBERS = ("loss", "lr", "grad_norm", "train", "val", "val_obj", "time", "seconds", "lr_scale")
-
-
-def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row whose known fields have their types: None where a number was not finite or no number.
-
-    None for rows without event or step: a file may be cut, or be of another program.
-    """
-    step, event = row.get("step"), row.get("event")
-    if not isinstance(event, str) or type(step) is not int or not 0 <= step < MOST_WHOLE:
-        return None
-    checked = {**row, **{name: finite_number(row[name]) for name in NUMBERS if name in row}}
-    if "val_per_codebook" in row:
-        values = row["val_per_codebook"]
-        checked["val_per_codebook"] = (
-            [finite_number(v) for v in values] if type(values) is list else []
-        )
-    to_step = row.get("to_step", step)
-    checked["to_step"] = to_step if type(to_step) is int else step
-    checked["flags"] = row["flags"] if isinstance(row.get("flags"), dict) else {}
-    epoch = row.get("epoch")
-    if type(epoch) is not int or abs(epoch) >= MOST_WHOLE:
-        checked.pop("epoch", None)
-    return checked
-
-
-def finite_number(value: Any) -> float | None:
-    """A value from a metrics row or the flags; None where it is not finite or no number."""
-    good = type(value) in (int, float) and abs(value) < 1e300
-    return float(value) if good else None
 
 
 def _timestamp(text: str) -> float:
@@ -119,16 +36,22 @@ class ExaminedRun:
 
     name: str
     summaries: list[Summary]
-    history: History
+    metrics: RunMetrics
     probes: dict[str, Any] = field(default_factory=dict)  # by path: what doctor/probe.py found
     probe_note: str = ""  # of a probe that nobody asked for: what was done, or why it was not
     on_own_data: bool = False  # whether the probes are on what the files were trained on
+
+    def is_abandoned(self, summary: Summary) -> bool:
+        """Whether a file is of steps that a later resume or rollback took back."""
+        saved = _timestamp(summary.saved_at) or summary.modified
+        rewinds = self.metrics.rewinds
+        return any((summary.step or 0) > step and saved < time for step, time in rewinds)
 
     @cached_property
     def readable(self) -> list[Summary]:
         """Files that could be read and belong to the run's present course, by step."""
         found = [s for s in self.summaries if s.problem is None]
-        found = [s for s in found if not self.history.is_abandoned(s)]
+        found = [s for s in found if not self.is_abandoned(s)]
         return sorted(found, key=lambda s: (s.step or 0, s.saved_at, s.kind))
 
     @cached_property
@@ -156,11 +79,19 @@ class ExaminedRun:
         earlier = [s for s in self.series if (s.step or 0) < (summary.step or 0)]
         return earlier[-1] if earlier else None
 
+    @cached_property
+    def _logged_lr(self) -> tuple[list[int], list[float]]:
+        rows = [r for r in self.metrics.steps if isinstance(r.get("lr"), float)]
+        return [r["step"] for r in rows], [r["lr"] for r in rows]
+
     def mean_lr(self, first: int, last: int, after: Summary) -> float:
         """Mean learning rate over (first, last]: from the metrics, the schedule, or the file."""
-        found = self.history.mean_lr(first, last)
-        if math.isfinite(found):
-            return found
+        steps, lrs = self._logged_lr
+        low, high = bisect.bisect_right(steps, first), bisect.bisect_right(steps, last)
+        if high - low >= 2:
+            return float(np.mean(lrs[low:high]))
+        if steps and steps[0] <= last <= steps[-1]:
+            return float(np.interp((first + last) / 2, steps, lrs))
         planned = [scheduled_lr(after, step) for step in np.linspace(first + 1, last, 9)]
         if all(map(math.isfinite, planned)):
             return float(np.mean(planned))

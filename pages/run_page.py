@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from pages.charts import (
 from pages.html import render
 from pages.spectrogram import KEPT, player
 from run_folder.files import RunFiles
-from run_folder.metrics import number, perplexity, read_metrics
+from run_folder.metrics import RunMetrics, number, perplexity, read_metrics
 
 EVENT_ROWS = 30  # newest ones in the table
 PATIENCE = 10  # validations without a better one, and a fifth of all, make a run look stuck
@@ -102,29 +102,24 @@ class Story:
         return next((r[key] for r in reversed(rows) if r.get(key) is not None), None)
 
 
-def story_of(rows: Iterable[dict[str, Any]]) -> Story:
+def story_of(rows: Sequence[dict[str, Any]]) -> Story:
     """Sort the rows of a `*_metrics.jsonl`, given oldest first."""
-    kept: dict[str, list[dict[str, Any]]] = {"step": [], "epoch": []}
+    metrics = RunMetrics(rows)
     start: dict[str, Any] = {}
     newest: dict[str, Any] = {}
     events, samples, end = [], [], None
     for row in rows:
-        event, has_step = row.get("event"), isinstance(row.get("step"), int)
-        newest = row if has_step else newest
-        if event in ("start", "resume", "rollback"):
-            back = row.get("to_step", row.get("step")) or 0
-            kept = {name: [r for r in old if r["step"] <= back] for name, old in kept.items()}
+        event = row.get("event")
+        newest = row if isinstance(row.get("step"), int) else newest
         if event in ("start", "resume"):
             start, end = row, None
-        elif event in kept and has_step:
-            kept[event].append(row)
         elif event == "sample":
             samples.append(row)
         elif event == "end":
             end = row
-        if event in EVENTS:
+        elif event in EVENTS:
             events.append(row)
-    return Story(start, kept["step"], kept["epoch"], events, samples, end, newest)
+    return Story(start, metrics.steps, metrics.epochs, events, samples, end, newest)
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -208,6 +208,59 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class RunMetrics:
+    """Rows of a `*_metrics.jsonl`, oldest first, without those that a resume or rollback took back.
+
+    The known fields of a row have their types; a number that was not finite, or none, is None. Rows
+    without event or step are left out: a file may be cut, or be of another program.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.rewinds: list[tuple[int, float]] = []  # step gone back to, and when
+        for row in filter(None, map(_checked_row, rows)):
+            if row["event"] in ("start", "resume", "rollback"):
+                to = row["to_step"]
+                if any(r["step"] > to for r in self.rows):
+                    self.rewinds.append((to, row.get("time") or 0.0))
+                self.rows = [r for r in self.rows if r["step"] <= to]
+            self.rows.append(row)
+        self.steps = self.of("step")
+        self.epochs = self.of("epoch")  # validations
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """Rows of an event, in order of steps."""
+        return [r for r in self.rows if r["event"] == event]
+
+
+MOST_WHOLE = 1 << 53  # of steps and epochs: floats count no further, and NumPy not much
+NUMBERS = ("loss", "lr", "grad_norm", "train", "val", "val_obj", "time", "seconds", "lr_scale")
+
+
+def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
+    step, event, epoch = row.get("step"), row.get("event"), row.get("epoch")
+    if not isinstance(event, str) or type(step) is not int or not 0 <= step < MOST_WHOLE:
+        return None
+    checked = {**row, **{name: finite_number(row[name]) for name in NUMBERS if name in row}}
+    if "val_per_codebook" in row:
+        values = row["val_per_codebook"]
+        checked["val_per_codebook"] = (
+            [finite_number(v) for v in values] if type(values) is list else []
+        )
+    to_step = row.get("to_step", step)
+    checked["to_step"] = to_step if type(to_step) is int else step
+    checked["flags"] = row["flags"] if isinstance(row.get("flags"), dict) else {}
+    if type(epoch) is not int or abs(epoch) >= MOST_WHOLE:
+        checked.pop("epoch", None)
+    return checked
+
+
+def finite_number(value: Any) -> float | None:
+    """A value from a row of metrics or the flags; None where it is not finite or no number."""
+    good = type(value) in (int, float) and abs(value) < 1e300
+    return float(value) if good else None
+
+
 def code_version(folder: Path) -> str | None:
     """Tag or commit that git knows a folder by, with `-dirty` where files differ; None without."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--tags"]

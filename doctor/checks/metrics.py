@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from doctor.examined_run import ExaminedRun, History, finite_number, scheduled_lr, spread_of
+from doctor.examined_run import ExaminedRun, scheduled_lr, spread_of
 from doctor.findings import Cause, Finding, Level, check, in_file, in_metrics
 from doctor.reading.summary import Summary
+from run_folder.metrics import RunMetrics, finite_number
 
 LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
 BADLY = 1.0  # ... and a few windows of a codebook that is being learned
@@ -70,7 +71,7 @@ def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
     """Within one process lr rises in the warm-up alone; a restart may raise it by its flags."""
     planned = 0.0  # --lr of the process; 0 where it did not tell
     course = _Course()
-    for row in run.history.rows:
+    for row in run.metrics.rows:
         if row["event"] in ("start", "resume", "rollback"):
             course = _Course()  # after a rollback, which cuts it, lr comes back step by step
         if row["event"] in ("start", "resume"):
@@ -85,7 +86,7 @@ def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
             limit = planned if above else course.lowest
             what = "the flags allow" if above else "it had fallen to"
             text = f"lr {lr:.3g} at step {row['step']}, {what} {limit:.3g}"
-            after = _row_before(run.history, row["step"])
+            after = _row_before(run.metrics, row["step"])
             yield in_metrics("S1", text, row["step"], value=lr, baseline=limit, after=after)
             return
         course.add(lr)
@@ -96,7 +97,7 @@ def _raised_lr(step: int, before: float, asked: float) -> Finding:
     return in_metrics("S1", text, step + 1, after=step, value=asked, baseline=before)
 
 
-def _row_before(history: History, step: int) -> int | None:
+def _row_before(history: RunMetrics, step: int) -> int | None:
     """Step of the last row before a step."""
     earlier = [r["step"] for r in history.steps if r["step"] < step]
     return earlier[-1] if earlier else None
@@ -141,10 +142,10 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
     for s in run.readable:
         yield from _guesses_lately(s)
     sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
-    if _overfits(run.history):
+    if _overfits(run.metrics):
         return
     before, lowest = None, math.inf
-    for row in run.history.epochs:
+    for row in run.metrics.epochs:
         values, train = row.get("val_per_codebook") or [], finite_number(row.get("train"))
         # A codebook that has hardly been learned may fit other music worse than no knowledge does.
         margin = BADLY if train is not None and train < lowest else LASTING
@@ -188,11 +189,11 @@ def _guesses_lately(s: Summary) -> Iterator[Finding]:
 @check("H4", "val that rises while train falls", Level.OVERFIT, Cause.OVERFITTING)
 def check_validation(run: ExaminedRun) -> Iterator[Finding]:
     """H2, H4: val well above its best, twice in a row: overfitting or instability."""
-    epochs = [r for r in run.history.epochs if isinstance(r.get("val"), float)]
+    epochs = [r for r in run.metrics.epochs if isinstance(r.get("val"), float)]
     if len(epochs) < 4:
         return
     vals = [r["val"] for r in epochs]
-    overfits = _overfits(run.history)
+    overfits = _overfits(run.metrics)
     margin = 0.1 if overfits else max(0.1, 6 * spread_of(np.diff(vals)) / math.sqrt(2))
     best, rise = _best_and_rise(vals, margin)
     if rise is None:
@@ -224,7 +225,7 @@ def _best_and_rise(vals: list[float], margin: float) -> tuple[int, int | None]:
     return best, None
 
 
-def _overfits(history: History) -> bool:
+def _overfits(history: RunMetrics) -> bool:
     """Whether val rises smoothly over the last third while train falls."""
     rows = [
         r for r in history.epochs
@@ -254,7 +255,7 @@ def check_steps_of_training(run: ExaminedRun) -> Iterator[Finding]:
 
 def _check_losses(run: ExaminedRun) -> Iterator[Finding]:
     """The first loss that jumps away from the forty before it, and stays for three steps."""
-    rows = run.history.steps
+    rows = run.metrics.steps
     losses = [r.get("loss") for r in rows]
     for i, row in enumerate(rows):
         past = [x for x in losses[max(0, i - 40) : i] if isinstance(x, float)]
@@ -276,7 +277,7 @@ def _check_losses(run: ExaminedRun) -> Iterator[Finding]:
 
 def _check_gradient_norms(run: ExaminedRun) -> Iterator[Finding]:
     """The first of three in a row that are ten times what the sixty before it were."""
-    rows = [r for r in run.history.steps if isinstance(r.get("grad_norm"), float)]
+    rows = [r for r in run.metrics.steps if isinstance(r.get("grad_norm"), float)]
     norms = [r["grad_norm"] for r in rows]
     for i in range(12, len(rows)):
         centre = float(np.median(norms[max(0, i - 60) : i]))
@@ -293,10 +294,10 @@ def _check_gradient_norms(run: ExaminedRun) -> Iterator[Finding]:
 
 def _check_refusals(run: ExaminedRun) -> Iterator[Finding]:
     """Rollbacks, quarantines, and steps that the guard refused for more than an overflow."""
-    skips, total = run.history.of("skip"), max([1, *(r["step"] for r in run.history.rows)])
+    skips, total = run.metrics.of("skip"), max([1, *(r["step"] for r in run.metrics.rows)])
     bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
     for event in ("rollback", "quarantine"):
-        for row in run.history.of(event)[:1]:
+        for row in run.metrics.of(event)[:1]:
             first = min([r["step"] for r in bad] or [row["step"]])
             text = f"{event} at step {row['step']}: {str(row.get('reason'))[:100]}"
             yield in_metrics("H3", text, row["step"], after=first - 1, value=len(bad))

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from doctor.examined_run import ExaminedRun, finite_number
+from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.summary import Parameter, Summary
+from run_folder.metrics import finite_number
 
 
 @check("F2", "second moments below zero", Level.CORRUPT, Cause.OPTIMIZER)
@@ -72,7 +73,7 @@ def _momentum_norm(p: Parameter) -> float:
 def _largest_clip(run: ExaminedRun) -> float:
     """Largest --grad-clip of the run's starts; infinite where one did not clip or did not tell."""
     flags = [s.flags for s in run.readable if s.style == "own"]
-    flags += [r["flags"] for r in run.history.rows if r["event"] in ("start", "resume")]
+    flags += [r["flags"] for r in run.metrics.rows if r["event"] in ("start", "resume")]
     clips = [finite_number(f.get("grad_clip")) or math.inf for f in flags]
     return max(clips, default=math.inf)
 
@@ -82,7 +83,7 @@ def _judge_momentum(
 ) -> Iterator[Finding]:
     """Against the norms of the latest gradients, of which healthy runs have 0.01 to 0.08."""
     near = [
-        r["grad_norm"] for r in run.history.steps
+        r["grad_norm"] for r in run.metrics.steps
         if isinstance(r.get("grad_norm"), float) and -40 < r["step"] - (s.step or 0) <= 0
     ]  # fmt: skip
     usual = float(np.median(near)) if near else 1.0

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from doctor.checks.displacement import travel
-from doctor.examined_run import ExaminedRun, finite_number
+from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level, check, in_file
 from doctor.reading.summary import Parameter, Scale, Summary
+from run_folder.metrics import finite_number
 
 LOGITS = 3.0  # times sqrt(2 ln V); healthy: 0.2 to 1.1
 ATTENTION = 60.0  # healthy: 0.1 to 3, and to 45 in runs that are too hot and still learn

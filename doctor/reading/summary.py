@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from run_folder.metrics import MOST_WHOLE
+
 MOST_VALUES = 5_000_000  # of flags, progress or history
-MOST_WHOLE = 1 << 53  # of steps and epochs: floats count no further, and NumPy not much
 NOISE_STEPS = 19.0  # over which Adam's updates stay alike: (1 + b1) / (1 - b1) at b1 = 0.9
 
 ProblemKind = Literal["missing", "unsafe", "corrupt", "foreign"]

@@ -55,7 +55,7 @@ def _run(d: Diagnosis) -> dict[str, Any]:
 
 def _frames(d: Diagnosis) -> tuple[Frame | None, Frame | None]:
     """Of the whole run, and of the onset where that is a small part of it."""
-    rows = [(r["step"], r.get("epoch")) for r in d.run.history.rows]
+    rows = [(r["step"], r.get("epoch")) for r in d.run.metrics.rows]
     known = rows + [(s.step, s.epoch) for s in d.run.summaries if s.step is not None]
     if not known:
         return None, None

@@ -35,7 +35,7 @@ def charts_of(d: Diagnosis, frame: Frame) -> list[Chart]:
 
 
 def _metric_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
-    history = d.run.history
+    history = d.run.metrics
     steps = [r for r in history.steps if frame.low <= r["step"] <= frame.high]
     epochs = [r for r in history.epochs if frame.low <= r["step"] <= frame.high]
     files = _files_within(d, frame)

@@ -55,7 +55,7 @@ def state_of(d: Diagnosis, s: Summary) -> State:
     check = next((f.check for f in d.findings_of(s) if f.level == level > 0), "")
     if level >= Level.SUSPECT:
         return State(level.name.lower(), check, "bad" if level >= Level.DIVERGED else "warn")
-    if s.step is not None and d.run.history.is_abandoned(s):
+    if s.step is not None and d.run.is_abandoned(s):
         return State("taken back", "", "warn")
     newest_good = d.last_healthy.step if d.last_healthy else -1
     if (
@@ -97,7 +97,7 @@ def sign_of(d: Diagnosis) -> str:
 
 def facts_of(d: Diagnosis, s: Summary) -> str:
     """`step 489600, epoch 340, intact, finite, val 4.2100`."""
-    val = next((r.get("val") for r in d.run.history.epochs if r["step"] == s.step), None)
+    val = next((r.get("val") for r in d.run.metrics.epochs if r["step"] == s.step), None)
     facts = [f"step {s.step}", f"epoch {s.epoch}" if s.epoch is not None else "", "intact, finite"]
     facts.append(f"val {val:.4f}" if isinstance(val, float) else "")
     facts.append(f"best val {s.best_val:.4f}" if math.isfinite(s.best_val) else "")
@@ -110,7 +110,7 @@ def notes_of(d: Diagnosis) -> list[str]:
     if len(d.run.series) == 1:
         notes.append("One checkpoint only: the absolute checks ran, none against its past.")
     notes += filter(None, [printable(d.run.probe_note)])
-    if not d.run.history.rows:
+    if not d.run.metrics.rows:
         notes.append("No metrics: nothing between two files can be dated.")
     return notes
 
@@ -157,7 +157,7 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 def header(d: Diagnosis) -> str:
     """The run, and what there is of it."""
-    rows = len(d.run.history.rows)
+    rows = len(d.run.metrics.rows)
     files = len(d.run.summaries)
     methods = dict.fromkeys(s.optimizer.get("method") for s in d.run.readable)
     optimizer = "".join(f", {method}" for method in methods if method)
@@ -260,7 +260,7 @@ def _run_as_dict(d: Diagnosis) -> dict[str, Any]:
         "command": d.command,
         "remedy": d.remedy,
         "notes": notes_of(d),
-        "metrics_rows": len(d.run.history.rows),
+        "metrics_rows": len(d.run.metrics.rows),
         "findings": [_finding_as_dict(f) for f in d.findings],
         "files": [_file_as_dict(d, s) for s in by_step(d)],
     }

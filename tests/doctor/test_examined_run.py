@@ -1,14 +1,15 @@
-"""Rows of metrics that nobody vouches for."""
+"""A run's files beside its metrics."""
 
 from __future__ import annotations
 
-import pytest
+from doctor.examined_run import ExaminedRun
+from doctor.reading.summary import Summary
+from run_folder.metrics import RunMetrics
 
-from doctor.examined_run import History
 
-
-@pytest.mark.parametrize("epoch", [10**400, 1 << 53, -(10**30), 1.5, "2", None, True, [1]])
-def test_an_epoch_that_is_no_small_integer_is_left_out(epoch):
-    (row,) = History([{"event": "epoch", "step": 3, "epoch": epoch, "val": 1.0}]).epochs
-    assert "epoch" not in row
-    assert row["val"] == 1.0
+def test_files_of_steps_that_a_resume_took_back_do_not_count():
+    told = [{"event": "start", "step": 0, "time": 1.0}, {"event": "step", "step": 50, "time": 2.0}]
+    told += [{"event": "resume", "step": 20, "time": 9.0}, {"event": "step", "step": 40}]
+    lost = Summary("a", "archive", None, step=50, modified=5.0)
+    kept = Summary("b", "archive", None, step=40, modified=11.0)
+    assert ExaminedRun("x", [lost, kept], RunMetrics(told)).readable == [kept]

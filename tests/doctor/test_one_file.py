@@ -23,10 +23,11 @@ from kit.single_files import DATA, Old, OldModel, train_old
 from kit.trainer import ROOT, TINY, run_trainer
 
 from doctor.diagnosis import Verdict, diagnose
-from doctor.examined_run import ExaminedRun, History
+from doctor.examined_run import ExaminedRun
 from doctor.probe import old_logits
 from doctor.reading.reader import summarize
 from model import CodesTransformer, ModelConfig
+from run_folder.metrics import RunMetrics
 from sound.npq_format import write_npq
 from train_rvq import parse_flags
 
@@ -120,7 +121,7 @@ def as_converged(content: Content) -> None:
 )  # fmt: skip
 def test_what_is_unusual_is_no_fault(change, lone):
     summary = summarize(harm(lone, change))
-    diagnosis = diagnose(ExaminedRun("rvq_4cb", [summary], History(summary.history)))
+    diagnosis = diagnose(ExaminedRun("rvq_4cb", [summary], RunMetrics(summary.history)))
     assert diagnosis.verdict is Verdict.HEALTHY, diagnosis.findings
 
 

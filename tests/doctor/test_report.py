@@ -15,7 +15,7 @@ import pytest
 
 from cli.command_line import printable
 from doctor.diagnosis import Diagnosis, Verdict, diagnose
-from doctor.examined_run import ExaminedRun, History
+from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Parameter, Problem, Summary
 from doctor.report import page as page_of_doctor
@@ -23,6 +23,7 @@ from doctor.report.page import as_html
 from doctor.report.pictures import charts_of
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from pages.charts import Axis, Chart, Frame, Line, draw, fit_axis, thinned
+from run_folder.metrics import RunMetrics
 
 HOSTILE = "<script>alert(1)<!--\x1b[31m\n\u202e\udce9\"'.pt"
 COMMAND = "python train_rvq.py --resume 'a b.pt' --save_dir " + "long/" * 30
@@ -63,7 +64,7 @@ def a_sick_run(files: int = 9, tensors: int = 2, **facts) -> Diagnosis:
     unsafe = Summary("run/evil.pt", "other", None, problem=Problem("unsafe", text))
     findings.append(Finding("I2", Level.UNSAFE, Cause.FILE, text, unsafe.path))
     fields = {
-        "run": ExaminedRun("run/rvq_2cb", [unsafe, *summaries], History(rows_of_a_run(100, 55))),
+        "run": ExaminedRun("run/rvq_2cb", [unsafe, *summaries], RunMetrics(rows_of_a_run(100, 55))),
         "verdict": Verdict.DIVERGED,
         "headline": "between step 50 (epoch 5) and step 60 (epoch 6); cause: instability",
         "findings": findings,
@@ -241,20 +242,20 @@ def test_the_page_loads_nothing_and_its_policy_says_so():
 
 CASES = {
     "sick": a_sick_run(),
-    "no metrics": a_sick_run(run=ExaminedRun("r", [a_file(10), a_file(20)], History([]))),
-    "one file": diagnose(ExaminedRun("r", [a_file(10)], History([]))),
+    "no metrics": a_sick_run(run=ExaminedRun("r", [a_file(10), a_file(20)], RunMetrics([]))),
+    "one file": diagnose(ExaminedRun("r", [a_file(10)], RunMetrics([]))),
     "nothing readable": diagnose(
         ExaminedRun(
-            "r", [Summary("x.pt", "other", None, problem=Problem("corrupt", "cut"))], History([])
+            "r", [Summary("x.pt", "other", None, problem=Problem("corrupt", "cut"))], RunMetrics([])
         )
     ),
-    "metrics alone": a_sick_run(run=ExaminedRun("r", [], History(rows_of_a_run(100, 55)))),
+    "metrics alone": a_sick_run(run=ExaminedRun("r", [], RunMetrics(rows_of_a_run(100, 55)))),
     "old": a_sick_run(run=ExaminedRun("r", [a_file(10, style="old", size=0, best_val=math.nan)],
-                              History([{"event": "step", "step": 0, "loss": "?", "lr": None},
+                              RunMetrics([{"event": "step", "step": 0, "loss": "?", "lr": None},
                                        {"event": "epoch", "step": 0, "val_per_codebook": 3}]))),
     "no way on": a_sick_run(onset=(None, 60), last_healthy=None, command=None, first_sign=None),
     "no step": diagnose(
-        ExaminedRun("r", [Summary("x.pt", "latest", None, style="old")], History([]))
+        ExaminedRun("r", [Summary("x.pt", "latest", None, style="old")], RunMetrics([]))
     ),
 }  # fmt: skip
 
@@ -339,7 +340,9 @@ def test_charts_of_tensors_show_what_the_files_hold():
 
 def test_a_short_onset_in_a_long_run_has_pictures_of_its_own():
     files = [a_file(step) for step in range(1000, 11_000, 1000)]
-    d = a_sick_run(run=ExaminedRun("r", files, History([])), onset=(5000, 5010), last_healthy=None)
+    d = a_sick_run(
+        run=ExaminedRun("r", files, RunMetrics([])), onset=(5000, 5010), last_healthy=None
+    )
     whole, near = page_of_doctor._frames(d)
     assert (whole.low, whole.high) == (1000, 10_000)
     assert (near.low, near.high) == (5000 - 180, 5010 + 180)

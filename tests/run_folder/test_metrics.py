@@ -23,6 +23,7 @@ from run_folder.metrics import (
     HISTORY_ROWS,
     Console,
     MetricsLog,
+    RunMetrics,
     board_folder,
     duration,
     number,
@@ -168,3 +169,28 @@ def test_a_full_disk_costs_one_line_until_rows_are_written_again(small_disk, cap
         log.write("step", step=9, why=long)
     assert capsys.readouterr().err.count("not written, training goes on: No space left") == 2
     assert [r["step"] for r in read_metrics(disk / "x_metrics.jsonl")].count(9) == 2
+
+
+# --- read back -----------------------------------------------------------------------------------
+
+
+def test_rows_that_a_resume_took_back_are_left_out():
+    told = [{"event": "start", "step": 0, "time": 1.0}]
+    told += [{"event": "step", "step": s, "loss": 1.0, "time": 2.0} for s in range(10, 60, 10)]
+    told += [{"event": "resume", "step": 20, "time": 9.0}]
+    told += [{"event": "step", "step": s, "loss": 2.0, "time": 10.0} for s in (30, 40)]
+    steps = RunMetrics(told).steps
+    assert [(r["step"], r["loss"]) for r in steps] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+
+
+@pytest.mark.parametrize("epoch", [10**400, 1 << 53, -(10**30), 1.5, "2", None, True, [1]])
+def test_an_epoch_that_is_no_small_integer_is_left_out(epoch):
+    (row,) = RunMetrics([{"event": "epoch", "step": 3, "epoch": epoch, "val": 1.0}]).epochs
+    assert "epoch" not in row
+    assert row["val"] == 1.0
+
+
+def test_lines_that_are_cut_or_no_objects_are_passed_over(tmp_path):
+    path = tmp_path / "x_metrics.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n[1]\n{broken\n\n{"event": "st')
+    assert read_metrics(path) == [{"event": "step", "step": 1}]

@@ -11,8 +11,9 @@ import torch
 from kit.checkpoints import content_of
 
 from doctor.checks.displacement import check_average, check_displacement
-from doctor.examined_run import ExaminedRun, History
+from doctor.examined_run import ExaminedRun
 from doctor.reading.reader import summarize
+from run_folder.metrics import RunMetrics
 
 
 def two_files(
@@ -28,7 +29,7 @@ def two_files(
         torch.save(content, path)
         summaries.append(summarize(path))
     rows = [] if lr is None else [{"event": "step", "step": step + i, "lr": lr} for i in range(11)]
-    return ExaminedRun("rvq_4cb", summaries, History(rows))
+    return ExaminedRun("rvq_4cb", summaries, RunMetrics(rows))
 
 
 def test_a_tensor_without_elements_is_passed_over(good):
@@ -59,11 +60,11 @@ def test_random_momentum_of_a_small_matrix_is_found_however_it_falls(muon):
     group = next(g for g in content["optimizer"]["param_groups"] if name in g["param_names"])
     number = group["params"][group["param_names"].index(name)]
     state = content["optimizer"]["state"][number]
-    assert not list(check_average(ExaminedRun("rvq_4cb", [summarize(muon)], History([]))))
+    assert not list(check_average(ExaminedRun("rvq_4cb", [summarize(muon)], RunMetrics([]))))
     size, generator = state["momentum_buffer"].std(), torch.Generator().manual_seed(0)
     for _ in range(12):
         drawn = torch.randn(state["momentum_buffer"].shape, generator=generator)
         state["momentum_buffer"] = size * drawn
         torch.save(content, muon)
-        (finding,) = check_average(ExaminedRun("rvq_4cb", [summarize(muon)], History([])))
+        (finding,) = check_average(ExaminedRun("rvq_4cb", [summarize(muon)], RunMetrics([])))
         assert (finding.check, finding.where) == ("G3", name)
