@@ -28,7 +28,7 @@ from run_folder.checkpoint import load_checkpoint
 from run_folder.lock import FolderLock
 from sound.npq_format import map_codes, read_header
 from train_rvq import backward, parse_flags, update
-from training import building
+from training import building, ends
 from training.optimizer import parameter_groups
 from training.schedule import lr_at_step
 from training.setup import codebook_weights
@@ -330,7 +330,7 @@ def test_fp16_lowers_its_scale_until_steps_are_accepted(tunes, tmp_path):
     code = train_rvq.train_or_save(run)
     assert code == 0
     assert run.state.scaler.get_scale() < 2.0**40
-    assert not run.state.ladder.events, "overflows are no trouble"
+    assert not run.state.policy.events, "overflows are no trouble"
     skips = rows(tmp_path, "skip")
     assert skips
     assert all("overflow" in row["reason"] for row in skips)
@@ -341,7 +341,7 @@ def test_fp16_that_overflows_for_ever_stops(tunes, tmp_path, capsys):
     """Fault 12."""
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--amp-dtype", "fp16")
     run.state.model.head.weight.register_hook(lambda g: g * math.inf)
-    assert train_rvq.train_or_save(run) == train_rvq.EXIT_GUARD
+    assert train_rvq.train_or_save(run) == ends.EXIT_GUARD
     assert "--amp-dtype bf16" in capsys.readouterr().err
     assert run.state.progress.step == 0
 
@@ -352,7 +352,7 @@ def test_a_refusal_names_the_frames_that_were_used(tunes, tmp_path):
     eager, seen = run.losses, []
 
     def refusing(codes: torch.Tensor) -> Losses:
-        if run.state.progress.step != 11 or run.state.ladder.refusals:
+        if run.state.progress.step != 11 or run.state.policy.refusals:
             return eager(codes)
         seen.extend(codes)
         return Losses(*(x * math.nan for x in eager(codes)))
