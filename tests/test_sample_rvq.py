@@ -207,6 +207,18 @@ def test_another_codec_than_the_trainings_is_told(checkpoint, music, tmp_path, c
     assert f"! --prompt {prompt}: codes of codec {other}" in capsys.readouterr().err
 
 
+def test_evaluation_audio_of_a_codec_of_another_shape_is_told_and_training_goes_on(
+    tunes, tmp_path, capsys
+):
+    train("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", *SOUND)
+    told = "--eval-dac-repo demo: has 9 codebooks of 1024"
+    assert told in capsys.readouterr().err
+    (row,) = rows(tmp_path, "sample")
+    assert told in row["error"]
+    assert list((tmp_path / "samples").glob("*.npq"))
+    assert not list((tmp_path / "samples").glob("*.wav"))
+
+
 def test_a_run_is_not_resumed_on_another_codecs_codes(capsys):
     def settle(before, now):
         found = {"size": {}, "codec": now}
