@@ -29,9 +29,9 @@ from typing import Any, NoReturn
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
-    from cli.command_line import tell_early_ends
+    from cli.command_line import report_import_errors
 
-    tell_early_ends()
+    report_import_errors()
 
 from tqdm import tqdm
 

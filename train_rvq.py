@@ -34,9 +34,9 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
-    from cli.command_line import tell_early_ends
+    from cli.command_line import report_import_errors
 
-    tell_early_ends()
+    report_import_errors()
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ from training.planning import is_out_of_memory
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
 from training.setup import set_up
-from training.state import Run, Stopped
+from training.state import Stopped, TrainingRun
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class StepStats:
     is_overflow: bool = False  # of fp16, which the scaler mends
 
 
-def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
+def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
     """One optimizer step over `accum` micro-batches, or its refusal, which changes nothing."""
     state, p = run.state, run.state.progress
     loss, *ce, grad_norm = backward(run, batches).tolist()  # the one host sync of a step
@@ -140,7 +140,7 @@ def train_step(run: Run, batches: Iterator[Tensor]) -> StepStats:
     return StepStats(loss, ce, grad_norm, lr, refused, overflow)
 
 
-def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
+def backward(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     """Gradients of `accum` micro-batches; returns [objective, ce of each codebook, grad norm].
 
     The micro-batches are those of all processes, and so is what is returned; it is on the device.
@@ -152,7 +152,7 @@ def backward(run: Run, batches: Iterator[Tensor]) -> Tensor:
     return torch.cat((loss_and_ce, torch.nn.utils.get_total_norm(gradients)[None]))
 
 
-def accumulate(run: Run, batches: Iterator[Tensor]) -> Tensor:
+def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     """Gradients of this process's micro-batches of a step; its share of [objective, ce].
 
     Everything stays on the device. Codes arrive as 16-bit integers and are widened there.
@@ -183,7 +183,7 @@ def noise_seed(seed: int, epoch: int, position: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, position)).generate_state(1, np.uint64)[0])
 
 
-def update(run: Run, lr: float, grad_norm: float) -> None:
+def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
     """Clip, step the optimizer, move the EMA."""
     state = run.state
     if 0 < run.flags.grad_clip < grad_norm:
@@ -198,14 +198,14 @@ def update(run: Run, lr: float, grad_norm: float) -> None:
 # --- compiling -----------------------------------------------------------------------------------
 
 
-def prepare_losses(run: Run) -> None:
+def prepare_losses(run: TrainingRun) -> None:
     """Compile them if asked to, or on CUDA; average their gradients over all processes."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
         compile_losses(run)
     run.losses = run.world.averaging(run.losses)
 
 
-def compile_losses(run: Run) -> None:
+def compile_losses(run: TrainingRun) -> None:
     """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
     state, failure = run.state, None
     eager, scaler = run.losses, state.scaler
@@ -245,7 +245,7 @@ class Validation:
 
 
 @torch.inference_mode()
-def evaluate(run: Run) -> Validation | None:
+def evaluate(run: TrainingRun) -> Validation | None:
     """Validate the EMA weights, eagerly; None when a signal asked to stop in the middle."""
     flags, model, world = run.flags, run.state.ema.model, run.world
     k = len(run.weights)
@@ -271,7 +271,7 @@ def evaluate(run: Run) -> Validation | None:
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def train(run: Run) -> int:
+def train(run: TrainingRun) -> int:
     """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code.
 
     An epoch may turn out to lie behind the run, after a rollback.
@@ -294,7 +294,7 @@ def train(run: Run) -> int:
             return ends.finished(run)
 
 
-def take_steps(run: Run) -> bool:
+def take_steps(run: TrainingRun) -> bool:
     """Step until the epoch, the run or the time ends or validation is due; True at epoch's end."""
     p, policy = run.state.progress, run.state.policy
     batches, end = start_epoch_batches(run)
@@ -331,7 +331,7 @@ def take_steps(run: Run) -> bool:
     return p.position + run.windows_per_step > end
 
 
-def sync_control(run: Run, seconds: float = 0.0) -> float:
+def sync_control(run: TrainingRun, seconds: float = 0.0) -> float:
     """Exchange what the shared state does not contain: signals, and clocks, where rank 0's counts.
 
     Returns rank 0's seconds. Every process decides by the result, so all do the same.
@@ -347,7 +347,7 @@ def sync_control(run: Run, seconds: float = 0.0) -> float:
     return seconds
 
 
-def start_epoch_batches(run: Run) -> tuple[Iterator[Tensor], int]:
+def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
     """The epoch's micro-batches from the present position on, and the epoch's number of windows."""
     p, order = run.state.progress, run.order
     order.epoch, order.start = p.epoch, p.position
@@ -357,7 +357,7 @@ def start_epoch_batches(run: Run) -> tuple[Iterator[Tensor], int]:
     return iter(run.loader), end
 
 
-def next_codes(run: Run, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
+def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
     """This process's next micro-batches; None when a signal asks to stop.
 
     They are waited for here, where the state is whole, and of many processes by all together:
@@ -371,7 +371,7 @@ def next_codes(run: Run, batches: Iterator[Tensor], count: int) -> list[Tensor] 
     return codes if run.stop.signal is None else None
 
 
-def while_waiting(run: Run) -> None:
+def while_waiting(run: TrainingRun) -> None:
     """Serve signals several times a second while data is waited for.
 
     Of many processes none can save or stop alone; the others learn of it from `sync_control`.
@@ -385,7 +385,7 @@ def while_waiting(run: Run) -> None:
                 saving.save(run)
 
 
-def report_step(run: Run, stats: StepStats) -> None:
+def report_step(run: TrainingRun, stats: StepStats) -> None:
     """Move the bar; every --log-lr-steps a console line and a metrics row."""
     p, flags = run.state.progress, run.flags
     frames_per_s = p.log_steps * run.windows_per_step * flags.ctx / max(p.log_seconds, 1e-9)
@@ -411,7 +411,7 @@ def report_step(run: Run, stats: StepStats) -> None:
     p.log_loss, p.log_steps, p.log_seconds = 0.0, 0, 0.0
 
 
-def handle_refusal(run: Run, stats: StepStats) -> bool:
+def handle_refusal(run: TrainingRun, stats: StepStats) -> bool:
     """Log a refused step with its windows, and roll back if that is due; True after a rollback."""
     p, state = run.state.progress, run.state
     used = run.order.permutation(p.epoch)[p.position - run.windows_per_step : p.position]
@@ -446,7 +446,7 @@ def handle_refusal(run: Run, stats: StepStats) -> bool:
 # --- the end of an epoch -------------------------------------------------------------------------
 
 
-def close_epoch(run: Run, *, complete: bool) -> bool:
+def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
     """Validate if due, report, keep `latest`, `best` and archives; False when a signal cut in."""
     p, flags = run.state.progress, run.flags
     started = time.perf_counter()
@@ -482,7 +482,7 @@ def close_epoch(run: Run, *, complete: bool) -> bool:
     return True
 
 
-def validation_due(run: Run, *, complete: bool) -> bool:
+def validation_due(run: TrainingRun, *, complete: bool) -> bool:
     """By training seconds where --val-every-seconds says so, else at the end of epochs."""
     p, flags = run.state.progress, run.flags
     if every := flags.val_every_seconds:
@@ -490,7 +490,9 @@ def validation_due(run: Run, *, complete: bool) -> bool:
     return complete and (p.epoch + 1) % flags.val_every == 0
 
 
-def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seconds: float) -> None:
+def report_epoch(
+    run: TrainingRun, result: Validation, *, is_best: bool, evaluation_seconds: float
+) -> None:
     """Console summary and metrics row of an epoch, or of its part when the run ends within it."""
     p = run.state.progress
     steps = max(p.epoch_steps, 1)
@@ -518,7 +520,7 @@ def report_epoch(run: Run, result: Validation, *, is_best: bool, evaluation_seco
 # --- a whole run ---------------------------------------------------------------------------------
 
 
-def train_or_save(run: Run) -> int:
+def train_or_save(run: TrainingRun) -> int:
     """`train`; if it fails between two steps, what was reached is saved first."""
     try:
         return train(run)

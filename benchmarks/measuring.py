@@ -134,7 +134,9 @@ def flops_per_frame(model: torch.nn.Module, flags: argparse.Namespace) -> int:
     return 6 * (product_weights(model) + flags.layers * flags.ctx * flags.d_model)
 
 
-def trainer_run(folder: Path, flags: argparse.Namespace, argv: Sequence[object]) -> run_state.Run:
+def trainer_run(
+    folder: Path, flags: argparse.Namespace, argv: Sequence[object]
+) -> run_state.TrainingRun:
     """A real run of the trainer over random codes, that never ends by itself."""
     rng = np.random.default_rng(0)
     codes = rng.integers(flags.vocab, size=(40 * flags.ctx, flags.codebooks))
@@ -152,7 +154,7 @@ def trainer_run(folder: Path, flags: argparse.Namespace, argv: Sequence[object])
     return run
 
 
-def micro_batches(run: run_state.Run) -> Iterator[Tensor]:
+def micro_batches(run: run_state.TrainingRun) -> Iterator[Tensor]:
     """For ever."""
     while True:
         yield from run.loader

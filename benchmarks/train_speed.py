@@ -48,7 +48,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_ours(variant: str, flags: argparse.Namespace, folder: Path) -> run_state.Run:
+def make_ours(variant: str, flags: argparse.Namespace, folder: Path) -> run_state.TrainingRun:
     """A run of the trainer with that pattern and optimizer, else its defaults."""
     pattern, optim = variant.split("-")
     recipe = ["--pattern", pattern, "--optim", optim, "--lr", 1e-4]

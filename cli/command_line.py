@@ -281,7 +281,7 @@ def has_colour(stream: TextIO | None) -> bool:
 # --- ends ----------------------------------------------------------------------------------------
 
 
-def tell_early_ends() -> None:
+def report_import_errors() -> None:
     """In a door before its imports, which take seconds: Ctrl-C and a missing package in one line.
 
     Only for a process of its own: it sets the process's SIGINT, until `begin_work`, and excepthook.
@@ -375,7 +375,7 @@ def exit_code_of(
     """
     begin_work()
     try:
-        with steady_streams():
+        with tolerate_broken_streams():
             return work()
     except UsageError as error:
         code, message = EXIT_USAGE, str(error)
@@ -393,7 +393,7 @@ def exit_code_of(
 
 
 @contextlib.contextmanager
-def steady_streams() -> Iterator[None]:
+def tolerate_broken_streams() -> Iterator[None]:
     """Around a command: what cannot be printed, or no longer be written, does not end it."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a stream was closed: else a checkpoint takes its number, and what is printed there

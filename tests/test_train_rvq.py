@@ -32,12 +32,12 @@ from training import building, ends
 from training.optimizer import parameter_groups
 from training.schedule import lr_at_step
 from training.setup import codebook_weights
-from training.state import Run
+from training.state import TrainingRun
 
 FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
 
 
-def snapshot(run: Run) -> dict[str, Any]:
+def snapshot(run: TrainingRun) -> dict[str, Any]:
     """Copies of everything that a refused step must leave alone."""
     state = run.state
     return {

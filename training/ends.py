@@ -15,12 +15,12 @@ from run_folder.metrics import number
 from training import samples, saving
 from training.building import plan_of
 from training.planning import is_out_of_memory
-from training.state import Run
+from training.state import TrainingRun
 
 EXIT_GUARD = 3  # stopped by the guard
 
 
-def interrupted(run: Run) -> int:
+def interrupted(run: TrainingRun) -> int:
     """Save where a signal stopped the run, and say how to go on."""
     signal_number = run.stop.signal or signal.SIGTERM
     where = f"saved {run.files.latest} at step {run.state.progress.step}"
@@ -38,7 +38,7 @@ def interrupted(run: Run) -> int:
     return 128 + signal_number
 
 
-def stopped_by_guard(run: Run) -> int:
+def stopped_by_guard(run: TrainingRun) -> int:
     """Leave `latest` at the last sound save, and say what to look at."""
     saving.check_save(run, wait=True)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
@@ -53,7 +53,7 @@ def stopped_by_guard(run: Run) -> int:
     return EXIT_GUARD
 
 
-def finished(run: Run) -> int:
+def finished(run: TrainingRun) -> int:
     """See the last save to its end, and say what there is."""
     p = run.state.progress
     saving.finish_save(run)
@@ -68,7 +68,7 @@ def finished(run: Run) -> int:
     return EXIT_DONE
 
 
-def failed(run: Run, error: Exception) -> int | None:
+def failed(run: TrainingRun, error: Exception) -> int | None:
     """Save what was reached, if it is whole; the exit code if a signal was why, else None."""
     run.console.end_epoch()
     if not run.world.continue_alone():
@@ -86,14 +86,14 @@ def failed(run: Run, error: Exception) -> int | None:
     return None
 
 
-def close(run: Run) -> None:
+def close(run: TrainingRun) -> None:
     """Wait for a save in flight, close the metrics."""
     with contextlib.suppress(OSError, NoAnswerError):
         saving.check_save(run, wait=True)
     run.metrics.close()
 
 
-def save_first(run: Run) -> None:
+def save_first(run: TrainingRun) -> None:
     """Save before a failure ends the run; if that fails too, the first failure is told."""
     run.console.problem(f"failed at step {run.state.progress.step}; saving first")
     run.loader.give_back()
@@ -102,7 +102,7 @@ def save_first(run: Run) -> None:
         saving.finish_save(run)
 
 
-def tell_out_of_memory(run: Run) -> None:
+def tell_out_of_memory(run: TrainingRun) -> None:
     """What the user can change; the error itself is raised on."""
     lines = plan_of(run.flags, run.state.model.config, run.device).advice()
     run.console.problem(
@@ -110,7 +110,7 @@ def tell_out_of_memory(run: Run) -> None:
     )
 
 
-def update_page(run: Run) -> None:
+def update_page(run: TrainingRun) -> None:
     """Write the run's page anew. Training never stops for it: failures in a row are one line."""
     if not run.flags.report or not run.world.is_first:
         return

@@ -12,7 +12,7 @@ import numpy as np
 from run_folder.checkpoint import CheckpointError, load_checkpoint
 from training.rollback_policy import MAX_ROLLBACKS, SUSPECT_STEPS
 from training.saving import check_save, restore, save
-from training.state import Run
+from training.state import TrainingRun
 
 # Of the present, not of the state gone back to: clocks run on, `best` is still on the disk, and the
 # learning rate's schedule is the one that this start settled.
@@ -20,7 +20,7 @@ NOT_ROLLED_BACK: tuple[str, ...] = ("seconds", "elapsed", "best_val", "best_epoc
 NOT_ROLLED_BACK += ("validated_seconds", "schedule_steps", "schedule_seconds")
 
 
-def roll_back(run: Run, reason: str) -> bool:
+def roll_back(run: TrainingRun, reason: str) -> bool:
     """Return to an older state with a lower lr and other data; False where the run stops instead.
 
     Where no step checkpoint can be read, the present state goes on with the lower lr.
@@ -60,21 +60,21 @@ def roll_back(run: Run, reason: str) -> bool:
     return True
 
 
-def last_windows(run: Run) -> np.ndarray[Any, Any]:
+def last_windows(run: TrainingRun) -> np.ndarray[Any, Any]:
     """Windows of the epoch's last SUSPECT_STEPS steps, but a quarter of the epoch at most."""
     p, order = run.state.progress, run.order
     count = min(SUSPECT_STEPS * run.windows_per_step, order.num_windows // 4)
     return order.permutation(p.epoch)[max(0, p.position - count) : p.position]
 
 
-def find_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+def find_retreat(run: TrainingRun) -> tuple[dict[str, Any], str] | None:
     """The step checkpoint to go back to and its name; rank 0 reads it for all."""
     found = read_retreat(run) if run.world.is_first else None
     checkpoint = run.world.share(found[0] if found else None)
     return (checkpoint, run.world.from_first(found[1] if found else "")) if checkpoint else None
 
 
-def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
+def read_retreat(run: TrainingRun) -> tuple[dict[str, Any], str] | None:
     """The policy's first candidate that can be read and fits."""
     for step in run.state.policy.candidates(run.state.progress.step, run.files.ring_steps()):
         path = run.files.ring_file(step)
@@ -91,7 +91,7 @@ def read_retreat(run: Run) -> tuple[dict[str, Any], str] | None:
     return None
 
 
-def report_rollback(run: Run, event: int, reason: str, file: str | None) -> None:
+def report_rollback(run: TrainingRun, event: int, reason: str, file: str | None) -> None:
     """Metrics row and console line of a rollback that has just happened."""
     p, change = run.state.progress, run.state.policy.order_changes[-1]
     run.metrics.write(

@@ -20,12 +20,12 @@ from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import codec_of
 from sound.sampling import Draw, generate
 from sound.statistics import compare, describe
-from training.state import Run, Stopped
+from training.state import Stopped, TrainingRun
 
 Codes = np.ndarray[Any, Any]
 
 
-def write(run: Run) -> None:
+def write(run: TrainingRun) -> None:
     """Draw a sample from the EMA weights; write its codes and its sound to --eval-outdir.
 
     Sound never stops training: any failure is one line and a metrics row.
@@ -52,7 +52,7 @@ def write(run: Run) -> None:
     run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
 
 
-def draw(run: Run) -> Path:
+def draw(run: TrainingRun) -> Path:
     """Codes of one sample of the EMA weights as .npq, named by run, epoch and time.
 
     Raises:
@@ -88,7 +88,7 @@ def draw(run: Run) -> Path:
     return path
 
 
-def decode(run: Run, codes: Codes, path: Path) -> None:
+def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
     """The sound of codes [T, K] as a WAV file; UsageError where the codec is of another shape."""
     from sound.audio_file import write_wav  # training runs where no codec can be imported
     from sound.codec import load_codec, not_the_trainings
@@ -107,7 +107,7 @@ def decode(run: Run, codes: Codes, path: Path) -> None:
     write_wav(path, waveform.numpy(), codec.sample_rate)
 
 
-def statistics(run: Run, codes: Codes) -> dict[str, Any]:
+def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:
     """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
     try:
         length = min(len(codes), 2048)

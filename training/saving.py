@@ -24,13 +24,13 @@ from cli.waiting import NoAnswerError, wait_for
 from run_folder.checkpoint import CheckpointError, library_versions, rng_state, set_rng_state
 from training.optimizer import state_tensors
 from training.parallel import World
-from training.state import Progress, Run, Saving, TrainState
+from training.state import Progress, Saving, TrainingRun, TrainState
 
 MAX_FAILED_SAVES = 3
 SAVE_PATIENCE = 3600.0  # seconds; gigabytes may go to a slow network folder
 
 
-def checkpoint_of(run: Run) -> dict[str, Any]:
+def checkpoint_of(run: TrainingRun) -> dict[str, Any]:
     """Everything needed to resume: plain types and tensors only."""
     state = run.state
     state.progress.elapsed += time.perf_counter() - run.started
@@ -54,7 +54,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def save(
-    run: Run,
+    run: TrainingRun,
     *,
     is_best: bool = False,
     archive: bool = False,
@@ -97,7 +97,7 @@ def save(
     return None
 
 
-def check_save(run: Run, *, wait: bool = False) -> Saving | None:
+def check_save(run: TrainingRun, *, wait: bool = False) -> Saving | None:
     """Report the save in flight if it has ended, or wait for it; returns it if it failed.
 
     Raises:
@@ -141,7 +141,7 @@ def check_save(run: Run, *, wait: bool = False) -> Saving | None:
     return None
 
 
-def finish_save(run: Run) -> None:
+def finish_save(run: TrainingRun) -> None:
     """At the end of a run: wait until the newest save is on the disk; if it fails, save again.
 
     Raises:
@@ -157,7 +157,7 @@ def finish_save(run: Run) -> None:
         save(run, is_best=bool(failed and failed.is_best), archive=bool(failed and failed.archive))
 
 
-def unsound(run: Run) -> str | None:
+def unsound(run: TrainingRun) -> str | None:
     """Why the state must not become a checkpoint to go on from, or None; one host sync."""
     state = run.state
     tensors = {f"model {n}": t for n, t in state.model.state_dict().items()}
@@ -180,7 +180,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]
 
 
-def quarantine(run: Run, reason: str) -> None:
+def quarantine(run: TrainingRun, reason: str) -> None:
     """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
     p, checkpoint = run.state.progress, checkpoint_of(run)
     if not run.world.is_first:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cli.command_line import UsageError
 
 if TYPE_CHECKING:
-    from training.state import Run
+    from training.state import TrainingRun
 
 
 def lr_at_step(
@@ -45,7 +45,7 @@ def lr_at_step(
     return eta_min + (lr - eta_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def learning_rate(run: Run) -> float:
+def learning_rate(run: TrainingRun) -> float:
     """Learning rate of the next step; groups of parameters run at multiples of it."""
     flags = run.flags
     names = ("lr", "eta_min", "warmup_ratio", "schedule", "cooldown")
@@ -53,7 +53,7 @@ def learning_rate(run: Run) -> float:
     return run.state.progress.lr_scale * lr_at_step(*schedule_position(run), **shape)
 
 
-def schedule_position(run: Run) -> tuple[float, float]:
+def schedule_position(run: TrainingRun) -> tuple[float, float]:
     """Position of the next step in the schedule, and the schedule's end: steps, or seconds."""
     p = run.state.progress
     if p.schedule_seconds:
@@ -62,7 +62,7 @@ def schedule_position(run: Run) -> tuple[float, float]:
     return p.step + 1, p.schedule_steps
 
 
-def cooldown_begins(run: Run) -> bool:
+def cooldown_begins(run: TrainingRun) -> bool:
     """Whether the next step is the first that wsd lowers the learning rate for."""
     if run.flags.schedule != "wsd" or run.state.progress.cooling:
         return False
@@ -70,7 +70,7 @@ def cooldown_begins(run: Run) -> bool:
     return position > (1 - run.flags.cooldown) * total
 
 
-def settle_schedule(run: Run, checkpoint: dict[str, Any] | None) -> None:
+def settle_schedule(run: TrainingRun, checkpoint: dict[str, Any] | None) -> None:
     """Fix the budget that the rate falls over: for a cosine at the first start, for wsd at each.
 
     Raises:

@@ -44,7 +44,7 @@ from training.planning import Plan
 from training.resume import find_checkpoint, forget_another_level, settle_data_change, settle_flags
 from training.saving import restore
 from training.schedule import settle_schedule
-from training.state import Run, StopRequest, TrainState
+from training.state import StopRequest, TrainingRun, TrainState
 
 
 @dataclass
@@ -100,7 +100,7 @@ def prepare(
 
 def set_up(
     flags: argparse.Namespace, explicit: dict[str, Any], console: Console, world: World = ALONE
-) -> Run:
+) -> TrainingRun:
     """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
     ready = prepare(flags, explicit, console, world)
     flags, checkpoint, device, data = ready.flags, ready.checkpoint, ready.device, ready.data
@@ -123,7 +123,7 @@ def set_up(
     order.changes = state.policy.order_changes
 
     written = files.metrics if world.is_first else None
-    run = Run(
+    run = TrainingRun(
         flags=flags, device=device, amp_dtype=amp_dtype, console=console, files=files,
         metrics=MetricsLog(written, tensorboard=flags.tensorboard, step=state.progress.step),
         state=state, world=world, weights=weights,
@@ -168,7 +168,7 @@ def planned_device(flags: argparse.Namespace) -> torch.device:
         raise UsageError(f"--device: expected cuda, mps or cpu, found {flags.device!r}") from error
 
 
-def settle_threads(run: Run, *, resumed: bool) -> None:
+def settle_threads(run: TrainingRun, *, resumed: bool) -> None:
     """Take one thread or all on a CPU, by a trial at the first start; a resumed run keeps it.
 
     So sums keep their order. OMP_NUM_THREADS wins over it. The trial leaves no trace.
@@ -281,7 +281,7 @@ def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool)
     files.remove_leftovers()
 
 
-def announce(run: Run, source: str, *, resumed: bool) -> None:
+def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
     """Start-up details, and the first metrics row of this process."""
     p, model, flags = run.state.progress, run.state.model, run.flags
     config = model.config
@@ -316,6 +316,6 @@ def announce(run: Run, source: str, *, resumed: bool) -> None:
     )
 
 
-def parallel_words(run: Run) -> str:
+def parallel_words(run: TrainingRun) -> str:
     """`, 4 processes`, or nothing for one."""
     return f", {run.world.size} processes" if run.world.size > 1 else ""

@@ -85,7 +85,7 @@ class TrainState:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One process's share of a run: its flags, its state, and all that does not change."""
 
     flags: argparse.Namespace

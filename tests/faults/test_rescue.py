@@ -31,19 +31,19 @@ from training import saving as run_saving
 from training.guard import Guard
 from training.rollback_policy import FORGIVEN_AFTER, MAX_ROLLBACKS, RollbackPolicy, keep_interval
 from training.saving import not_finite
-from training.state import Run
+from training.state import TrainingRun
 
 FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
 FAST += ("--archive-every", "0", "--log-lr-steps", "100", "--save-every-minutes", "0")
 FAST += ("--max-steps", "300")
 
 
-def fast_run(tunes: Path, save_dir: Path, *flags: str | Path) -> Run:
+def fast_run(tunes: Path, save_dir: Path, *flags: str | Path) -> TrainingRun:
     """A run of some 300 steps a second, 32 an epoch."""
     return make_run("--data", tunes, "--save_dir", save_dir, *FAST, *flags)
 
 
-def poison(run: Run, is_bad: Callable[[int], bool], by: float = math.nan) -> None:
+def poison(run: TrainingRun, is_bad: Callable[[int], bool], by: float = math.nan) -> None:
     """Multiply the losses of attempts (steps taken or refused, from 0) that are bad."""
     losses, policy = run.losses, run.state.policy
 
@@ -218,7 +218,7 @@ def test_ten_refusals_restore_everything_together(tunes, tmp_path, monkeypatch):
     before: dict[str, Any] = {}
     original = rollback.roll_back
 
-    def watched(run: Run, reason: str) -> bool:
+    def watched(run: TrainingRun, reason: str) -> bool:
         before["ring"] = load_checkpoint(run.files.ring_file(100))
         before["scale"], before["seconds"] = run.state.progress.lr_scale, run.state.progress.seconds
         before["drawn"] = run.order.permutation(run.state.progress.epoch)
@@ -342,7 +342,7 @@ def test_the_lr_after_a_restart_with_a_wrong_lr_follows_the_state_gone_back_to(t
     assert (row["to_step"], row["lr_scale"]) == (0, pytest.approx(0.5 / 30))
 
 
-def interrupting(run: Run, at: int) -> Callable[[torch.Tensor], Losses]:
+def interrupting(run: TrainingRun, at: int) -> Callable[[torch.Tensor], Losses]:
     """Losses of a run that a signal reaches in the middle of an attempt."""
     losses = run.losses
 
@@ -651,17 +651,17 @@ def more_tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def last_val(run: Run) -> float:
+def last_val(run: TrainingRun) -> float:
     """The last validation of a run that ended well."""
     assert train_rvq.train_or_save(run) == 0
     return rows(Path(run.flags.save_dir), "epoch")[-1]["val"]
 
 
-def nan_window(run: Run) -> None:
+def nan_window(run: TrainingRun) -> None:
     poison(run, lambda attempt: attempt in range(250, 262))
 
 
-def random_codes(run: Run) -> None:
+def random_codes(run: TrainingRun) -> None:
     losses, policy = run.losses, run.state.policy
     draw = torch.Generator().manual_seed(0)
 
@@ -673,7 +673,7 @@ def random_codes(run: Run) -> None:
     run.losses = made
 
 
-def lr_bomb(run: Run) -> None:
+def lr_bomb(run: TrainingRun) -> None:
     """The optimizer's own rate, 100 times too high for 20 steps."""
     step, policy = run.state.optimizer.step, run.state.policy
 

@@ -72,9 +72,9 @@ class Sabotage:
     onset: int
     causes: tuple[str, ...]
     where: str = ""
-    after: Callable[[run_state.Run], None] | None = None  # called after each accepted step
-    before: Callable[[run_state.Run], None] | None = None  # called before each step
-    lr: Callable[[run_state.Run, float], float] | None = None  # another learning rate
+    after: Callable[[run_state.TrainingRun], None] | None = None  # called after each accepted step
+    before: Callable[[run_state.TrainingRun], None] | None = None  # called before each step
+    lr: Callable[[run_state.TrainingRun, float], float] | None = None  # another learning rate
     codes: Callable[[Tensor], Tensor] | None = None  # other windows
     no_update: bool = False  # steps count and change nothing
     no_average: str = ""  # "frozen" or "raw": what becomes of the EMA
@@ -101,10 +101,10 @@ def train(argv: Sequence[str], sabotage: Sabotage | None, log: Path) -> int:
 def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
     step, rate, average = train_rvq.train_step, train_rvq.learning_rate, Ema.update
 
-    def active(run: run_state.Run) -> bool:
+    def active(run: run_state.TrainingRun) -> bool:
         return bool(run.state.progress.step >= s.onset)
 
-    def spoiled_step(run: run_state.Run, batches: Iterator[Tensor]) -> train_rvq.StepStats:
+    def spoiled_step(run: run_state.TrainingRun, batches: Iterator[Tensor]) -> train_rvq.StepStats:
         if s.schedule_steps is not None:
             run.state.progress.schedule_steps = s.schedule_steps
         hit = active(run)
@@ -116,7 +116,7 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
                 s.after(run)
         return stats
 
-    def spoiled_rate(run: run_state.Run) -> float:
+    def spoiled_rate(run: run_state.TrainingRun) -> float:
         return s.lr(run, rate(run)) if s.lr and active(run) else rate(run)
 
     def spoiled_average(ema: Ema[Any], number: int) -> None:
@@ -126,7 +126,7 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
             return
         average(ema, number)
 
-    def skipped_update(run: run_state.Run, lr: float, grad_norm: float) -> None:
+    def skipped_update(run: run_state.TrainingRun, lr: float, grad_norm: float) -> None:
         if not active(run):
             real_update(run, lr, grad_norm)
 
@@ -145,10 +145,15 @@ def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
 # --- faults in training --------------------------------------------------------------------------
 
 
-def _once(change: Callable[[run_state.Run], None]) -> Callable[[run_state.Run], None]:
+Change = Callable[[run_state.TrainingRun], None]
+
+
+def _once(
+    change: Callable[[run_state.TrainingRun], None],
+) -> Callable[[run_state.TrainingRun], None]:
     done: list[bool] = []
 
-    def after(run: run_state.Run) -> None:
+    def after(run: run_state.TrainingRun) -> None:
         if not done:
             change(run)
             done.append(True)
@@ -156,7 +161,7 @@ def _once(change: Callable[[run_state.Run], None]) -> Callable[[run_state.Run], 
     return after
 
 
-def _parameter(run: run_state.Run, name: str) -> Tensor:
+def _parameter(run: run_state.TrainingRun, name: str) -> Tensor:
     return dict(run.state.model.named_parameters())[name].data
 
 
@@ -165,7 +170,7 @@ def _block_matrix(rng: np.random.Generator, layers: int = 2) -> str:
     return f"blocks.{rng.integers(layers)}.{part}.weight"
 
 
-def _rows_of(run: run_state.Run, table: str, k: int) -> Tensor:
+def _rows_of(run: run_state.TrainingRun, table: str, k: int) -> Tensor:
     """Rows of codebook k in "embed" or "head", [V, D]."""
     return _parameter(run, f"{table}.weight").unflatten(0, (len(run.weights), -1))[k]
 
@@ -173,7 +178,7 @@ def _rows_of(run: run_state.Run, table: str, k: int) -> Tensor:
 def nan_layer(rng: np.random.Generator, onset: int) -> Sabotage:
     name = _block_matrix(rng)
 
-    def spoil(run: run_state.Run) -> None:
+    def spoil(run: run_state.TrainingRun) -> None:
         _parameter(run, name).view(-1)[: rng.integers(1, 50)] = math.nan
 
     # Without the guard, which would roll it back, the next gradients carry it everywhere.
@@ -184,7 +189,7 @@ def head_drift(rng: np.random.Generator, onset: int) -> Sabotage:
     k, rate = int(rng.integers(2)), float(rng.uniform(0.01, 0.04))
     pushes: list[Tensor] = []
 
-    def push(run: run_state.Run) -> None:
+    def push(run: run_state.TrainingRun) -> None:
         rows = _rows_of(run, "head", k)
         if not pushes:
             way = torch.from_numpy(rng.standard_normal(rows.shape[1])).float()
@@ -197,7 +202,7 @@ def head_drift(rng: np.random.Generator, onset: int) -> Sabotage:
 def qkv_growth(rng: np.random.Generator, onset: int) -> Sabotage:
     name = f"blocks.{rng.integers(2)}.attn.qkv.weight"
 
-    def grow(run: run_state.Run) -> None:
+    def grow(run: run_state.TrainingRun) -> None:
         _parameter(run, name).mul_(1.01)
 
     return Sabotage(onset, ("G1", "G2"), name, after=grow)
@@ -211,7 +216,7 @@ def lr_times(factor: float, *, guarded: bool) -> Callable[[np.random.Generator, 
 
 
 def lr_overrun(_: np.random.Generator, onset: int) -> Sabotage:
-    def unclamped(run: run_state.Run, _: float) -> float:
+    def unclamped(run: run_state.TrainingRun, _: float) -> float:
         done = (run.state.progress.step + 1) / onset
         floor, peak = run.flags.eta_min, run.flags.lr
         return float(floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done)))
@@ -222,7 +227,7 @@ def lr_overrun(_: np.random.Generator, onset: int) -> Sabotage:
 def scale_collapse(rng: np.random.Generator, onset: int) -> Sabotage:
     left = [int(rng.integers(11, 16))]  # 65536 halves to 32 ... 2
 
-    def overflow(run: run_state.Run) -> None:
+    def overflow(run: run_state.TrainingRun) -> None:
         if left[0] > 0:
             left[0] -= 1
             weight = run.state.model.head.weight
@@ -235,7 +240,7 @@ def dead_rows(rng: np.random.Generator, onset: int) -> Sabotage:
     table, k = str(rng.choice(["embed", "head"])), int(rng.integers(2))
     share = float(rng.uniform(0.1, 0.6))
 
-    def kill(run: run_state.Run) -> None:
+    def kill(run: run_state.TrainingRun) -> None:
         rows = _rows_of(run, table, k)
         rows[: max(1, int(share * len(rows)))] = 0.0
 
@@ -246,10 +251,10 @@ def hidden_lr(rng: np.random.Generator, onset: int) -> Sabotage:
     """Steps nine times too far, while the saved lr is right."""
     old: list[list[Tensor]] = [[]]
 
-    def remember(run: run_state.Run) -> None:
+    def remember(run: run_state.TrainingRun) -> None:
         old[0] = [p.detach().clone() for p in run.state.model.parameters()]
 
-    def stretch(run: run_state.Run) -> None:
+    def stretch(run: run_state.TrainingRun) -> None:
         for p, q in zip(run.state.model.parameters(), old[0], strict=True):
             p.data.add_(p.data - q, alpha=9.0)
 
@@ -312,7 +317,7 @@ def _random_like(w: Tensor, rng: np.random.Generator) -> Tensor:
 def moments_lost(_: np.random.Generator, onset: int) -> Sabotage:
     """Zeroed at every step: plain sign descent with steps of 0.1 / sqrt(0.05)."""
 
-    def clear(run: run_state.Run) -> None:
+    def clear(run: run_state.TrainingRun) -> None:
         for state in run.state.optimizer.state.values():
             for key in MOMENTS & state.keys():
                 state[key].zero_()
@@ -321,7 +326,7 @@ def moments_lost(_: np.random.Generator, onset: int) -> Sabotage:
 
 
 def permuted_embedding(rng: np.random.Generator, onset: int) -> Sabotage:
-    def permute(run: run_state.Run) -> None:
+    def permute(run: run_state.TrainingRun) -> None:
         rows = _rows_of(run, "embed", 0)
         rows.copy_(rows[torch.from_numpy(rng.permutation(len(rows)))])
 

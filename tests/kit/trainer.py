@@ -20,7 +20,7 @@ from run_folder.checkpoint import load_checkpoint
 from run_folder.metrics import Console
 from train_rvq import parse_flags
 from training.setup import set_up
-from training.state import Run
+from training.state import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +75,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def make_run(*flags: str | Path) -> Run:
+def make_run(*flags: str | Path) -> TrainingRun:
     """A run as main sets it up."""
     parsed, explicit = parse_flags([*TINY, *map(str, flags)])
     Path(parsed.save_dir).mkdir(parents=True, exist_ok=True)
