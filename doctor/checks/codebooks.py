@@ -1,4 +1,4 @@
-"""What became of the rows of each codebook in embeddings and heads, from file to file: G8.
+"""What became of the rows of each codebook in embeddings and heads: G8.
 
 findings = [*check_codebooks(run)]
 """
@@ -6,38 +6,22 @@ findings = [*check_codebooks(run)]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from doctor.examined_run import ExaminedRun
 from doctor.findings import Finding, Level, check, in_file
-from doctor.reading.summary import Parameter, Rows
 
 
-@check("G8", "rows of a codebook that died or shrank", Level.SUSPECT)
+@check("G8", "dead codes: rows of a codebook that are zero", Level.SUSPECT)
 def check_codebooks(run: ExaminedRun) -> Iterator[Finding]:
-    """G8: rows of heads and embeddings against those of the last good file."""
-    good: dict[tuple[str, int], tuple[Rows, int]] = {}
+    """Rows of embeddings and heads start at random, and training never makes one exactly zero."""
+    sound: dict[tuple[str, int], int | None] = {}  # last step without zero rows
     for s in run.series:
         for p in s.parameters:
-            for r in p.rows:
-                old, after = good.get((p.name, r.codebook), (None, None))
-                said = _judge_rows(p, r, old)
-                if said is None:
-                    good[p.name, r.codebook] = r, s.step or 0
+            for k, zero in p.zero_rows.items():
+                where = f"{p.name} codebook {k}"
+                if not zero:
+                    sound[p.name, k] = s.step
                     continue
-                text, facts = said
-                where = f"{p.name} codebook {r.codebook}"
-                yield in_file(s, "G8", text, after=after, where=where, **facts)
-
-
-def _judge_rows(p: Parameter, r: Rows, old: Rows | None) -> tuple[str, dict[str, Any]] | None:
-    """Text, value and baseline of what is wrong with a codebook's rows, or None."""
-    which = f"codebook {r.codebook} in {p.name}"
-    if r.zero:  # rows start at random: training never makes one exactly zero
-        size = p.shape[0] // max(len(p.rows), 1)
-        text = f"{r.zero} of {size} rows of {which} are zero: dead codes"
-        return text, {"value": r.zero, **({"baseline": old.zero} if old else {})}
-    if old is not None and r.low < 0.3 * old.low:
-        text = f"the shortest rows of {which} shrank to norm {r.low:.2g}, before {old.low:.2g}"
-        return text, {"value": r.low, "baseline": old.low}
-    return None
+                size = p.shape[0] // len(p.zero_rows)
+                text = f"{zero} of {size} rows of codebook {k} in {p.name} are zero: dead codes"
+                yield in_file(s, "G8", text, after=sound.get((p.name, k)), where=where, value=zero)

@@ -247,22 +247,22 @@ def _judge_average(
     run: ExaminedRun, s: Summary, p: Parameter, lr: float, span: float, past: _Past
 ) -> Judged | None:
     """What is wrong with a tensor's distance from its EMA; where nothing is, `past` takes it in."""
-    usual = travel(lr, p.update_rms, span, p.noise_steps)
+    # Late in a run steps may be small, and the average still holds older, larger ones.
+    update = p.update_rms if p.optimizer == "Muon" else max(p.update_rms, 0.1)
+    usual = travel(lr, update, span, p.noise_steps)
     if (s.step or 0) < 10 or not usual or not math.isfinite(usual + p.ema_distance):
         return None  # of so few steps no average can be judged
     apart, n = p.ema_distance / usual, len(past)
-    straight = lr * p.update_rms * span / usual
+    straight = lr * update * span / usual
     far = apart > 2 * straight if p.optimizer == "Muon" else apart > max(3 * straight, 5)
     burst = n >= 3 and apart > 4 * past.centre() and past.z(apart) > 6 and apart > 2
-    near = n >= 3 and apart < past.centre() / 20 and apart < 0.02
-    if not (far or burst or near):
+    if not (far or burst):
         if apart > 0:
             past.add(apart)
         return None
     text = (
-        f"{p.name} is {'near' if near else 'far from'} its EMA: they differ by RMS "
-        f"{p.ema_distance:.2g}, it has {p.rms:.2g}; {apart:.3g} times what {span:.0f} steps at lr "
-        f"{lr:.2g} explain"
+        f"{p.name} is far from its EMA: they differ by RMS {p.ema_distance:.2g}, it has "
+        f"{p.rms:.2g}; {apart:.3g} times what {span:.0f} steps at lr {lr:.2g} explain"
     )
     before = run.previous(s)
     return apart, in_file(

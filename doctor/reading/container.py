@@ -172,14 +172,18 @@ def _refuse_unsafe(path: str, opened: Path) -> None:
 
 def _check_storages(path: str, content: Any) -> None:
     """The sizes that the pickle tells must be those of the zip's entries: mapping checks none."""
-    told = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(content)}
+    tensors = list(_tensors(content))
+    if odd := [t for t in tensors if t.layout != torch.strided or t.is_quantized or t.is_meta]:
+        kind = str(odd[0].layout if odd[0].layout != torch.strided else odd[0].dtype)
+        raise Unreadable("unsafe", f"holds a tensor of a kind that no training saves ({kind})")
+    told = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with zipfile.ZipFile(path) as container:
         stored = Counter(e.file_size for e in container.infolist() if "/data/" in e.filename)
     surplus = Counter(n for n in told.values() if n) - stored
     if surplus:
         raise Unreadable("corrupt", f"a tensor of {min(surplus)} bytes has no entry of that size")
     size = os.path.getsize(path)
-    for tensor in _tensors(content):
+    for tensor in tensors:
         if tensor.numel() * tensor.element_size() > size:  # expanded: torch checks the storage only
             raise Unreadable("corrupt", "a tensor claims more elements than the file has bytes for")
 

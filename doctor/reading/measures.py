@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from doctor.reading.optimizer_state import Member, describe_steps, group_settings
-from doctor.reading.summary import Parameter, Rows, Summary, as_number
+from doctor.reading.summary import Parameter, Summary, as_number
 
 SAMPLE = 1024  # elements of each tensor that are kept, to measure how far it moved between files
 CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the processor's caches
@@ -35,7 +35,7 @@ def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) 
     place, whole = parameter.place, raw.numel() and not parameter.bad.get("raw")
     if place.role in ("embed", "head") and raw.dim() == 2 and whole:
         tables = tables_of(raw.detach(), place.codebook, summary.vocab_sizes)
-        parameter.rows = [_rows(table, k) for k, table in tables]
+        parameter.zero_rows = {k: int((t == 0).all(1).sum()) for k, t in tables}
     return parameter
 
 
@@ -171,8 +171,3 @@ def tables_of(matrix: Tensor, codebook: int, vocab_sizes: list[int]) -> list[tup
     tables = matrix[:rows].unflatten(0, (len(vocab_sizes), -1))
     pairs = zip(tables, vocab_sizes, strict=True)
     return [(k, t[:v]) for k, (t, v) in enumerate(pairs) if v > 0]
-
-
-def _rows(table: Tensor, codebook: int) -> Rows:
-    norms = table.float().norm(dim=1)
-    return Rows(codebook, float(norms.quantile(0.05)), int((norms == 0).sum()))

@@ -27,7 +27,6 @@ from doctor.reading.scales import scales_of
 from doctor.reading.summary import (
     Parameter,
     Problem,
-    Rows,
     Scale,
     Summary,
     as_count,
@@ -62,9 +61,9 @@ def _read_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any]:
 
 
 def _from_json(answer: dict[str, Any]) -> Summary:
-    parameters = [
-        Parameter(**{**p, "rows": [Rows(**r) for r in p["rows"]]}) for p in answer.pop("parameters")
-    ]
+    parameters = [Parameter(**p) for p in answer.pop("parameters")]
+    for p in parameters:  # keys of JSON are text
+        p.zero_rows = {int(k): count for k, count in p.zero_rows.items()}
     scales = {part: [Scale(*x) for x in found] for part, found in answer.pop("scales").items()}
     return Summary(**answer, parameters=parameters, scales=scales)
 

@@ -45,15 +45,6 @@ class Unreadable(Exception):
 
 
 @dataclasses.dataclass
-class Rows:
-    """The rows of one codebook in an embedding or a head: norms [V]."""
-
-    codebook: int
-    low: float  # norm that one row in twenty stays below
-    zero: int  # rows of zeros
-
-
-@dataclasses.dataclass
 class Parameter:
     """One tensor of the model with its average and its moments. NaN stands for "not there"."""
 
@@ -78,7 +69,8 @@ class Parameter:
     update_cos: float = math.nan  # between raw - EMA and the way that Adam, or momentum, goes
     adam_step: float = math.nan
     sample: list[float] = dataclasses.field(default_factory=list)
-    rows: list[Rows] = dataclasses.field(default_factory=list)
+    # By codebook, rows of an embedding or a head that are zero throughout.
+    zero_rows: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def place(self) -> Place:
