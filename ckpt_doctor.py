@@ -43,8 +43,9 @@ from cli.command_line import (
     exit_code_of,
     file_path,
     has_colour,
-    say,
+    print_result,
 )
+from cli.disk import replace_file
 from cli.file_search import NothingFoundError, expand
 from doctor.diagnosis import GRAVITY, Diagnosis, Verdict, diagnose
 from doctor.examined_run import ExaminedRun
@@ -127,11 +128,8 @@ def examine(flags: argparse.Namespace) -> int:
             raise UsageError(f"{name}: no such folder, the report would be lost; make it first")
         if os.path.isdir(name):
             raise UsageError(f"{name} is a folder; name a file for the report")
-    try:
-        diagnoses = [diagnose(run) for run in read_runs(flags)]
-        report(flags, diagnoses)
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}; name another file") from error
+    diagnoses = [diagnose(run) for run in read_runs(flags)]
+    report(flags, diagnoses)
     return EXIT_CODES[max((d.verdict for d in diagnoses), key=GRAVITY.index)]
 
 
@@ -271,18 +269,26 @@ def metrics_rows(given: str | None, name: str, members: list[Summary]) -> list[d
 def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
     """The terminal's tables, and the files that were asked for."""
     if flags.json == "-":
-        say(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
+        print_result(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     else:
         colour = has_colour(sys.stdout)
         for i, diagnosis in enumerate(diagnoses):
-            say("\n" * bool(i) + "\n".join(terminal_lines(diagnosis, colour=colour)))
+            print_result("\n" * bool(i) + "\n".join(terminal_lines(diagnosis, colour=colour)))
     if flags.json and flags.json != "-":
-        Path(flags.json).write_text(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
+        write_report(flags.json, json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     if flags.csv:
-        Path(flags.csv).write_text(as_csv(diagnoses), encoding="utf-8", newline="")
+        write_report(flags.csv, as_csv(diagnoses))
     if flags.html:
-        title = ", ".join(d.run.name for d in diagnoses)
-        Path(flags.html).write_text(as_html(diagnoses, title), encoding="utf-8")
+        write_report(flags.html, as_html(diagnoses, ", ".join(d.run.name for d in diagnoses)))
+
+
+def write_report(path: str, text: str) -> None:
+    """Write a report whole or not at all; to a pipe or a device as it takes it."""
+    place, content = Path(os.path.realpath(path)), text.encode(errors="backslashreplace")
+    if place.is_file() or not place.exists():
+        replace_file(place, content, durable=False)
+    else:
+        place.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ What is done already is skipped, so that the same command goes on after an inter
 made with another codec or other flags is refused until --overwrite is given. One
 waveform at a time is held in memory: 0.6 GB for an hour of mono at 44.1 kHz.
 
-Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage; interrupted: 129, 130, 143.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ from cli.command_line import (
     at_least,
     exit_code_of,
     file_path,
+    in_words,
     number,
+    print_result,
     problem,
     say,
     unexpected,
@@ -291,8 +293,8 @@ def do_all(
 
 def reason_of(error: Exception) -> str:
     """An error of one file, in one line."""
-    if isinstance(error, (OSError, ValueError, RuntimeError, MemoryError)) and str(error):
-        return str(error).splitlines()[0]
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error):
+        return in_words(error).splitlines()[0]
     return unexpected(error)
 
 
@@ -411,7 +413,7 @@ def print_info(found: Found) -> int:
             header = npq.read_header(path)
             crc = npq.check_codes(header)
             (record,) = find_all([(os.path.realpath(path), header.file_size, crc)])
-            say("\n".join((*info_lines(header), origin_line(record))))
+            print_result("\n".join((*info_lines(header), origin_line(record))))
         except npq.NpqError as error:
             failed += 1
             problem(str(error))

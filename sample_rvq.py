@@ -9,7 +9,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
 
 A prompt is an .npq file or audio; the sample carries it on.
 
-Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit code: 0 done, 1 failed, 2 wrong usage; interrupted: 129, 130, 143.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ if __name__ == "__main__":
     report_import_errors()
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
 from cli.command_line import (
     EXIT_DONE,
-    EXIT_INTERRUPTED,
     FlagParser,
     UsageError,
     at_least,
+    code_of_interruption,
     exit_code_of,
     file_path,
     fraction_or_one,
@@ -47,6 +46,7 @@ from cli.command_line import (
     say,
 )
 from cli.device import PRECISIONS, fast_precision, pick_device
+from cli.shortages import is_out_of_memory
 from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
@@ -61,7 +61,6 @@ from sound.npq_format import (
 )
 from sound.origin import are_different, codec_of, find_all
 from sound.sampling import Draw, NotFiniteError, generate
-from training.planning import is_out_of_memory
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
 TOGETHER = 4  # samples in a batch: on a CPU one alone takes a tenth less time at most
@@ -405,10 +404,7 @@ def write_samples(
         if flags.out and codec is not None:
             path = numbered(flags.out, i, len(codes))
             waveform = codec.decode_channels(whole, side)[:, kept * codec.hop_length :]
-            try:
-                write_wav(path, waveform.numpy(), codec.sample_rate)
-            except soundfile.SoundFileError as error:  # libsndfile's word for a full disk
-                raise OSError(f"{path}: cannot be written ({error}); see to the disk") from error
+            write_wav(path, waveform.numpy(), codec.sample_rate)
             written.append(path)
             say(f"wrote {path}")
 
@@ -448,12 +444,12 @@ def work(flags: argparse.Namespace) -> int:
             written.append(export_weights(checkpoint, exports, tell=say))
         if flags.out or flags.npq_out:
             sample(flags, checkpoint, written)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         told = (
             f"already written: {', '.join(map(str, written))}" if written else "nothing was written"
         )
         problem(f"interrupted; {told}")
-        return EXIT_INTERRUPTED
+        return code_of_interruption(error)
     return EXIT_DONE
 
 

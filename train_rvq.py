@@ -42,7 +42,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli.command_line import EXIT_DONE, FlagParser, exit_code_of, in_words, problem, unexpected
+from cli.command_line import EXIT_DONE, FlagParser, exit_code_of, problem, unexpected
+from cli.shortages import is_out_of_memory, shortage
 from cli.waiting import NoAnswerError
 from npq_dataset import BadFilesError
 from run_folder import flags as flags_of_runs
@@ -53,7 +54,6 @@ from run_folder.shared_weights import is_shared
 from sound.npq_format import NpqError
 from training import dry_run, ends, rollback, samples, saving
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
-from training.planning import is_out_of_memory
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
 from training.setup import set_up
@@ -575,20 +575,17 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
         return code
 
 
-def explain(error: Exception, flags: argparse.Namespace) -> str:
+def explain(error: BaseException, flags: argparse.Namespace) -> str:
     """The message for an error that no part of the program raises on purpose."""
     if is_out_of_memory(error):
-        short = in_words(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        return (
-            f"out of memory ({short}); lower --batch, --ctx, --d_model or --layers; --plan tells "
-            "what fits"
-        )
+        smaller = "lower --batch, --ctx, --d_model or --layers; --plan tells what fits"
+        return f"{shortage(error)}; {smaller}"
     if torch.distributed.is_initialized() and is_loss_of_peer(error):
         return f"another process of the run died ({error}); torchrun names it below"
-    return unexpected(error, where_it_arose(error, flags))
+    return known_cause(error) or unexpected(error, where_it_arose(error, flags))
 
 
-def where_it_arose(error: Exception, flags: argparse.Namespace) -> str:
+def where_it_arose(error: BaseException, flags: argparse.Namespace) -> str:
     """Keep the traceback beside the run: after days, nobody wants to see it happen once more."""
     path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
     try:

@@ -32,6 +32,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
+from cli.shortages import first_line, shortage
+
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 OPEN_FILES = 1024  # descriptors that serve every command well
 HELP_WIDTH = 80  # columns of a terminal
@@ -181,15 +183,22 @@ def file_path(text: str) -> str:
 
 def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
     """Argument type: a whole number of at least `low`, and at most `most`."""
-    wanted = f"a whole number >= {low}" if most is None else f"{low} to {most}"
+    wanted = f"{low} to {most}"
+    if most is None:
+        wanted = f"a whole number >= {low} of at most 18 digits"
 
     def whole_number(text: str) -> int:
         if re.fullmatch(r"-?\d{1,18}", text) and low <= int(text) <= (most or int(text)):
             return int(text)
-        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {_shown(text)}")
 
     whole_number.__name__ = "N"
     return whole_number
+
+
+def _shown(text: str) -> str:
+    """A value in quotes, as far as a line holds."""
+    return repr(text) if len(text) <= HELP_WIDTH else f"{text[:HELP_WIDTH]!r}..."
 
 
 def number_or_auto(text: str) -> int | str:
@@ -210,7 +219,7 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
             value = math.nan
         wanted = what if not accepts(value) else f"a number < {HUGE:g}" if value >= HUGE else None
         if wanted is not None:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {_shown(text)}")
         return value
 
     parse.__name__ = "X"
@@ -244,6 +253,20 @@ def say(text: str, stream: TextIO | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:  # a pipe without a reader, a terminal that was closed
             _let_go(stream)
+
+
+def print_result(text: str) -> None:
+    """Print what a command was asked for: unlike with `say`, a full disk is an error.
+
+    Raises:
+        OSError: standard output cannot take it.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        _let_go(sys.stdout)
+        if error.errno != errno.EPIPE:
+            raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _let_go(stream: TextIO) -> None:
@@ -282,20 +305,20 @@ def has_colour(stream: TextIO | None) -> bool:
 
 
 def report_import_errors() -> None:
-    """In a door before its imports, which take seconds: Ctrl-C and a missing package in one line.
+    """In a door before its imports, which take seconds: Ctrl-C and failures in one line.
 
     Only for a process of its own: it sets the process's SIGINT, until `begin_work`, and excepthook.
     """
-    sys.excepthook = _tell_missing_package
+    sys.excepthook = _tell_failed_start
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
         signal.signal(signal.SIGINT, _leave_imports)
 
 
-def _tell_missing_package(
+def _tell_failed_start(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if isinstance(error, ModuleNotFoundError):
-        problem(missing_package(error))
+    if (said := known_cause(error)) is not None:
+        problem(said)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -342,12 +365,15 @@ REMEDIES = {
     errno.EIO: "check the disk, or the network folder's server",
     errno.ESTALE: "the network folder changed on its server; mount it anew",
     errno.ETIMEDOUT: "check the network folder's server",
-    errno.ENOMEM: "free some memory, or ask for less",
+    errno.EAGAIN: "end other programs, or raise `ulimit -u`",
+    errno.ENOMEM: "free some memory, ask for less, or raise `ulimit -v`",
 }
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """An error's message; of the system's errors path, reason and remedy."""
+    if ";" not in str(error) and (said := shortage(error)) is not None:
+        return said
     if not isinstance(error, OSError) or error.errno is None:
         return str(error) or type(error).__name__
     where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
@@ -364,7 +390,7 @@ def exit_code_of(
     debug: bool,
     interrupted: str = "interrupted",
     failed: int = EXIT_FAILED,
-    explain: Callable[[Exception], str] | None = None,
+    explain: Callable[[BaseException], str] | None = None,
     report: Callable[[int, str], int] | None = None,
 ) -> int:
     """Run a command's work; an error becomes one line and a code, `failed` but for wrong usage.
@@ -375,13 +401,15 @@ def exit_code_of(
     """
     begin_work()
     try:
-        with tolerate_broken_streams():
+        with tolerate_broken_streams(), signals_interrupt():
             return work()
     except UsageError as error:
         code, message = EXIT_USAGE, str(error)
-    except KeyboardInterrupt:
-        code, message = EXIT_INTERRUPTED, interrupted
-    except Exception as error:
+    except KeyboardInterrupt as error:
+        code, message = code_of_interruption(error), interrupted
+    except SystemExit:
+        raise
+    except BaseException as error:  # a library written in Rust panics with one that is no Exception
         if debug:
             traceback.print_exc()
         code = failed
@@ -392,12 +420,41 @@ def exit_code_of(
     return code
 
 
+class SignalInterrupt(KeyboardInterrupt):
+    """SIGTERM, or the SIGHUP of a terminal that closed; its only argument is the number."""
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Around a command: these signals end it as Ctrl-C does, so that nothing half-made is left."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise SignalInterrupt(number)
+
+    usual = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in usual:  # others are ignored on purpose, as by nohup
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in usual:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def code_of_interruption(error: KeyboardInterrupt) -> int:
+    """128 + the signal's number: 130 for Ctrl-C."""
+    return 128 + int(error.args[0]) if isinstance(error, SignalInterrupt) else EXIT_INTERRUPTED
+
+
 @contextlib.contextmanager
 def tolerate_broken_streams() -> Iterator[None]:
     """Around a command: what cannot be printed, or no longer be written, does not end it."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a stream was closed: else a checkpoint takes its number, and what is printed there
     os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as Python has it then; libraries count on a file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the process's end
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -411,9 +468,23 @@ def tolerate_broken_streams() -> Iterator[None]:
                 _let_go(stream)
 
 
-def unexpected(error: Exception, where: str = "--debug shows where") -> str:
+def unexpected(error: BaseException, where: str = "--debug shows where") -> str:
     """An error that no one foresaw, in one line."""
+    if (said := known_cause(error)) is not None:
+        return said
+    told = f"{type(error).__name__}: {first_line(error) or 'no message'}"
+    return f"{told}; a fault of the program ({where}), please report it"
+
+
+def known_cause(error: BaseException) -> str | None:
+    """What ended a command, where that is the machine it runs on; None: perhaps the program."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}; a fault of the program ({where}), please report it"
+    is_of_system = isinstance(error, OSError) and error.errno is not None
+    return in_words(error) if is_of_system else shortage(error)
+
+
+def raise_known_cause(error: BaseException) -> None:
+    """In a handler that blames a file or a flag: raise an error again that the machine made."""
+    if known_cause(error) is not None:
+        raise error

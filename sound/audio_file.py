@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import stat
@@ -22,7 +23,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from cli.disk import replace
+from cli.disk import naming, replace
 from sound.audio_streams import (
     CHUNKED,
     DamagedError,
@@ -35,6 +36,7 @@ from sound.audio_streams import (
     tag_length,
 )
 from sound.mpeg_streams import mpeg_streams
+from sound.npq_format import raise_unless_of_file
 
 if TYPE_CHECKING:
     Waveform = np.ndarray[Any, np.dtype[np.float32]]
@@ -98,6 +100,7 @@ def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[W
     except DamagedError as error:
         raise AudioError(path, error.expected, error.found) from error
     except (OSError, soundfile.SoundFileError) as error:
+        raise_unless_of_file(error)
         found = str(getattr(error, "error_string", error)).rstrip(".")
         raise AudioError(path, "audio that libsndfile reads", found) from error
     if len(set(rates)) > 1:
@@ -147,7 +150,7 @@ def _open_regular(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("not a regular file")
+        raise DamagedError("audio that libsndfile reads", "not a regular file")
     return descriptor
 
 
@@ -277,12 +280,15 @@ def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> No
     """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
 
     Raises:
-        OSError, soundfile.SoundFileError: it cannot be written; `path` is as it was.
+        OSError: it cannot be written; `path` is as it was.
     """
+    whole = io.BytesIO()  # libsndfile itself does not say why a disk refuses
+    soundfile.write(whole, waveform.T, rate, subtype="PCM_16", format="WAV")
     # Not named after the file, whose name may be as long as a name can be.
     temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
     try:
-        soundfile.write(os.fsencode(temporary), waveform.T, rate, subtype="PCM_16", format="WAV")
+        with naming(Path(path)):
+            temporary.write_bytes(whole.getbuffer())
         replace(temporary, Path(path))
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.command_line import raise_known_cause
 from cli.disk import replace
 from sound.npq_format import FRAME_RATE_TOLERANCE
 from sound.origin import CodecId, are_different
@@ -133,6 +134,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     except CodecError:
         raise
     except Exception as error:  # a hostile pickle makes torch.load raise anything
+        raise_known_cause(error)
         raise refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(weights, dict) or not {"state_dict", "metadata"} <= weights.keys():
         raise refusal("no state_dict and metadata")
@@ -151,7 +153,9 @@ def _import_dac() -> Any:
     except (ImportError, OSError):
         sys.modules["torchaudio"] = stand_in
     try:
-        import dac
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dac is older than what it rests on
+            import dac
     finally:
         if sys.modules.get("torchaudio") is stand_in:
             del sys.modules["torchaudio"]
@@ -185,10 +189,12 @@ def load_codec(name: str, device: str = "cpu") -> Codec:
             model = dac_class(**kwargs)
         model.load_state_dict(weights["state_dict"], assign=True)
     except Exception as error:  # metadata may be anything
+        raise_known_cause(error)
         raise CodecError(f"{path}: these weights do not fit the DAC class: {error!r}") from error
     try:
         model = model.float().eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises both for an absent device
+        raise_known_cause(error)
         raise CodecError(f"device {device!r}: {error}; pass another --device") from error
     return Codec(model)
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cli.disk import NOT_OFFERED, replace, sync
+from cli.disk import NOT_OFFERED, naming, replace, sync
 
 MAGICS = b"NPQ1", b"NPQ2"
 MAX_CODEBOOKS = 64
@@ -416,7 +416,7 @@ def _write_whole(path: str, content: bytes) -> None:
     # Not named after the file, whose name may be as long as a name can be.
     temporary = Path(os.path.dirname(path), f".npq.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
+        with naming(Path(path)), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             sync(file)

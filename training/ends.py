@@ -9,12 +9,12 @@ import contextlib
 import signal
 
 from cli.command_line import EXIT_DONE, in_words
+from cli.shortages import is_out_of_memory
 from cli.waiting import NoAnswerError
 from pages.run_page import write_report
 from run_folder.metrics import number
 from training import samples, saving
 from training.building import plan_of
-from training.planning import is_out_of_memory
 from training.state import TrainingRun
 
 EXIT_GUARD = 3  # stopped by the guard
@@ -97,9 +97,13 @@ def save_first(run: TrainingRun) -> None:
     """Save before a failure ends the run; if that fails too, the first failure is told."""
     run.console.problem(f"failed at step {run.state.progress.step}; saving first")
     run.loader.give_back()
-    with contextlib.suppress(OSError, NoAnswerError):  # told by `check_save`
+    try:
         saving.save(run)
         saving.finish_save(run)
+    except (OSError, NoAnswerError):
+        pass  # told by `check_save`
+    except Exception as error:  # what was short for a step may be short for the copy to save
+        run.console.problem(f"that failed too ({in_words(error)}); {run.files.latest_in_words()}")
 
 
 def tell_out_of_memory(run: TrainingRun) -> None:
@@ -118,7 +122,7 @@ def update_page(run: TrainingRun) -> None:
         write_report(run.files, samples.folder(run.flags))
     except Exception as error:
         if not run.report_failed:
-            told = in_words(error)
+            told = in_words(error).removeprefix(f"{run.files.report}: ")
             run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
         run.report_failed = True
     else:

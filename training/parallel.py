@@ -31,9 +31,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
+from cli.shortages import first_line
+from cli.waiting import in_thread, wait_for
+
 # Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
 # one that hangs after this.
 TIMEOUT = datetime.timedelta(hours=1)
+LAUNCH = "start many processes by torchrun, or one without WORLD_SIZE"
 T = TypeVar("T")
 
 
@@ -231,10 +235,36 @@ def join() -> World:
     Raises:
         ParallelError: the other processes cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = _from_torchrun("WORLD_SIZE", "1")
+    if size == 1:
         return World()
+    rank, local_rank = _from_torchrun("RANK", "-1"), _from_torchrun("LOCAL_RANK", "0")
+    if not 0 <= rank < size or local_rank < 0:
+        raise ParallelError(
+            f"expected 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0, found {rank}, {size} and "
+            f"{local_rank}; {LAUNCH}"
+        )
+    # In a thread, as the call serves no signals for an hour.
+    joining = in_thread(lambda: _meet(rank, size), "joining")
+    sign = (0, f"rank {rank} waits for the others of {size} processes")
+    patience = 2 * TIMEOUT.total_seconds()  # its own ends sooner
+    store = wait_for(joining, lambda: sign, patience=patience)
+    return World(rank, size, local_rank, PrefixStore("failure", store))
+
+
+def _from_torchrun(name: str, default: str) -> int:
+    """A whole number of the environment."""
+    text = os.environ.get(name) or default
     try:
-        shared, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        return int(text)
+    except ValueError:
+        raise ParallelError(f"{name}: expected a whole number, found {text!r}; {LAUNCH}") from None
+
+
+def _meet(rank: int, size: int) -> Store:
+    """Join the other processes; the store that they share."""
+    try:
+        shared, *_ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
         # torchrun keeps one store over its restarts, and in it addresses of processes that died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"attempt {attempt}", shared)
@@ -242,9 +272,10 @@ def join() -> World:
             store=PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
-        raise ParallelError(f"the processes could not find each other: {error}") from error
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(rank, size, local_rank, PrefixStore("failure", store))
+        raise ParallelError(
+            f"the processes could not find each other: {first_line(error)}; {LAUNCH}"
+        ) from error
+    return store
 
 
 def is_loss_of_peer(error: BaseException) -> bool:

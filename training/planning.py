@@ -416,9 +416,3 @@ def free_memory(device: torch.device) -> float | None:
         sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", lines, re.M))
         return 1024.0 * (int(sizes["MemAvailable"]) + int(sizes["VmRSS"]))
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory, or the host's, did not suffice."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)

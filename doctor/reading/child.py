@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from cli.command_line import in_words
+from cli.shortages import first_line, is_out_of_memory
 from doctor.reading.summary import Problem, Unreadable
 from run_folder.checkpoint import CheckpointError
 
@@ -41,6 +42,9 @@ def in_child(
     """Run `work(path, tell, *arguments)` in a child with limits; its JSON answer or a Problem.
 
     A child that tells nothing for `silence` seconds is given up.
+
+    Raises:
+        MemoryError: this machine has none left, which says nothing of the file.
 
     The child is forked: the parent never computes with tensors, so there are no threads to lose.
     """
@@ -70,6 +74,8 @@ def _answer(
                 report(message["bytes"])
             elif "problem" in message:
                 return Problem(*message["problem"])
+            elif "short" in message:
+                raise MemoryError(f"to read {message['short']}")
             else:
                 return message["answer"]
         return Problem("corrupt", f"no answer within {silence:g} seconds; given up")
@@ -109,6 +115,7 @@ def _child(
     *arguments: Any,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ours, connection = pipe
     ours.close()  # so that sending to a parent that is gone fails, and does not wait for ever
 
@@ -122,42 +129,56 @@ def _child(
 def _work(
     work: Callable[..., Any], path: str, tell: Callable[[int], None], *arguments: Any
 ) -> dict[str, Any]:
-    """The "answer" of the work, or its "problem"."""
+    """The "answer" of the work, or its "problem", or what was "short" on this machine."""
+    is_own_limit = True
     warnings.simplefilter("ignore")  # of torch and NumPy, on what a file holds
     try:
         torch.set_num_threads(1)  # memory is the limit; threads would wait for each other
-        _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
+        is_own_limit = _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
         return {"answer": work(path, tell, *arguments)}
     except Unreadable as error:
         problem = error.problem
-    except CheckpointError as error:
-        problem = Problem("corrupt", str(error).removeprefix(f"{path}: "))
-    except OSError as error:  # says nothing of the file: no right to read it, a server that fails
-        why = in_words(error).removeprefix(f"{path}: ")
-        problem = Problem("corrupt", f"cannot be read now: {why}")
-    except MemoryError:
-        problem = Problem("corrupt", "needs far more memory than its size; refused")
-    except Exception as error:  # a hostile file can make anything fail
-        first = (str(error).splitlines() or [""])[0]
-        problem = Problem("corrupt", f"{type(error).__name__}: {first}"[:300])
+    except Exception as error:
+        if not is_own_limit and is_out_of_memory(error):
+            return {"short": path}
+        problem = _problem_of(error, path)
     return {"problem": problem}
 
 
-def _limit_this_process(paths: list[str]) -> None:
-    """No files written, no core, memory by the files' size, minutes of computing."""
+def _problem_of(error: Exception, path: str) -> Problem:
+    """What an error says of the file."""
+    if isinstance(error, CheckpointError):
+        text = str(error).removeprefix(f"{path}: ")
+    elif isinstance(error, OSError):  # nothing: no right to read it, a server that fails
+        text = f"cannot be read now: {in_words(error).removeprefix(f'{path}: ')}"
+    elif isinstance(error, MemoryError):
+        text = "needs far more memory than its size; refused"
+    else:  # a hostile file can make anything fail
+        text = f"{type(error).__name__}: {first_line(error)}"[:300]
+    return Problem("corrupt", text)
+
+
+def _limit_this_process(paths: list[str]) -> bool:
+    """No files written, no core, memory by the files' size, minutes of computing.
+
+    Returns whether memory ends where this says, and not where a limit did that was there before.
+    """
     size = sum(map(os.path.getsize, paths))
     with open("/proc/self/status") as file:
         held = dict(line.split(":", 1) for line in file)
     mapped, data = (int(held[name].split()[0]) << 10 for name in ("VmSize", "VmData"))
     # Threads and torch's first use reserve address space without using it; a mapped file is data.
-    _lower(resource.RLIMIT_AS, mapped + 3 * size + (6 << 30))
-    _lower(resource.RLIMIT_DATA, data + 2 * size + (512 << 20))
+    space = _lower(resource.RLIMIT_AS, mapped + 3 * size + (6 << 30))
+    space &= _lower(resource.RLIMIT_DATA, data + 2 * size + (512 << 20))
     _lower(resource.RLIMIT_CPU, 120 + size // 5_000_000)
     _lower(resource.RLIMIT_FSIZE, 0)
     _lower(resource.RLIMIT_CORE, 0)
+    return space
 
 
-def _lower(limit: int, value: int) -> None:
+def _lower(limit: int, value: int) -> bool:
+    """Set a limit, unless a lower one is there; whether it was set."""
     _, hard = resource.getrlimit(limit)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(limit, (value, hard))
+    if is_lower := hard == resource.RLIM_INFINITY or value <= hard:
+        resource.setrlimit(limit, (value, hard))
+    return is_lower

@@ -129,7 +129,7 @@ def flags_of(many: Path, save_dir: Path) -> list[str | Path]:
 
 def test_a_run_keeps_to_a_limit_of_256_open_files(many, tmp_path):
     """With two threads and 600 files; errno 24 came as "killed, or no memory left"."""
-    flags = [*flags_of(many, tmp_path), "--max-steps", "60"]
+    flags = [*flags_of(many, tmp_path), "--max-steps", "180", "--epochs", "9"]
     process = limited("-n 256", sys.executable, ROOT / "train_rvq.py", *flags)
     most = 0
     while process.poll() is None:
