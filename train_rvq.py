@@ -42,7 +42,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli.command_line import EXIT_DONE, FlagParser, exit_code_of, problem, unexpected
+from cli.command_line import (
+    EXIT_DONE,
+    FlagParser,
+    exit_code_of,
+    known_cause,
+    problem,
+    unexpected,
+)
 from cli.shortages import is_out_of_memory, shortage
 from cli.waiting import NoAnswerError
 from npq_dataset import BadFilesError

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
@@ -439,6 +440,30 @@ def signals_interrupt() -> Iterator[None]:
     finally:
         for number in usual:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let signals that interrupt take effect at the block's end.
+
+    Around an import, as libraries swallow whatever is raised within theirs, and around a fork. A
+    signal mask would not do: another thread, such as a progress bar's, would take the signal and
+    raise it here all the same.
+    """
+    waiting: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(handler := signal.getsignal(number)):
+                before[number] = handler
+                signal.signal(number, lambda received, _: waiting.append(received))
+    try:
+        yield
+    finally:
+        for deferred, handler in before.items():
+            signal.signal(deferred, handler)
+    if waiting:
+        before[waiting[0]](waiting[0], None)
 
 
 def code_of_interruption(error: KeyboardInterrupt) -> int:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.command_line import raise_known_cause
+from cli.command_line import raise_known_cause, signals_deferred
 from cli.disk import replace
 from sound.npq_format import FRAME_RATE_TOLERANCE
 from sound.origin import CodecId, are_different
@@ -153,7 +153,7 @@ def _import_dac() -> Any:
     except (ImportError, OSError):
         sys.modules["torchaudio"] = stand_in
     try:
-        with warnings.catch_warnings():
+        with signals_deferred(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dac is older than what it rests on
             import dac
     finally:

@@ -19,12 +19,12 @@ import resource
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from cli.command_line import in_words
+from cli.command_line import in_words, signals_deferred
 from cli.shortages import first_line, is_out_of_memory
 from doctor.reading.summary import Problem, Unreadable
 from run_folder.checkpoint import CheckpointError
@@ -54,7 +54,7 @@ def in_child(
     sys.stdout.flush()
     with contextlib.ExitStack() as at_end:
         at_end.callback(ours.close)
-        with ctrl_c_deferred():  # a child that is not yet known could not be ended
+        with signals_deferred():  # a child that is not yet known could not be ended
             child.start()
             at_end.callback(_end, child)
         theirs.close()
@@ -89,23 +89,6 @@ def _answer(
 def _end(child: multiprocessing.process.BaseProcess) -> None:
     child.kill()
     child.join()
-
-
-@contextlib.contextmanager
-def ctrl_c_deferred() -> Iterator[None]:
-    """Let a SIGINT take effect at the block's end.
-
-    A signal mask would not do: another thread, such as a progress bar's, would take the signal and
-    raise it here all the same.
-    """
-    waiting: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting and callable(before):
-        before(signal.SIGINT, None)
 
 
 def _child(

@@ -227,7 +227,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_others(words, tmp_path):
 
     found, said = ending(train_rvq, words["train"], tmp_path, interrupted)
     assert found == 130, said
-    assert "interrupted before a step was taken" in said
+    assert "! interrupted" in said
 
 
 @pytest.mark.parametrize("kind", ["encode", "sample", "doctor"])
