@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,11 +51,12 @@ from doctor.examined_run import ExaminedRun
 from doctor.probe import WINDOWS, probe, probe_own_data
 from doctor.reading.foreign import by_folder
 from doctor.reading.reader import summarize
-from doctor.reading.summary import FILE_KINDS, Problem, Summary, kind_of
+from doctor.reading.summary import Problem, Summary
 from doctor.report.page import as_html
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from npq_dataset import BadFilesError
 from run_folder.metrics import RunMetrics, read_metrics
+from run_folder.names import checkpoint_name
 from sound.npq_format import NpqError
 
 
@@ -178,7 +178,7 @@ def find_checkpoints(words: Sequence[str]) -> list[str]:
         if os.path.isdir(word):
             names = sorted(n for n in os.listdir(word) if n.lower().endswith(SUFFIXES))
             matches = [os.path.join(word, n) for n in names if not n.startswith(".")]
-            if by_folder(word) and all(kind_of(n)[0] == "other" for n in names):
+            if by_folder(word) and all(checkpoint_name(n).kind == "other" for n in names):
                 matches = [word]  # a checkpoint as a folder, of another program
             if not matches:
                 kinds = ", *".join(SUFFIXES)
@@ -211,7 +211,7 @@ def summarize_all(paths: Iterable[str]) -> list[Summary]:
                 twin = summarize(path, functools.partial(_advance, bar, done))
             if identity:
                 known[identity] = twin
-            kind, name_epoch = kind_of(path)
+            _, kind, name_epoch = checkpoint_name(path)
             summaries.append(dataclasses.replace(twin, path=path, kind=kind, name_epoch=name_epoch))
             done += sizes[path]
             _advance(bar, done, 0)
@@ -234,16 +234,13 @@ def group_by_run(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
     """Files by folder and name of their run; strangers join the only run of their folder."""
     runs: dict[str, list[Summary]] = {}
     strangers: list[Summary] = []
-    endings = "|".join(
-        pattern.removeprefix(".*").removesuffix(r"\.pt") for pattern, _ in FILE_KINDS
-    )
     for summary in summaries:
-        told = re.fullmatch(rf"(.+?)(?:{endings})\.pt", summary.name)
-        if told is None:
+        name = checkpoint_name(summary.path).run
+        if not name:
             strangers.append(summary)
         else:
             folder = os.path.dirname(summary.path)
-            runs.setdefault(os.path.join(folder, told[1]), []).append(summary)
+            runs.setdefault(os.path.join(folder, name), []).append(summary)
     for summary in strangers:
         folder = os.path.dirname(summary.path)
         homes = [name for name in runs if os.path.dirname(name) == folder]

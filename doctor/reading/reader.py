@@ -35,10 +35,10 @@ from doctor.reading.summary import (
     as_number,
     as_text,
     as_whole,
-    kind_of,
     plain,
 )
 from run_folder.checkpoint import FORMAT
+from run_folder.names import checkpoint_name
 
 
 def summarize(
@@ -69,7 +69,7 @@ def _from_json(answer: dict[str, Any]) -> Summary:
 
 
 def _blank(path: str) -> Summary:
-    kind, name_epoch = kind_of(path)
+    _, kind, name_epoch = checkpoint_name(path)
     try:
         facts = os.stat(path)
     except OSError:

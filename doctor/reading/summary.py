@@ -16,7 +16,6 @@ import functools
 import math
 import numbers
 import os
-import re
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -205,26 +204,6 @@ def place_of(name: str) -> Place:
     codebook = int(words[1]) if len(words) > 2 and words[1].isdigit() else -1
     role = STAGES[stage][0] if stage < len(STAGES) else name
     return Place(stage, -1, 0, codebook, role + kind)
-
-
-FILE_KINDS = (
-    (r".*_latest\.pt", "latest"),
-    (r".*_previous\.pt", "previous"),
-    (r".*_best_e\d+__.*\.pt", "best archive"),
-    (r".*_epoch_e\d+__.*\.pt", "archive"),
-    (r".*_best\.pt", "best"),
-    (r".*_panic_s\d+\.pt", "panic"),
-    (r".*_quarantine_s\d+\.pt", "quarantine"),
-    (r".*_ring_s\d+\.pt", "ring"),
-)
-
-
-def kind_of(path: str | os.PathLike[str]) -> tuple[str, int | None]:
-    """Kind of a checkpoint by its file name, and the epoch that the name tells."""
-    name = os.path.basename(path)
-    kind = next((k for pattern, k in FILE_KINDS if re.fullmatch(pattern, name)), "other")
-    told = re.search(r"_e(\d+)__", name)
-    return kind, int(told[1]) if told else None
 
 
 # --- values that nobody vouches for --------------------------------------------------------------

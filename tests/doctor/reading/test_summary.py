@@ -13,7 +13,6 @@ from doctor.reading.summary import (
     as_count,
     as_number,
     as_whole,
-    kind_of,
     place_of,
     plain,
 )
@@ -43,15 +42,6 @@ def test_names_of_a_depth_transformer_and_unknown_ones():
     assert places[7].role == "head"
     for odd in ("depth", "depth.", "depth.depth.depth", "blocks.x", "depth.blocks..weight", ""):
         place_of(odd)
-
-
-def test_kinds_by_name():
-    assert kind_of("a/rvq_9cb_latest.pt") == ("latest", None)
-    assert kind_of("rvq_9cb_x_best_e0012__20250801-101112.pt") == ("best archive", 12)
-    assert kind_of("rvq_9cb_epoch_e0355__20250801-101112-2.pt") == ("archive", 355)
-    assert kind_of("rvq_9cb_best.pt") == ("best", None)
-    assert kind_of("rvq_9cb_panic_s00000012.pt") == ("panic", None)
-    assert kind_of("model.pt") == ("other", None)
 
 
 def test_more_values_than_a_report_can_hold_are_refused(monkeypatch):
