@@ -206,14 +206,14 @@ def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
 
 
 def prepare_losses(run: TrainingRun) -> None:
-    """Compile them if asked to, or on CUDA; average their gradients over all processes."""
+    """Compile the losses if --compile says so, or on CUDA; average gradients over all processes."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
         compile_losses(run)
     run.losses = run.world.averaging(run.losses)
 
 
 def compile_losses(run: TrainingRun) -> None:
-    """Switch to compiled losses after one trial step; where that fails, say so and stay eager."""
+    """Switch to compiled losses after one trial step; if that fails, report it and stay eager."""
     state, failure = run.state, None
     eager, scaler = run.losses, state.scaler
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
@@ -253,7 +253,7 @@ class Validation:
 
 @torch.inference_mode()
 def evaluate(run: TrainingRun) -> Validation | None:
-    """Validate the EMA weights, eagerly; None when a signal asked to stop in the middle."""
+    """Validate the EMA weights, eagerly; None if a signal interrupted it."""
     flags, model, world = run.flags, run.state.ema.model, run.world
     k = len(run.weights)
     total = torch.zeros(k + 1, device=run.device)
@@ -281,7 +281,7 @@ def evaluate(run: TrainingRun) -> Validation | None:
 def train(run: TrainingRun) -> int:
     """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code.
 
-    An epoch may turn out to lie behind the run, after a rollback.
+    After a rollback the next epoch may be an earlier one.
     """
     p = run.state.progress
     run.loader.meanwhile = lambda: while_waiting(run)
@@ -365,10 +365,10 @@ def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
 
 
 def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
-    """This process's next micro-batches; None when a signal asks to stop.
+    """This process's next micro-batches; None after a signal to stop.
 
-    They are waited for here, where the state is whole, and of many processes by all together:
-    within a step a signal could not be served.
+    Waiting happens here, between steps and in all processes at once: within a step the state is
+    incomplete and a signal could not be served.
     """
     try:
         codes = list(itertools.islice(batches, count))
@@ -381,7 +381,7 @@ def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[
 def while_waiting(run: TrainingRun) -> None:
     """Serve signals several times a second while data is waited for.
 
-    Of many processes none can save or stop alone; the others learn of it from `sync_control`.
+    One of many processes cannot save or stop alone; `sync_control` informs the others.
     """
     if run.stop.signal is not None or run.stop.received is not None:
         raise Stopped
@@ -465,12 +465,12 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
         if result is None:
             return False
         saving.check_save(run, wait=True)  # if it fails, the best value is not what it was
-    # Asked after all that takes long, and before an epoch is counted that must be repeated.
+    # Checked after everything slow, and before the epoch counts: an unsound one is repeated.
     if (reason := saving.unsound(run)) is not None:
         saving.quarantine(run, reason)
         rollback.roll_back(run, reason)
         return True
-    is_best = result is not None and result.val < p.best_val  # never true for NaN
+    is_best = result is not None and result.val < p.best_val  # false for NaN
     if result is not None:
         p.validated_step, p.validated_seconds = p.step, p.seconds
         if is_best:
@@ -490,7 +490,7 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
 
 
 def validation_due(run: TrainingRun, *, complete: bool) -> bool:
-    """By training seconds where --val-every-seconds says so, else at the end of epochs."""
+    """Whether to validate now: by training seconds with --val-every-seconds, else by epochs."""
     p, flags = run.state.progress, run.flags
     if every := flags.val_every_seconds:
         return p.seconds // every > p.validated_seconds // every
@@ -546,12 +546,12 @@ EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, NoAnswerErr
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the flags say; errors become one message and an exit code."""
+    """Train; errors become one message and an exit code."""
     return exit_code_of(lambda: join_and_train(argv), expected=EXPECTED, debug=False)
 
 
 def join_and_train(argv: list[str] | None) -> int:
-    """Join the other processes, parse, train; a failure is told once for all of them."""
+    """Join the other processes, parse, train; a failure is reported once for all of them."""
     world = join()
     with world.print_once():
         flags, explicit = parse_flags(argv)
@@ -583,7 +583,7 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
 
 
 def explain(error: BaseException, flags: argparse.Namespace) -> str:
-    """The message for an error that no part of the program raises on purpose."""
+    """The message of an error that the program did not raise itself."""
     if is_out_of_memory(error):
         smaller = "lower --batch, --ctx, --d_model or --layers; --plan tells what fits"
         return f"{shortage(error)}; {smaller}"
@@ -593,7 +593,7 @@ def explain(error: BaseException, flags: argparse.Namespace) -> str:
 
 
 def where_it_arose(error: BaseException, flags: argparse.Namespace) -> str:
-    """Keep the traceback beside the run: after days, nobody wants to see it happen once more."""
+    """Write the traceback beside the run: a failure after days cannot be repeated at will."""
     path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
     try:
         if not path.parent.is_dir() or flags.plan:
@@ -605,7 +605,7 @@ def where_it_arose(error: BaseException, flags: argparse.Namespace) -> str:
 
 
 def report_once(world: World, code: int, message: str) -> int:
-    """Say why the run failed, once for all processes; the exit code of all."""
+    """Print why the run failed, once for all processes; returns the exit code of all."""
     told = world.first_failure(code)
     if told is not None:
         return told

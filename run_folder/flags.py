@@ -2,7 +2,7 @@
 
     parser = FlagParser(__file__, usage="%(prog)s --data GLOB [flags]")
     add_to(parser)
-    names("run", "architecture")                         # what a card of shared weights tells
+    names("run", "architecture")                         # what a card of shared weights lists
     command_words({"lr": 1e-4, "amp": False})            # [["--lr", "0.0001"], ["--no-amp"]]
 
 They are part of what a run leaves on the disk, so they stand below all that read them: the trainer,

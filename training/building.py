@@ -33,7 +33,7 @@ def pick_architecture(
     vocab_sizes: tuple[int, ...],
     world: World = ALONE,
 ) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """Of the checkpoint, of --init-from, or of the flags, in that order; and --init-from's file."""
+    """Architecture of checkpoint, --init-from or flags, in that order; the parts of --init-from."""
     initial = None
     if checkpoint is None and flags.init_from:
         if world.is_first:
@@ -67,7 +67,7 @@ def pick_architecture(
 
 
 def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
-    """With fresh weights, and what the flags say of training it."""
+    """A model with fresh weights, set to train as the flags say."""
     return CodesTransformer(
         config,
         grad_checkpoint=flags.grad_checkpoint,
@@ -84,7 +84,7 @@ def first_state(
     device: torch.device,
     world: World,
 ) -> TrainState:
-    """With fresh weights, or the EMA weights of --init-from's file."""
+    """State with fresh weights, or with the EMA weights of --init-from's file."""
     torch.manual_seed(flags.seed)
     model = new_model(flags, config).to(device)
     if initial is not None:
@@ -135,12 +135,12 @@ def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[floa
 
 
 def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
-    """Of a run on a device, here or not."""
+    """The plan of a run on a device, present or not."""
     return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
 
 
 def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
-    """With fresh weights, whole, on torch's default device."""
+    """State with fresh weights on torch's default device."""
     return build_state(flags, new_model(flags, config), None, torch.device("cpu"))
 
 

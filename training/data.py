@@ -25,7 +25,7 @@ class Data(NamedTuple):
     corpus: Corpus
     train: WindowDataset
     val: WindowDataset
-    facts: dict[str, Any]  # tell one set of windows from another; in the checkpoint as `data`
+    facts: dict[str, Any]  # identify the windows; saved in the checkpoint as `data`
 
 
 def open_data(flags: argparse.Namespace, console: Console) -> Data:
@@ -80,7 +80,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
 
 
 def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
-    """What a report or a model card tells of the data: files, and hours on either side."""
+    """Size of the data for a report or a model card: files, hours of either side."""
     hours = 3600 * corpus.frame_rate
     return {
         "files": len(corpus.files),

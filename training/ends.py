@@ -1,4 +1,4 @@
-"""How a run ends: finished, interrupted, stopped by the guard, or failed. Each says how to go on.
+"""How a run ends: finished, interrupted, stopped by the guard, or failed. Each prints how to go on.
 
 return ends.finished(run)     # the exit code
 """
@@ -21,7 +21,7 @@ EXIT_GUARD = 3  # stopped by the guard
 
 
 def interrupted(run: TrainingRun) -> int:
-    """Save where a signal stopped the run, and say how to go on."""
+    """Save after a signal, print how to go on; returns 128 + the signal's number."""
     signal_number = run.stop.signal or signal.SIGTERM
     where = f"saved {run.files.latest} at step {run.state.progress.step}"
     if saving.save(run) is not None:
@@ -39,7 +39,7 @@ def interrupted(run: TrainingRun) -> int:
 
 
 def stopped_by_guard(run: TrainingRun) -> int:
-    """Leave `latest` at the last sound save, and say what to look at."""
+    """Leave `latest` at the last sound save, print what to look at; returns EXIT_GUARD."""
     saving.check_save(run, wait=True)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
     update_page(run)
@@ -54,7 +54,7 @@ def stopped_by_guard(run: TrainingRun) -> int:
 
 
 def finished(run: TrainingRun) -> int:
-    """See the last save to its end, and say what there is."""
+    """Wait for the last save, print what the run has left; returns EXIT_DONE."""
     p = run.state.progress
     saving.finish_save(run)
     if run.world.is_first:
@@ -94,20 +94,20 @@ def close(run: TrainingRun) -> None:
 
 
 def save_first(run: TrainingRun) -> None:
-    """Save before a failure ends the run; if that fails too, the first failure is told."""
+    """Save before a failure ends the run; an error of this save does not hide the first one."""
     run.console.problem(f"failed at step {run.state.progress.step}; saving first")
     run.loader.give_back()
     try:
         saving.save(run)
         saving.finish_save(run)
     except (OSError, NoAnswerError):
-        pass  # told by `check_save`
+        pass  # reported by `check_save`
     except Exception as error:  # what was short for a step may be short for the copy to save
         run.console.problem(f"that failed too ({in_words(error)}); {run.files.latest_in_words()}")
 
 
 def tell_out_of_memory(run: TrainingRun) -> None:
-    """What the user can change; the error itself is raised on."""
+    """Print flags that take less memory; the caller raises the error on."""
     lines = plan_of(run.flags, run.state.model.config, run.device).advice()
     run.console.problem(
         "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])

@@ -30,7 +30,7 @@ class Guard:
     `factor` standard deviations above the mean of the last `memory` accepted steps. It compares
     first and adds afterwards, and only accepted steps are added, so neither a spike nor a NaN can
     widen its limits. The deviations have floors, lest a calm stretch make it refuse everything.
-    Where the level changes for a reason, such as other flags, the caller says so with `forget`.
+    After a change of level for a known reason, such as other flags, call `forget`.
     """
 
     def __init__(

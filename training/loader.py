@@ -37,7 +37,7 @@ class Loader:
     """Reads windows with `threads` threads, each up to `ahead` micro-batches before their use.
 
     `meanwhile` is called several times a second while one is waited for, and may end that by
-    raising; `tell` is given what a long wait says.
+    raising; `tell` receives the message of a long wait.
     """
 
     def __init__(

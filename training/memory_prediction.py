@@ -185,7 +185,7 @@ class _Tracker(MemTracker):
 
 @contextlib.contextmanager
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision of CPU tensors that are said to lie on a device; none without a dtype."""
+    """Mixed precision of CPU tensors that stand for tensors of a device; none without a dtype."""
     if dtype is None:
         yield
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 SLOW_FACTOR = 3.0  # a third of the usual speed is slow
-SLOW_SECONDS = 60.0  # of training in a row before a word is said
+SLOW_SECONDS = 60.0  # of training in a row before a warning
 MEMORY = 0.1  # share of the newest interval in the usual speed
 
 

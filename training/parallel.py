@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 
 class ParallelError(RuntimeError):
-    """The processes do not fit together; says which one differs, in what, and what to do."""
+    """The processes do not fit together; the message names which one, in what, and the remedy."""
 
 
 @dataclass
 class World:
-    """The processes of a run and this one's place among them; alone unless `join` says more."""
+    """The processes of a run and this one's place among them; alone unless `join` finds others."""
 
     rank: int = 0
     size: int = 1
@@ -124,7 +124,7 @@ class World:
     # --- failing ---------------------------------------------------------------------------------
 
     def first_failure(self, code: int) -> int | None:
-        """None for the process that fails first, which must say why; for others its exit code.
+        """None for the process that fails first, which must report it; for others its exit code.
 
         Those that wait for a process that has failed fail too, and have nothing to add.
         """

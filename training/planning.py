@@ -45,7 +45,7 @@ DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of th
 
 
 class PlanError(UsageError):
-    """What is asked for fits into no memory, or divides into no whole step."""
+    """The request fits into no memory, or divides into no whole step."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Plan:
         return free_memory(self.device)
 
     def settle_batch(self, explicit: dict[str, Any], world: World) -> list[str]:
-        """Make numbers of --batch auto and --effective-batch; says which, if memory chose.
+        """Make numbers of --batch auto and --effective-batch; lines to print, if memory chose.
 
         Raises:
             PlanError: nothing fits, or the numbers do not divide.
@@ -135,7 +135,7 @@ class Plan:
     def advice(self, layers: int | None = None) -> list[str]:
         """Flags that take less memory, each with how much; a smaller model only of `layers`.
 
-        Never raises: it is asked for in the middle of another error.
+        Never raises: it is called while another error is handled.
         """
         flags = self.flags
         try:
@@ -196,7 +196,7 @@ class Plan:
             total = min(total, flags.max_seconds / seconds)
         return per_epoch, total
 
-    # --- what is said ----------------------------------------------------------------------------
+    # --- lines to print --------------------------------------------------------------------------
 
     def step_lines(self) -> list[str]:
         """Parameters and FLOPs."""

@@ -3,7 +3,7 @@
     checkpoint, source = find_checkpoint(flags, console, world)   # None for a new run
     flags = settle_flags(flags, explicit, checkpoint, console)
 
-A resumed run keeps its saved flags, and over them those that were given; a banner tells each that
+A resumed run keeps its saved flags, and over them those that were given; a banner lists each that
 differs. Its architecture stays, and its data must be what it was.
 """
 
@@ -28,7 +28,7 @@ def find_checkpoint(
 ) -> tuple[dict[str, Any] | None, str]:
     """The checkpoint to resume from and where it came from, or None for a new run.
 
-    Rank 0 reads it for all. With `dry` a damaged `latest` stays where it is, and nothing is said.
+    Rank 0 reads it for all. With `dry` a damaged `latest` stays where it is, without a message.
     """
     found = read_checkpoint(flags, console, dry=dry) if world.is_first else (None, "")
     return world.share(found[0]), world.from_first(found[1])
@@ -55,7 +55,7 @@ def settle_flags(
     checkpoint: dict[str, Any] | None,
     console: Console,
 ) -> argparse.Namespace:
-    """Those of the run, new or resumed, with a number for --step."""
+    """Flags of the run, new or resumed, with a number for --step."""
     if checkpoint is not None:
         flags = merge_flags(flags, explicit, checkpoint, console)
     flags.step = flags.step or max(1, flags.ctx // 2)
@@ -68,7 +68,7 @@ def merge_flags(
     checkpoint: dict[str, Any],
     console: Console,
 ) -> argparse.Namespace:
-    """Flags of a resumed run: the saved ones, over them the ones given; a banner says so."""
+    """Flags of a resumed run: the saved ones, over them the ones given; prints a banner."""
     saved, progress = saved_flags(checkpoint), checkpoint["progress"]
     # What `auto` is was settled at the first start: another number would be another run.
     explicit = {n: v for n, v in explicit.items() if v != "auto" or not FLAGS[n].is_settled}

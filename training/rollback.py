@@ -1,6 +1,6 @@
 """Going back to an older state of the run, as rollback_policy.py decides.
 
-if not roll_back(run, reason):    # the run stops: run.guard_stop says why
+if not roll_back(run, reason):    # the run stops; run.guard_stop is the reason
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def save(
     may_fail: bool = False,
     is_sound: bool = False,
 ) -> str | None:
-    """Begin to save `latest` and, as asked, `best`, an archive, a step checkpoint of the ring.
+    """Begin to save `latest` and, if requested, `best`, an archive, a step checkpoint of the ring.
 
     The writing goes on beside. An unsound state goes to quarantine instead, at once; returns why.
-    `is_sound`: `unsound` has found nothing and the tensors are still those; else it is asked here.
+    `is_sound`: the caller has just checked with `unsound`; else it is checked here.
     A failing disk is survived: three failures in a row, of saves that may not fail, raise OSError
     here or in `check_save`.
     """
@@ -181,7 +181,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def quarantine(run: TrainingRun, reason: str) -> None:
-    """Keep an unsound state apart for diagnosis and say so; `latest` stays as it is."""
+    """Save an unsound state apart, for diagnosis, and report it; `latest` stays as it is."""
     p, checkpoint = run.state.progress, checkpoint_of(run)
     if not run.world.is_first:
         return

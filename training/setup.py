@@ -161,7 +161,7 @@ def use_device(flags: argparse.Namespace, world: World, *, resumed: bool) -> tor
 
 
 def planned_device(flags: argparse.Namespace) -> torch.device:
-    """The device asked for, here or not, or the best one here."""
+    """The device of --device, present or not, or the best one present."""
     try:
         return torch.device(flags.device) if flags.device else pick_device(None)
     except RuntimeError as error:
@@ -215,7 +215,7 @@ def assumed_vocab_sizes(
 
 
 def check_windows(flags: argparse.Namespace, train: int, val: int, console: Console) -> None:
-    """Raise UsageError where training windows make no step; say where none validate."""
+    """Raise UsageError if the training windows make no step; warn if there are none to validate."""
     if not train and val:
         raise UsageError(
             "--val-list: expected some files, found all of the data; shorten it, so that others "

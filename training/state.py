@@ -2,7 +2,7 @@
 
 run.state.progress.step       # in the checkpoint, as all of run.state
 run.flags.batch, run.files    # not in the state: they do not change while a run goes on
-run.stop.signal               # what Ctrl-C and the like have asked for
+run.stop.signal               # a signal to stop, once one came
 """
 
 from __future__ import annotations
@@ -176,11 +176,11 @@ class Saving:
 
 
 class StopRequest:
-    """What signals have asked for. The loop looks at it between steps.
+    """Requests by signals. The loop looks at them between steps.
 
-    The first SIGINT, SIGTERM or SIGHUP (a terminal that closed) asks to save and stop, the second
-    leaves at once; SIGUSR1 asks to save and go on. Of many processes any may get one; it counts
-    once `sync_control` has told all of them.
+    The first SIGINT, SIGTERM or SIGHUP (a terminal that closed) requests a save and the end, the
+    second leaves at once; SIGUSR1 requests a save. Any of many processes may receive one; it counts
+    once `sync_control` has sent it to all.
     """
 
     def __init__(self, world: World) -> None:
@@ -207,13 +207,13 @@ class StopRequest:
             self.record(*self.news())
 
     def news(self) -> tuple[int, bool]:
-        """What this process has received: a signal to stop, or 0; whether to save, told once."""
+        """The signal to stop that this process received, or 0; whether to save, reported once."""
         signal_number, save = self.received or 0, self.received_save
         self.received_save = False
         return signal_number, save
 
     def record(self, signal_number: int, save: bool) -> None:
-        """Take note of what all processes know."""
+        """Set what all processes know."""
         self.signal = self.signal or signal_number or None
         self.save = self.save or save
 
