@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import itertools
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Sampler
 
 from cli.shortages import first_line
 from cli.waiting import in_thread, wait_for
@@ -296,19 +296,14 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class EveryNth(Sampler[T]):
+class EveryNth(Generic[T]):
     """This process's micro-batches of an order that all processes share."""
 
-    def __init__(self, order: Sampler[T], world: World) -> None:
+    def __init__(self, order: Iterable[T], world: World) -> None:
         self.order, self.world = order, world
 
     def __iter__(self) -> Iterator[T]:
-        for number, batch in enumerate(self.order):
-            if number % self.world.size == self.world.rank:
-                yield batch
-
-    def __len__(self) -> int:
-        return len(self.order) // self.world.size  # type: ignore[arg-type]
+        return itertools.islice(self.order, self.world.rank, None, self.world.size)
 
 
 def _outline(value: Any) -> Any:
