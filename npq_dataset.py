@@ -487,11 +487,11 @@ class _OpenFiles:
 
     def __init__(self, paths: Sequence[str], files: np.ndarray[Any, Any]) -> None:
         self.paths, self.files = paths, files
-        self.most = open_files_allowed()
         self.kept: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, last used at the end
         self.reading: dict[int, int] = {}  # thread -> file
         self.reads = 0
         self.lock = threading.Lock()
+        self.most = open_files_allowed()
 
     def read_into(self, buffer: memoryview, file: int, position: int) -> int:
         """Fill the buffer with a file's bytes from `position` on, as far as there are any.

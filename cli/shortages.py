@@ -11,6 +11,7 @@ import re
 
 MEMORY = "out of memory{}; free some, ask for less, or raise `ulimit -v`"
 THREADS = "no more threads or processes can be started{}; raise `ulimit -u` or `ulimit -v`"
+PROC = "torch finds no /proc{}; mount it"
 TEMPORARY = "no folder for temporary files can be written{}; set TMPDIR to one that can"
 # oneDNN names the primitive that found no memory, CUDA's libraries a status, CPython and Rust the
 # pointer that was not there.
@@ -18,6 +19,7 @@ IN_WORDS = {
     MEMORY: r"out of memory|[Cc]an(no|')t allocate|[Cc]ould not (create|execute) a |bad_alloc|"
     r"ALLOC_FAILED|failed to map segment|error return without exception|pointer is null",
     THREADS: r"can't start new thread|thread constructor failed|Resource temporarily unavailable",
+    PROC: r"Failed to initialize cpuinfo",
     TEMPORARY: r"No usable temporary directory",
 }
 ALLOCATOR = r"\[enforce fail at .*?Allocator: "  # where in torch it happened
