@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -159,6 +160,7 @@ class MetricsLog:
         if self.board_path is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _pass_over_board
             self.board = SummaryWriter(str(self.board_path), purge_step=step + 1)
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
@@ -175,18 +177,34 @@ class MetricsLog:
             self.failed = True
         else:
             self.failed = False
-        if self.board is not None:
+        self._draw(row)
+        return row
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """Points of TensorBoard's curves; a full disk ends them, and not the run."""
+        if self.board is None:
+            return
+        try:
             for key, value in row.items():
                 if isinstance(value, float) and key not in ("time", "seconds"):
-                    self.board.add_scalar(f"{event}/{key}", value, row.get("step", 0))
-        return row
+                    self.board.add_scalar(f"{row['event']}/{key}", value, row.get("step", 0))
+        except OSError as error:  # of its thread, some rows ago
+            problem(f"TensorBoard's file gets no more points, training goes on: {in_words(error)}")
+            self.board = self.board_path = None
 
     def close(self) -> None:
         """Flush and close; rows that a full disk does not take are lost."""
         with contextlib.suppress(OSError):
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with contextlib.suppress(OSError):
+            if self.board is not None:
+                self.board.close()
+
+
+def _pass_over_board(error: threading.ExceptHookArgs) -> None:
+    """For threads: a system error of TensorBoard's is met by `_draw` too; ours raise none."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 MAX_METRICS = 256 << 20  # bytes read of a metrics file, from its end
@@ -283,13 +301,20 @@ def _jsonable(value: Any) -> Any:
     return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_tensorboard() -> None:
-    """Raise UsageError where it is not installed."""
+def check_tensorboard(folder: str) -> None:
+    """Raise UsageError where it is not installed, or cannot write to a folder of this name."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "--tensorboard: expected the package, found none; `pip install tensorboard`, or leave "
             "the flag out"
         )
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--tensorboard: expected a --save_dir whose path is text (UTF-8), found {folder!r}; "
+            "rename it, or leave the flag out"
+        ) from error
 
 
 def board_folder(metrics: Path) -> Path:

@@ -57,6 +57,7 @@ class Prepared:
     device: torch.device
     data: Data | None  # only --plan goes without
     config: ModelConfig
+    shares: list[float]  # loss weight of each codebook
     initial: dict[str, Any] | None  # the file of --init-from
     plan: Plan
 
@@ -87,6 +88,8 @@ def prepare(
     elif dry:
         console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
     config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, world)
+    weighting = flags.cb_weights, flags.cb_weights_auto_alpha
+    shares = codebook_weights(*weighting, config.num_codebooks)
     if data and initial and (said := another_codec(initial.get("data", {}), data.facts)):
         console.problem(f"--init-from {flags.init_from}: {said}")
     plan = plan_of(flags, config, device)
@@ -95,7 +98,7 @@ def prepare(
         check_accum(flags.accum, world)
         check_same(flags, data.facts, world)
         check_windows(flags, len(data.train), len(data.val), console)
-    return Prepared(flags, checkpoint, source, device, data, config, initial, plan)
+    return Prepared(flags, checkpoint, source, device, data, config, shares, initial, plan)
 
 
 def set_up(
@@ -107,8 +110,7 @@ def set_up(
     assert data is not None
     check_size(flags, ready.config, device)
     amp_dtype, k = pick_amp_dtype(flags, device), ready.config.num_codebooks
-    shares = codebook_weights(flags.cb_weights, flags.cb_weights_auto_alpha, k)
-    weights = torch.tensor(shares, device=device)
+    weights = torch.tensor(ready.shares, device=device)
     state = first_state(flags, ready.config, ready.initial, amp_dtype, device, world)
     files = RunFiles(flags.save_dir, run_name(k, flags.tag))
     if checkpoint is not None:
@@ -152,7 +154,7 @@ def use_device(flags: argparse.Namespace, world: World, *, resumed: bool) -> tor
     if not flags.data:
         raise UsageError("--data: expected .npq files to train on, found none; name some")
     if flags.tensorboard:
-        check_tensorboard()
+        check_tensorboard(flags.save_dir)
     device = pick_device(flags.device, world.local_rank if world.size > 1 else None)
     settle_amp_dtype(flags, device, world, resumed=resumed)
     tune_for(device)

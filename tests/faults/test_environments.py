@@ -103,10 +103,12 @@ def limited(kind: int, limit: int) -> Callable[[], None]:
 MEMORY, FILE_SIZE, FILES = resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE
 NO_MEMORY, NO_FILES = r"out of memory|can't start new thread", "Too many open files; raise `ulimit"
 BIG = "--d_model 1024 --layers 8"  # half a GB of weights, of which the first fit
+CURVES = "--tensorboard --log-lr-steps 1 --step 1 --max-steps 120 --no-report"
 LIMITS = [
     ("train", MEMORY, 20 << 20, 1, NO_MEMORY, BIG),
     ("train", MEMORY, 100 << 20, 1, NO_MEMORY, BIG),
     ("train", FILE_SIZE, 2000, 1, "rvq_4cb_latest.pt: File too large; raise `ulimit -f`", ""),
+    ("train", FILE_SIZE, 20 << 10, 1, "TensorBoard's file gets no more points", CURVES),
     ("decode", FILE_SIZE, 2000, 1, "melody_00.npq: .*File too large; raise `ulimit -f`", ""),
     ("sample", FILE_SIZE, 2000, 1, r"x\.wav: File too large; raise `ulimit -f`", ""),
     ("export", FILE_SIZE, 2000, 1, r"x\.safetensors: File too large; raise `ulimit -f`", ""),
@@ -313,6 +315,12 @@ def test_a_parser_takes_a_value_or_refuses_it_in_a_line(door, capsys):
             assert said.startswith(f"! {flag}: expected ") or code == 0, said
             assert said.count("\n") == bool(code)
             assert len(said) < 400
+
+
+def test_a_plan_refuses_what_its_run_would(words, tmp_path, capsys):
+    command = [w.format(out=tmp_path) for w in words["train"]]
+    assert train_rvq.main([*command, "--plan", "--cb-weights", "nan"]) == 2
+    assert "--cb-weights: expected 4 numbers >= 0 and not all 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ USES = [
     ("--val-list {p}/wrong.txt", 2, "write base names or paths that --data matches"),
     ("--val-list {p}", 2, "expected a text file of validation files, found 'Is a directory'"),
     ("--tag a\nb", 2, "--tag: expected at most 100 letters"),
+    ("--tensorboard --save_dir {p}/\udcff", 2, "--save_dir whose path is text (UTF-8)"),
     ("--compile=3", 2, "takes no value, found '3'"),
     ("--maxsteps 3", 2, "did you mean --max-steps?"),
     ("rubbish", 2, "a glob or a path with blanks in quotes"),
