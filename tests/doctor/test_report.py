@@ -19,8 +19,7 @@ from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Parameter, Problem, Summary
 from doctor.report import page as page_of_doctor
-from doctor.report.page import as_html
-from doctor.report.pictures import charts_of
+from doctor.report.page import as_html, charts_of
 from doctor.report.terminal import as_csv, as_json, terminal_lines
 from pages.charts import Axis, Chart, Frame, Line, draw, fit_axis, thinned
 from run_folder.metrics import RunMetrics
