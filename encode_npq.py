@@ -470,6 +470,10 @@ def run(flags: argparse.Namespace) -> int:
     )
     if todo:
         make_out_dir(flags.out_dir)
+        if flags.device != "best":
+            from cli.device import pick_device  # torch takes seconds
+
+            flags.device = str(pick_device(flags.device))
     coder = Coder(judge, report)
     try:
         do_all(todo, coder.decode if flags.decode else coder.encode, report, debug=flags.debug)
