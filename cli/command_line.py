@@ -184,14 +184,13 @@ def file_path(text: str) -> str:
 
 def at_least(low: int, most: int | None = None) -> Callable[[str], int]:
     """Argument type: a whole number of at least `low`, and at most `most`."""
-    wanted = f"{low} to {most}"
-    if most is None:
-        wanted = f"a whole number >= {low} of at most 18 digits"
+    wanted = f"a whole number >= {low}" if most is None else f"{low} to {most}"
 
     def whole_number(text: str) -> int:
         if re.fullmatch(r"-?\d{1,18}", text) and low <= int(text) <= (most or int(text)):
             return int(text)
-        raise argparse.ArgumentTypeError(f"expected {wanted}, found {_shown(text)}")
+        limit = " of at most 18 digits" if re.fullmatch(r"\d{19,}", text) else ""
+        raise argparse.ArgumentTypeError(f"expected {wanted}{limit}, found {_shown(text)}")
 
     whole_number.__name__ = "N"
     return whole_number
