@@ -290,7 +290,9 @@ def _unpickle(path: Path, **options: Any) -> Any:
 
 def _raise_out_of_memory(error: Exception, path: Path) -> None:
     """In a handler: a file that takes more memory than there is is no bad one, unless it lies."""
-    asked = re.search(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", str(error))
+    asked = re.search(
+        r"(?:DefaultCPUAllocator: .*you tried to allocate|unable to mmap) (\d+) bytes", str(error)
+    )
     if asked and int(asked[1]) <= os.path.getsize(path):
         raise MemoryError(f"{path}: no memory left to read it") from error
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import time
 import tracemalloc
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kit.checkpoints import content, step_of, tiny
+from kit.checkpoints import content, in_child, step_of, tiny
 
 from run_folder.checkpoint import (
     FORMAT,
@@ -27,6 +28,7 @@ from run_folder.checkpoint import (
     CheckpointError,
     library_versions,
     load_checkpoint,
+    map_tensors,
     rng_kept,
     rng_state,
     set_rng_state,
@@ -297,6 +299,21 @@ def test_two_entries_of_one_name_are_refused(tmp_path):
                 second.writestr(name, archive.read("archive/data.pkl"))
         with pytest.raises(CheckpointError, match="one name"):
             load_checkpoint(twice)
+
+
+def test_a_machine_short_of_memory_is_no_fault_of_the_file(tmp_path):
+    """The file is mapped twice: there is room for once, so torch's own mapping fails."""
+    path = tmp_path / "x.pt"
+    save_checkpoint({**tiny(1), "model": {"w": torch.ones(16 << 20)}}, path)
+
+    def read() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + path.stat().st_size * 3 // 2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with pytest.raises(MemoryError, match="no memory left to read it"):
+            map_tensors(path)
+
+    assert in_child(read) == 0
 
 
 # --- the random state ----------------------------------------------------------------------------
