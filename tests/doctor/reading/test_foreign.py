@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import re
@@ -21,6 +23,7 @@ from kit.checkpoints import content_of
 from kit.trainer import ROOT, run_trainer
 from torch import nn
 
+import ckpt_doctor
 from doctor.reading.reader import summarize
 from run_folder.shared_weights import export_weights
 
@@ -140,12 +143,13 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict[str, tuple[Path, str, int]]:
-    """Path, report and exit code of each kind."""
+    """Path, report and exit code of each kind; in this process, which has imported torch."""
     found = {}
     for name, (write, _) in KINDS.items():
         path = write(tmp_path_factory.mktemp("kind"))
-        done = doctor(path)
-        found[name] = path, " ".join(done.stdout.split()), done.returncode
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            code = ckpt_doctor.main([str(path)])
+        found[name] = path, " ".join(told.getvalue().split()), code
     return found
 
 
