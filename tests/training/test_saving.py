@@ -172,7 +172,7 @@ def test_a_run_whose_last_save_fails_does_not_say_that_it_was_saved(end, tunes, 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     said = capsys.readouterr()
-    assert said.err.count("failed (File too large;") >= 3
+    assert said.err.count("rvq_4cb_latest.pt: File too large;") >= 3
     assert "saved" not in said.out
     assert "Done" not in said.out
     assert run.files.latest.read_bytes() == before
