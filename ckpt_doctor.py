@@ -201,7 +201,9 @@ def summarize_all(paths: Iterable[str]) -> list[Summary]:
     sizes = {path: os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths}
     known: dict[tuple[int, int], Summary] = {}
     summaries = []
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=sum(sizes.values()), unit="B", unit_scale=True, miniters=1, disable=None
+    ) as bar:
         done = 0
         for path in paths:
             bar.set_description(os.path.basename(path)[-40:])

@@ -263,7 +263,7 @@ def do_all(
     Raises:
         CodecError, NoRoomError: what no other file would fare better with.
     """
-    with tqdm(jobs, unit="file", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(jobs, unit="file", miniters=1, leave=False, disable=not sys.stderr.isatty()) as bar:
         for count, job in enumerate(bar, 1):
             outcome = "ok"
             try:

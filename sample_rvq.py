@@ -336,7 +336,7 @@ def draw_samples(
     codes = torch.empty((flags.samples, flags.frames, shape_of(checkpoint)[0]), dtype=torch.int64)
     batches = range(0, flags.samples, TOGETHER)
     started = time.perf_counter()
-    with tqdm(total=flags.frames * len(batches), unit="frame", disable=None) as bar:
+    with tqdm(total=flags.frames * len(batches), unit="frame", miniters=1, disable=None) as bar:
 
         def on_frame() -> None:
             seconds = time.perf_counter() - started

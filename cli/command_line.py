@@ -33,6 +33,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
+from tqdm import tqdm
+
 from cli.shortages import first_line, shortage
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -338,7 +340,11 @@ def _leave_imports(*_: object) -> None:
 
 
 def begin_work() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt, as is usual; enough files may be open."""
+    """From here on Ctrl-C raises KeyboardInterrupt, as is usual; enough files may be open.
+
+    Bars start no thread: one that finds no memory in its first lines is waited for without end.
+    """
+    tqdm.monitor_interval = 0
     if signal.getsignal(signal.SIGINT) is _leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

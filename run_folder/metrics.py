@@ -91,7 +91,9 @@ class Console:
         """Begin a bar over an epoch's optimizer steps."""
         if self.has_bar:
             label = f"epoch {epoch}/{epochs}"
-            self.bar = tqdm(total=steps, initial=done, desc=label, unit="step", leave=False)
+            self.bar = tqdm(
+                total=steps, initial=done, desc=label, unit="step", miniters=1, leave=False
+            )
 
     def advance(self, loss: float, lr: float, frames_per_s: float, left: float) -> None:
         """One step on: loss in nats, frames per second, seconds left in the run."""

@@ -72,6 +72,7 @@ def ending(
             os.dup2(writing, 1)
             os.dup2(writing, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own handler needs Python
             signal.alarm(SECONDS)
             prepare()
             code = door.main([w.format(out=out) for w in command])  # type: ignore[attr-defined]
@@ -139,16 +140,6 @@ def test_what_is_short_is_named_and_nothing_is_left_half(
 def is_an_accusation(said: str) -> bool:
     """Of the program or of a file."""
     return any(w in said for w in ("a fault of the program", "Traceback", "restore a backup"))
-
-
-@pytest.mark.parametrize("most", [2, 8, 20], ids=lambda most: f"{most} MB")
-@pytest.mark.parametrize("kind", ["encode", "decode", "info", "sample", "doctor"])
-def test_a_command_with_hardly_any_memory_ends_well_or_says_so(kind, most, words, tmp_path):
-    """What the process holds unused decides; a library may die of a null pointer of its own."""
-    found, said = ending(DOORS[kind], words[kind], tmp_path, limited(MEMORY, most << 20))
-    assert not is_an_accusation(said), said
-    assert found in (0, 1, 2, 5, -signal.SIGSEGV), said
-    assert found <= 0 or re.search(f"{NO_MEMORY}|do not fit into memory", said), said
 
 
 # --- streams, folders, processes -----------------------------------------------------------------
