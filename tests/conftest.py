@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from kit.trainer import ROOT, TINY, run_trainer
 from make_codes import make_tune
 
 from sound.npq_format import map_codes, read_header, write_npq
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is tested also where a shell started the tests in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import processes
 from kit.planted_faults import MUON_FAULTS, copy_run, plant, train
 from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
 
@@ -79,7 +80,7 @@ def doctor(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[st
     """The doctor as a process."""
     command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, **options)
+    return processes.run(command, capture_output=True, text=True, timeout=120, env=env, **options)
 
 
 def findings(folder: Path, tmp_path: Path, *words: str | Path) -> dict[str, Any]:
@@ -365,7 +366,7 @@ def test_a_reader_that_leaves_early_is_no_error(healthy_run):
 def test_ctrl_c_ends_at_once_and_leaves_no_process(healthy_run, tmp_path, delay):
     """Also in the moment of a fork: the signal comes as soon as the first child is there."""
     many = [shutil.copy(healthy_run / "rvq_4cb_latest.pt", tmp_path / f"{i}.pt") for i in range(60)]
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, str(ROOT / "ckpt_doctor.py"), *many],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip

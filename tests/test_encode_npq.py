@@ -13,6 +13,7 @@ import pyloudnorm
 import pytest
 import soundfile
 import torch
+from kit import processes
 from kit.sounds import HOP, RATE, K, V, music, save_tiny_dac
 
 import encode_npq
@@ -42,7 +43,7 @@ def song(tmp_path):
 def door(*arguments):
     command = [sys.executable, str(DOOR), *map(str, arguments)]
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ascii_only)
+    return processes.run(command, capture_output=True, text=True, check=False, env=ascii_only)
 
 
 def usage_error(capsys, *arguments):
@@ -79,7 +80,7 @@ def test_a_folder_with_bad_files_interrupted_and_finished(tmp_path, codec_path, 
 
     command = [sys.executable, str(DOOR), *map(str, arguments)]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **both, text=True) as process:
+    with processes.Popen(command, **both, text=True) as process:
         while "ok" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
@@ -302,7 +303,7 @@ def test_two_encoders_at_once_leave_records_of_all(tmp_path, codec_path):
     for i in range(8):
         soundfile.write(source / f"{i}.wav", music(RATE, RATE).T * (i + 1) / 8, RATE)
     words = [sys.executable, str(DOOR), source, "--out-dir", out, "--codec", codec_path]
-    both = [subprocess.Popen([*words, "--overwrite"], stdout=subprocess.DEVNULL) for _ in range(2)]
+    both = [processes.Popen([*words, "--overwrite"], stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert "0 files written, 8 done before" in door(*words[2:]).stdout
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from kit import processes
 from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import ROOT, TINY, rows, train, wait_for
 
@@ -342,7 +343,7 @@ def test_a_name_that_exists_is_written_over(checkpoint, tmp_path):
 def test_ctrl_c_tells_what_was_written(checkpoint, tmp_path):
     weights, out = tmp_path / "w.safetensors", tmp_path / "x.npq"
     flags = ("--export-safetensors", weights, "--npq-out", out, "--frames", "10000000")
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, ROOT / "sample_rvq.py", checkpoint, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

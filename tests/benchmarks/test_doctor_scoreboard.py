@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
-from kit import single_files
+from kit import processes, single_files
 from kit.trainer import ROOT
 
 import train_rvq
@@ -18,7 +17,7 @@ def test_planted_faults_are_found_and_nothing_healthy_is_accused(kind):
     script = ROOT / "benchmarks" / "doctor_scoreboard.py"
     command = [sys.executable, str(script), "--quick", *kind]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = processes.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

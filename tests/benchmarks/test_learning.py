@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+from kit import processes
 from kit.trainer import ROOT
 from learning import Curve, Setup, by_variant, choose, keep_or_compare, reach_lines, rows_of, table
 
@@ -88,7 +88,7 @@ def test_real_runs_are_made_once(tunes, tmp_path):
     command += ["--variants", "default,plain"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        done = processes.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "| **default** |" in done.stdout
         assert "plain's lowest val" in done.stdout

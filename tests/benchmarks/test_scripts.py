@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from kit import processes
 from kit.trainer import ROOT
 
 TINY = "--d_model 32 --layers 1 --heads 1 --ctx 16 --codebooks 2 --vocab 16 --rounds 1"
@@ -17,7 +17,7 @@ TINY = "--d_model 32 --layers 1 --heads 1 --ctx 16 --codebooks 2 --vocab 16 --ro
 def table_of(script: str, flags: str, cwd, code: int = 0) -> tuple[list[list[str]], str]:
     """Cells of the printed table, and all that was printed."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *flags.split()]
-    done = subprocess.run(
+    done = processes.run(
         command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == code, done.stderr
@@ -86,7 +86,7 @@ def test_gpu_says_what_it_needs(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("! benchmarks/gpu.py needs a CUDA device")
     assert len(done.stderr.splitlines()) == 1

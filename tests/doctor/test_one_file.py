@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import processes
 from kit.checkpoints import content_of
 from kit.single_files import DATA, Old, OldModel, train_old
 from kit.trainer import ROOT, TINY, run_trainer
@@ -39,7 +39,7 @@ def ask(path: Path, *words: str | Path, **options: Any) -> tuple[dict[str, Any],
     report = path.parent / "report.json"
     command = [sys.executable, str(ROOT / "ckpt_doctor.py"), str(path), "--json", str(report)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = processes.run(
         [*command, *map(str, words)],
         capture_output=True,
         text=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit import processes
 from kit.checkpoints import assert_same_tensors
 from kit.trainer import ROOT, TINY, start_trainer, wait_for
 
@@ -62,7 +63,7 @@ print("left", *hidden)
 def work(env: dict[str, str], faults: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Do all that in a folder whose file system refuses some calls."""
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-c", WORK, str(folder)],
         capture_output=True,
         text=True,
@@ -211,7 +212,7 @@ def test_only_files_that_are_bad_themselves_are_passed_over(
 def command(
     env: dict[str, str], faults: str, folder: Path, *words: str | Path
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return processes.run(
         [sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
         capture_output=True,
         text=True,
@@ -283,7 +284,7 @@ class Holder:
 
     def __init__(self, env: dict[str, str], folder: Path, seconds: float, *, locks: bool = False):
         faults = {} if locks else {"FAULTS": numbered("flock=ENOLCK")}
-        self.process = subprocess.Popen(
+        self.process = processes.Popen(
             [sys.executable, "-c", HOLD, str(folder), str(seconds)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import processes
 from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import ROOT, TINY, make_run, rows, wait_for
 from make_codes import make_tune
@@ -592,7 +593,7 @@ def run_poisoned(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        return processes.Popen(
             words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import processes
 from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
 
 import cli.waiting
@@ -40,7 +41,7 @@ class Held:
     def __init__(self, env: dict[str, str], save_dir: Path, *flags: str | Path) -> None:
         self.save_dir, self.hold = save_dir, save_dir.with_name(f"{save_dir.name}.hold")
         command = [*TINY, "--save_dir", save_dir, "--epochs", "10000", "--save-every-minutes", "0"]
-        self.process = subprocess.Popen(
+        self.process = processes.Popen(
             [sys.executable, *self.program, *map(str, [*command, *flags])],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -292,7 +293,7 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(tmp_path):
         "w.wait_for(future, lambda: (0, 'it'))\n"
     )
     command = [sys.executable, str(script)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGSTOP)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import processes
 from kit.trainer import ROOT, TINY, start_trainer, wait_for
 
 import train_rvq
@@ -158,7 +159,7 @@ def test_a_finished_run_says_what_goes_on(place, tunes, capsys):
 def run(*flags: str | Path, **options) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     command = [*MAIN, *map(str, flags)]
-    return subprocess.run(command, text=True, env=environment, timeout=60, **options)
+    return processes.run(command, text=True, env=environment, timeout=60, **options)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")

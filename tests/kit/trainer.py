@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import train_rvq
+from kit import processes
 from layers.loss import Losses
 from run_folder.checkpoint import load_checkpoint
 from run_folder.metrics import Console
@@ -34,7 +35,7 @@ TINY = [
 
 def start_trainer(*flags: str | Path, **options: Any) -> subprocess.Popen[str]:
     """train_rvq.py as a user starts it."""
-    return subprocess.Popen(
+    return processes.Popen(
         [sys.executable, str(ROOT / "train_rvq.py"), *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from kit import processes
 from kit.checkpoints import content_of
 from kit.trainer import ROOT, run_trainer
 from torch import nn
@@ -34,7 +35,7 @@ MODULE = {f"module.{n}": t for n, t in WEIGHTS.items()}
 def doctor(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return processes.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def saved(name: str, content: Any, **options: Any) -> Callable[[Path], Path]:
@@ -237,6 +238,6 @@ def test_a_prefix_is_seen_through_and_the_printed_command_goes_on(prefix, rename
     (command,) = (x for x in done.stdout.splitlines() if x.startswith("RESUME WITH: "))
     repair, resume = command.removeprefix("RESUME WITH: ").split(" && ")
     words = [sys.executable, *shlex.split(repair)[1:]]
-    subprocess.run(words, check=True, capture_output=True)
+    processes.run(words, check=True, capture_output=True)
     code, output = run_trainer(*shlex.split(resume)[2:], "--data", tunes, "--epochs", "3")
     assert code == 0, output
