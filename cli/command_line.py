@@ -33,8 +33,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
-from tqdm import tqdm
-
 from cli.shortages import first_line, shortage
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -344,6 +342,8 @@ def begin_work() -> None:
 
     Bars start no thread: one that finds no memory in its first lines is waited for without end.
     """
+    from tqdm import tqdm  # not above: `report_import_errors` runs where no package is
+
     tqdm.monitor_interval = 0
     if signal.getsignal(signal.SIGINT) is _leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)

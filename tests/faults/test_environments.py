@@ -72,7 +72,9 @@ def ending(
             os.dup2(writing, 1)
             os.dup2(writing, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own handler needs Python
+            for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)  # and not pytest's, nor an earlier test's
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.alarm(SECONDS)
             prepare()
             code = door.main([w.format(out=out) for w in command])  # type: ignore[attr-defined]

@@ -210,7 +210,8 @@ def test_streams_that_are_closed_or_full_cost_no_checkpoint(tunes, tmp_path):
 @pytest.mark.parametrize("seconds", [0.3, 0.9])
 def test_ctrl_c_while_starting_says_so_and_shows_no_traceback(seconds, tunes, tmp_path):
     """During the imports, or the set-up on a fast machine."""
-    process = start_trainer(*TINY, "--data", tunes, "--save_dir", tmp_path / "run")
+    command = [*MAIN, *TINY, "--data", tunes, "--save_dir", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
