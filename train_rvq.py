@@ -56,8 +56,16 @@ from npq_dataset import BadFilesError
 from run_folder import flags as flags_of_runs
 from run_folder.checkpoint import CheckpointError, rng_kept
 from run_folder.lock import FolderLock
-from run_folder.metrics import Console, epoch_lines, perplexity, step_line
+from run_folder.metrics import (
+    Console,
+    RunMetrics,
+    epoch_lines,
+    perplexity,
+    read_metrics,
+    step_line,
+)
 from run_folder.shared_weights import is_shared
+from run_folder.validations import trouble_of
 from sound.npq_format import NpqError
 from training import dry_run, ends, rollback, samples, saving
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
@@ -287,8 +295,8 @@ def train(run: TrainingRun) -> int:
     run.loader.meanwhile = lambda: while_waiting(run)
     if run.is_finished() and p.validated_step == p.step:
         run.console.line(
-            f"Nothing to do: the run was finished at step {p.step}; a larger --epochs, --max-steps "
-            "or --max-seconds goes on."
+            f"Nothing to do: the run was finished at step {p.step}; a larger --epochs, "
+            "--max-steps, --max-seconds or --patience goes on."
         )
         return EXIT_DONE
     while True:
@@ -522,6 +530,17 @@ def report_epoch(
     wall = p.epoch_seconds + evaluation_seconds
     for line in epoch_lines(row, wall, elapsed, is_best=is_best):
         run.console.line(line)
+    tell_trouble(run)
+
+
+def tell_trouble(run: TrainingRun) -> None:
+    """Print a plateau, overfitting or a val above guessing, once for each time that it comes."""
+    if not run.world.is_first:
+        return
+    trouble = trouble_of(RunMetrics(read_metrics(run.files.metrics)))
+    if trouble is not None and trouble.kind != run.told_trouble:
+        run.console.problem(trouble.text)
+    run.told_trouble = trouble and trouble.kind
 
 
 # --- a whole run ---------------------------------------------------------------------------------

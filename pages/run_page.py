@@ -36,9 +36,9 @@ from pages.html import render
 from pages.spectrogram import KEPT, player
 from run_folder.files import RunFiles
 from run_folder.metrics import RunMetrics, number, perplexity, read_metrics
+from run_folder.validations import Trouble, trouble_of
 
 EVENT_ROWS = 30  # newest ones in the table
-PATIENCE = 10  # validations without a better one, and a fifth of all, make a run look stuck
 
 # --- what is known of a run ----------------------------------------------------------------------
 
@@ -54,6 +54,7 @@ class Story:
     samples: list[dict[str, Any]]
     end: dict[str, Any] | None  # None while the run goes on, or when it was killed
     newest: dict[str, Any]  # row that has a step
+    trouble: Trouble | None  # what the newest validation shows
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -71,11 +72,6 @@ class Story:
         """Validations after the best one."""
         best = self.best
         return len(self.epochs) - 1 - self.epochs.index(best) if best else len(self.epochs)
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether val has not improved for long."""
-        return self.since_best >= max(PATIENCE, len(self.epochs) // 5)
 
     @property
     def seconds(self) -> float:
@@ -119,7 +115,8 @@ def story_of(rows: Sequence[dict[str, Any]]) -> Story:
             end = row
         elif event in EVENTS:
             events.append(row)
-    return Story(start, metrics.steps, metrics.epochs, events, samples, end, newest)
+    trouble = trouble_of(metrics)
+    return Story(start, metrics.steps, metrics.epochs, events, samples, end, newest, trouble)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -164,11 +161,11 @@ def as_html(story: Story, files: RunFiles, samples: Path) -> str:
 
 
 def tone_of(story: Story) -> str:
-    """`bad` where the guard stopped the run or val means nothing, `warn` where it is stuck."""
+    """`bad` after the guard stopped the run or without a val, `warn` where val is in trouble."""
     val = story.epochs[-1].get("val") if story.epochs else None
     if {"reason", "error"} & (story.end or {}).keys() or (story.epochs and val is None):
         return "bad"
-    return "warn" if story.is_stuck or any(r["event"] != "skip" for r in story.events) else "good"
+    return "warn" if story.trouble or any(r["event"] != "skip" for r in story.events) else "good"
 
 
 def headline(story: Story) -> str:

@@ -126,11 +126,13 @@ add("--accum", scope="run", moves_loss=True, type=at_least(1), default=6,
 add("--effective-batch", scope="command", type=at_least(1, 10**9), metavar="N",
     help="windows in an optimizer step: sets --accum to N / --batch; auto without it: 36")
 add("--epochs", scope="run", is_budget=True, type=at_least(1), default=250,
-    help="passes over the training windows")
+    help="with windows half a --ctx apart, one is two passes over the music")
 add("--max-steps", scope="run", is_budget=True, type=at_least(1),
     help="end after so many optimizer steps")
 add("--max-seconds", scope="run", is_budget=True, type=positive,
     help="end after so many training seconds, over all starts")
+add("--patience", scope="run", type=positive, metavar="N",
+    help="end after so many passes over the music without a lower val")
 add("--optim", scope="run", before="adamw", choices=("muon", "adamw"), default="muon",
     help="muon: Muon for matrices within the model at 100 x --lr, AdamW for the rest at 25 x, "
          "less for a wide head")

@@ -64,7 +64,9 @@ def finished(run: TrainingRun) -> int:
     best = "nothing validated"
     if p.best_epoch:
         best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
-    run.console.line(f"Done at step {p.step}: {best}, last state in {run.files.latest}")
+    patience = f"--patience {run.flags.patience or 0:g} is over"
+    why = f" ({patience})" if run.is_out_of_patience() else ""
+    run.console.line(f"Done at step {p.step}{why}: {best}, last state in {run.files.latest}")
     return EXIT_DONE
 
 

@@ -228,6 +228,11 @@ def check_windows(flags: argparse.Namespace, train: int, val: int, console: Cons
             f"{train} training windows are fewer than one step's --batch {flags.batch} x --accum "
             f"{flags.accum}; lower these, --ctx or --step, or add data"
         )
+    if not val and flags.patience:
+        raise UsageError(
+            f"--patience {flags.patience:g}: expected validation windows, found none; lower --ctx, "
+            "or name files with --val-list"
+        )
     if not val:
         console.problem(
             "no validation windows: val will be n/a and no best checkpoint is kept"
@@ -289,15 +294,19 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
     config = model.config
     precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
     flops = model.flops_per_frame(flags.ctx)
+    codes = run.train_frames * config.num_codebooks
+    passes_a_step = run.passes_per_epoch / run.steps_per_epoch
     run.console.detail(f"vocab    {list(config.vocab_sizes)}")
     run.console.detail(
         f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads: "
-        f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained frame"
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained "
+        f"frame, {codes / model.num_parameters():.2g} codes a parameter"
     )
     run.console.detail(f"device   {run.device}, {precision}" + parallel_words(run))
     run.console.detail(
         f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "
-        f"{flags.accum}), {run.planned_steps} in all"
+        f"{flags.accum}), {run.planned_steps} in all: "
+        f"{run.planned_steps * passes_a_step:.3g} passes over the music"
         + (f" or {flags.max_seconds:g} training seconds" if flags.max_seconds else "")
     )
     if flags.init_from and not resumed:
@@ -309,6 +318,7 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
         source=source,
         command=shlex.join(["python", *sys.argv]),
         planned_steps=run.planned_steps,
+        passes_a_step=passes_a_step,
         flags=vars(flags),
         model={**config.to_dict(), "parameters": model.num_parameters()},
         data={**run.data["size"], "frame_rate": run.data["frame_rate"]},

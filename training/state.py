@@ -113,6 +113,7 @@ class TrainingRun:
     pace: Pace = dataclasses.field(default_factory=Pace)
     failed_saves: int = 0
     report_failed: bool = False  # the newest try to write the run's page
+    told_trouble: str | None = None  # kind of what the newest validation was found to show
     guard_stop: str | None = None  # why the guard ends the run
     between_steps: bool = True  # False while weights, moments and counters disagree
 
@@ -138,6 +139,17 @@ class TrainingRun:
         planned = int(self.flags.epochs * self.steps_per_epoch)
         return min(planned, self.flags.max_steps or planned)
 
+    @property
+    def passes_per_epoch(self) -> float:
+        """How often an epoch reads each training frame, on the average."""
+        return self.order.num_windows * self.flags.ctx / self.train_frames
+
+    @property
+    def train_frames(self) -> int:
+        """Frames of music to train on."""
+        spans = self.train_windows.spans
+        return int((spans.stop - spans.start).sum())
+
     def memory_gib(self) -> float:
         """The most so far: of tensors on CUDA, elsewhere of this process in host memory."""
         if self.device.type == "cuda":
@@ -145,13 +157,20 @@ class TrainingRun:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
     def is_finished(self) -> bool:
-        """Whether epochs, steps or seconds have run out."""
+        """Whether epochs, steps, seconds or patience have run out."""
         p, flags = self.state.progress, self.flags
         return (
             p.epoch >= flags.epochs
             or p.step >= (flags.max_steps or math.inf)
             or p.seconds >= (flags.max_seconds or math.inf)
+            or self.is_out_of_patience()
         )
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the validation of this step ends --patience."""
+        p = self.state.progress
+        passes = (p.epoch - p.best_epoch) * self.passes_per_epoch
+        return p.validated_step == p.step and passes >= (self.flags.patience or math.inf)
 
     def seconds_left(self) -> float:
         """Estimate from this epoch's pace."""

@@ -17,6 +17,7 @@ from doctor.examined_run import ExaminedRun, scheduled_lr, spread_of
 from doctor.findings import Cause, Finding, Level, check, in_file, in_metrics
 from doctor.reading.summary import Summary
 from run_folder.metrics import RunMetrics, finite_number
+from run_folder.validations import OVERFIT_RISE, finite_validations, overfits
 
 LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
 BADLY = 1.0  # ... and a few windows of a codebook that is being learned
@@ -142,7 +143,7 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
     for s in run.readable:
         yield from _guesses_lately(s)
     sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
-    if _overfits(run.metrics):
+    if overfits(run.metrics):
         return
     before, lowest = None, math.inf
     for row in run.metrics.epochs:
@@ -189,17 +190,17 @@ def _guesses_lately(s: Summary) -> Iterator[Finding]:
 @check("H4", "val that rises while train falls", Level.OVERFIT, Cause.OVERFITTING)
 def check_validation(run: ExaminedRun) -> Iterator[Finding]:
     """H2, H4: val well above its best, twice in a row: overfitting or instability."""
-    epochs = [r for r in run.metrics.epochs if isinstance(r.get("val"), float)]
+    epochs = finite_validations(run.metrics)
     if len(epochs) < 4:
         return
     vals = [r["val"] for r in epochs]
-    overfits = _overfits(run.metrics)
-    margin = 0.1 if overfits else max(0.1, 6 * spread_of(np.diff(vals)) / math.sqrt(2))
+    rises = overfits(run.metrics)
+    margin = OVERFIT_RISE if rises else max(0.1, 6 * spread_of(np.diff(vals)) / math.sqrt(2))
     best, rise = _best_and_rise(vals, margin)
     if rise is None:
         return
     lowest, at = vals[best], epochs[best]["step"]
-    if overfits:
+    if rises:
         text = (
             f"val {vals[-1]:.3f} has left its best {lowest:.3f} of step {at} smoothly while train "
             "still falls: overfitting, not instability"
@@ -223,26 +224,6 @@ def _best_and_rise(vals: list[float], margin: float) -> tuple[int, int | None]:
         if value < vals[best]:
             best = i
     return best, None
-
-
-def _overfits(history: RunMetrics) -> bool:
-    """Whether val rises smoothly over the last third while train falls."""
-    rows = [
-        r for r in history.epochs
-        if isinstance(r.get("val"), float) and isinstance(r.get("train"), float)
-    ]  # fmt: skip
-    vals = [r["val"] for r in rows]
-    if len(rows) < 5:
-        return False
-    low = int(np.argmin(vals))
-    after = rows[low:]
-    if len(after) < 4 or after[-1]["val"] < vals[low] + 0.1:
-        return False
-    rises = np.diff([r["val"] for r in after])
-    train_falls = after[-1]["train"] <= after[0]["train"]
-    # A blow-up is a jump; overfitting spreads its rise over many validations.
-    smooth = rises.max() < 0.6 * rises[rises > 0].sum() and (rises > 0).mean() >= 0.6
-    return bool(train_falls and smooth)
 
 
 @check("H3", "loss or gradient norm that leaves its past; refused steps, rollbacks", Level.SUSPECT)

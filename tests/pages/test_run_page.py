@@ -85,8 +85,10 @@ def test_the_first_words_say_how_good_how_far_and_whether_anything_is_wrong():
 
 def test_a_run_that_no_longer_improves_is_a_warning():
     vals = [5.0, 4.2] + [4.3] * 10
-    page = page_of([START, *(epoch_row(20 * i + 20, v) for i, v in enumerate(vals))])
-    assert "Best 4.2000 in epoch 2, 10 validations ago: it no longer falls." in text_of(page)
+    start = {**START, "passes_a_step": 0.05}
+    page = page_of([start, *(epoch_row(20 * i + 20, v) for i, v in enumerate(vals))])
+    said = "Best 4.2000 in epoch 2, 10 validations ago. val has not fallen below its lowest 4.200"
+    assert f"{said} of step 40, 10 passes ago; what moves it: more music" in text_of(page)
     assert '<main class="warn">' in page
 
 

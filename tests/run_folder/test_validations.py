@@ -1,0 +1,101 @@
+"""A plateau, overfitting and a val above guessing, told from the rows of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from kit.trainer import TINY, rows, run_trainer
+
+from run_folder.metrics import RunMetrics
+from run_folder.validations import trouble_of
+from sound.npq_format import write_npq
+
+START = {"event": "start", "step": 0, "passes_a_step": 0.1, "model": {"vocab_sizes": [1024] * 9}}
+
+
+def run_of(vals: list[float | None], trains: list[float] | None = None) -> RunMetrics:
+    """A run that validated every pass."""
+    trains = trains or [6.0 - 0.01 * i for i in range(len(vals))]
+    pairs = enumerate(zip(vals, trains, strict=True), 1)
+    validations = [
+        {"event": "epoch", "step": 10 * i, "epoch": i, "val": val, "train": train}
+        for i, (val, train) in pairs
+    ]
+    return RunMetrics([START, *validations])
+
+
+FALLING = [6.5 - 0.1 * i for i in range(12)]
+RISING = [*FALLING, *(5.4 + 0.05 * i for i in range(1, 8))]
+
+
+@pytest.mark.parametrize(
+    ("vals", "kind"),
+    [
+        (FALLING, None),
+        ([*FALLING, *[5.42] * 9], None),
+        ([*FALLING, *[5.42] * 10], "plateau"),
+        ([*FALLING, *[5.42] * 10, 5.39], None),
+        (RISING, "overfitting"),
+        ([6.9], None),
+        ([6.95], None),
+        ([6.95, 6.97], "guessing"),
+        ([*FALLING, *(5.4 + 0.5 * i for i in range(1, 5))], "guessing"),
+        ([None, None], None),
+        ([*FALLING, *[5.42] * 10, None], "plateau"),
+        ([], None),
+    ],
+)
+def test_what_the_newest_validation_shows(vals: list[float | None], kind: str | None) -> None:
+    trouble = trouble_of(run_of(vals))
+    assert (trouble and trouble.kind) == kind
+    if trouble is not None:
+        assert "--patience N" in trouble.text
+        assert f"{math.log(1024):.3f}" in trouble.text or "5.400 of step 120" in trouble.text
+
+
+def test_a_rise_with_train_rising_too_is_no_overfitting() -> None:
+    trains = [6.0] * len(FALLING) + [6.0 + 0.1 * i for i in range(7)]
+    assert trouble_of(run_of(RISING, trains)) is None
+
+
+def test_rows_of_an_older_version_say_too_little() -> None:
+    old = {"event": "start", "step": 0}
+    metrics = RunMetrics([old, *run_of(RISING).epochs])
+    assert trouble_of(metrics) is None
+
+
+def test_patience_ends_a_run_that_learns_nothing_and_says_why(tmp_path: Any) -> None:
+    """Noise cannot be learned: val rises above guessing as the model learns it by heart."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        codes = rng.integers(16, size=(150, 2))
+        write_npq(tmp_path / f"{i}.npq", codes, vocab_sizes=[16, 16], frame_rate=86.0)
+    flags = [*TINY, "--data", tmp_path / "*.npq", "--save_dir", tmp_path / "run", "--dropout", "0"]
+    flags += ["--lr", "3e-3", "--ema", "0.9", "--epochs", "400", "--patience", "6"]
+    code, said = run_trainer(*flags)
+    assert code == 0, said
+    assert said.count("is above guessing, 2.773: this model of this music") == 1
+    (end,) = rows(tmp_path / "run", "end")
+    validated = rows(tmp_path / "run", "epoch")
+    best = min(validated, key=lambda row: row["val"])
+    passes = rows(tmp_path / "run", "start")[0]["passes_a_step"] * (end["step"] - best["step"])
+    a_validation = passes / (validated[-1]["epoch"] - best["epoch"])
+    assert 6 <= passes < 6 + a_validation
+    assert f"Done at step {end['step']} (--patience 6 is over): best val" in said
+    code, again = run_trainer(*flags)
+    assert code == 0
+    assert "--max-seconds or --patience goes on" in again
+    code, longer = run_trainer(*flags, "--patience", "9")
+    assert code == 0
+    assert rows(tmp_path / "run", "end")[-1]["step"] > end["step"], longer
+
+
+def test_patience_without_validation_is_refused(tunes: Any, tmp_path: Any) -> None:
+    flags = [*TINY, "--data", tunes, "--save_dir", tmp_path, "--val_split", "0", "--patience", "3"]
+    code, said = run_trainer(*flags)
+    assert code == 2, said
+    assert "! --patience 3: expected validation windows, found none; " in said
