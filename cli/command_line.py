@@ -21,6 +21,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ import textwrap
 import threading
 import traceback
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -282,6 +283,20 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command to copy; a word that cannot be printed stands as $'\\x0a', for bash and zsh."""
+    return " ".join(map(_as_typed, words))
+
+
+def _as_typed(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (
+        chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(word)
+    )
+    return f"$'{''.join(plain)}'"
 
 
 def figure(value: float | None, form: str = ".4g") -> str:

@@ -15,9 +15,9 @@ import itertools
 import math
 import os
 import re
-import shlex
 from dataclasses import dataclass
 
+from cli.command_line import shell_line
 from doctor.checks import findings_of
 from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
@@ -258,22 +258,22 @@ def _way_on(
     command = ["python", "train_rvq.py", "--resume", healthy.path, *_folder_flags(run, healthy)]
     lr = healthy.flag("lr", 0.0)
     if verdict is Verdict.HEALTHY:
-        return shlex.join(command), "Nothing is wrong; this goes on from the newest state."
+        return shell_line(command), "Nothing is wrong; this goes on from the newest state."
     if cause is Cause.OVERFITTING:
         return _against_overfitting(run, command, healthy)
     if cause is Cause.SCALER:
-        return shlex.join([*command, "--amp-dtype", "bf16"]), "bf16 needs no loss scale."
+        return shell_line([*command, "--amp-dtype", "bf16"]), "bf16 needs no loss scale."
     if cause is Cause.LEARNING_RATE and lr:
         return (
-            shlex.join([*command, "--lr", f"{lr:g}", "--panic-lr-mul", "0.5"]),
+            shell_line([*command, "--lr", f"{lr:g}", "--panic-lr-mul", "0.5"]),
             "Goes back to before the learning rate left its plan, and follows the plan again.",
         )
     if cause is Cause.INSTABILITY and verdict in (Verdict.DIVERGED, Verdict.DEAD) and lr:
         return (
-            shlex.join([*command, "--lr", f"{lr / 2:g}", "--panic-lr-mul", "0.5"]),
+            shell_line([*command, "--lr", f"{lr / 2:g}", "--panic-lr-mul", "0.5"]),
             "Goes back to the last healthy state, at half the learning rate.",
         )
-    return shlex.join(command), "Goes back to the newest file that nothing is wrong with."
+    return shell_line(command), "Goes back to the newest file that nothing is wrong with."
 
 
 def _folder_flags(run: ExaminedRun, summary: Summary) -> list[str]:
@@ -299,7 +299,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
         if not whole or any(p.bad.get("ema") or math.isnan(p.ema_rms) for p in s.parameters):
             continue
         command = ["python", "train_rvq.py", "--init-from", s.path, *_new_run(s, "from_ema", "run")]
-        return shlex.join(command), (
+        return shell_line(command), (
             "No file is healthy, but this one's averaged weights show nothing: a new run starts "
             "from them, at a lower learning rate. Listen to them first."
         )
@@ -310,7 +310,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
     if not newest.flags.get("data"):
         return None, f"Nothing here is sound. {others} be: name them too. Else train anew."
     command = ["python", "train_rvq.py", *_new_run(newest, "anew", "run", "architecture")]
-    return shlex.join(command), (
+    return shell_line(command), (
         f"Nothing here is sound, averaged weights included. {others} be: name them too. Else this "
         "trains anew, at a lower learning rate."
     )
@@ -327,7 +327,7 @@ def _without_prefix(run: ExaminedRun, s: Summary) -> tuple[str, str]:
         f"torch.save(c, {copy!r})"
     )
     resume = ["python", "train_rvq.py", "--resume", copy, *_folder_flags(run, s)]
-    return f"{shlex.join(['python', '-c', script])} && {shlex.join(resume)}", (
+    return f"{shell_line(['python', '-c', script])} && {shell_line(resume)}", (
         "Its weights are sound and only their names are not: this writes a copy whose names are "
         "right and goes on from that."
     )
@@ -352,7 +352,7 @@ def _against_overfitting(run: ExaminedRun, command: list[str], healthy: Summary)
     dropout = min(0.5, healthy.flag("dropout", 0.0) + 0.1)
     decay = 2 * healthy.flag("weight_decay", 0.02)
     flags = ["--dropout", f"{dropout:g}", "--weight-decay", f"{decay:g}"]
-    return shlex.join([*command, *flags]), (
+    return shell_line([*command, *flags]), (
         "Weights are sound, the data is learned by heart: add data, or go on from before the rise "
         "with more dropout and weight decay. For sampling take the best file."
     )

@@ -9,7 +9,6 @@ is one file that loads nothing: curves are SVG, sound is MP3, both within it.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from cli.command_line import shell_line
 from cli.disk import replace_file
 from pages.charts import (
     EVENTS,
@@ -152,10 +152,10 @@ def as_html(story: Story, files: RunFiles, samples: Path) -> str:
         inside=inside,
         samples=[_sample(row, samples) for row in story.samples[: -KEPT - 1 : -1]],
         event_rows=EVENT_ROWS,
-        best_path=shlex.quote(str(files.best)),
-        folder=shlex.quote(str(files.folder)),
+        best_path=shell_line([str(files.best)]),
+        folder=shell_line([str(files.folder)]),
         doctor=doctor,
-        doctor_path=shlex.quote(str(files.folder / doctor)),
+        doctor_path=shell_line([str(files.folder / doctor)]),
         is_examined=(files.folder / doctor).exists(),
     )
 

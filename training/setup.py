@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.command_line import UsageError
+from cli.command_line import UsageError, shell_line
 from cli.device import device_name, faster_thread_count, pick_device, tune_for
 from model import ModelConfig
 from npq_dataset import EpochOrder
@@ -316,7 +315,7 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
         step=p.step,
         epoch=p.epoch + 1,
         source=source,
-        command=shlex.join(["python", *sys.argv]),
+        command=shell_line(["python", *sys.argv]),
         planned_steps=run.planned_steps,
         passes_a_step=passes_a_step,
         flags=vars(flags),

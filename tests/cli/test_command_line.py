@@ -15,6 +15,7 @@ import ckpt_doctor
 import encode_npq
 import sample_rvq
 import train_rvq
+from cli.command_line import shell_line
 
 DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)}
 OF_PATHS = {
@@ -138,3 +139,13 @@ def test_a_run_under_the_home_folder(tunes, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ck" / "rvq_4cb_latest.pt").exists()
     assert sorted(os.listdir(tmp_path)) == ["ck", "toks"]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "two words", "it's $HOME", "a\nb", "caf\udce9 'x' \\", "\x1b[31m", "日本", ""]
+)
+def test_a_printed_command_is_what_a_shell_takes(name):
+    line = shell_line(["printf", "%s", name])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(name)
+    assert line.isprintable()
