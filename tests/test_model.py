@@ -255,9 +255,9 @@ def test_the_model_attends_by_a_fused_kernel():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_compiles_without_a_graph_break_and_agrees_with_eager(pattern):
+def test_traces_without_a_graph_break_and_agrees_with_eager(pattern):
     model, codes = make_model(dataclasses.replace(CONFIG, pattern=pattern)), make_codes()
-    compiled = torch.compile(model.losses, fullgraph=True)
+    compiled = torch.compile(model.losses, fullgraph=True, backend="aot_eager")
     ours, theirs = compiled(codes, 0.05), model.losses(codes, 0.05)
     torch.testing.assert_close(ours.ce, theirs.ce)
     torch.testing.assert_close(ours.objective, theirs.objective)
@@ -265,7 +265,7 @@ def test_compiles_without_a_graph_break_and_agrees_with_eager(pattern):
 
 def test_compiles_with_all_that_training_adds():
     """Dropout of states and codes, a share of the frames, bfloat16: no graph break either."""
-    config = ModelConfig((16, 16, 7), 32, 2, 2, dropout=0.1, pattern="depth")
+    config = ModelConfig((16, 16, 7), 32, 1, 2, dropout=0.1, pattern="depth")
     model = make_model(config, code_dropout=0.1, depth_share=0.5).train()
     with torch.autocast("cpu", torch.bfloat16):
         losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05)
