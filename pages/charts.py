@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from cli.command_line import figure
 from pages.html import render
 
 Points = list[tuple[int, float]]  # (step, value); a value that is not finite is a gap and a cross
@@ -51,6 +52,7 @@ class Frame(NamedTuple):
     epochs: Points  # (step, epoch), as far as known
     onset: tuple[int | None, int | None] = (None, None)  # last good and first bad step of a fault
     healthy: int | None = None  # step of the last healthy file
+    passes_a_step: float | None = None  # over the music, where known
 
 
 # --- drawing -------------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ def draw(chart: Chart, frame: Frame) -> Markup:
         width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM,
         onset=_onset(frame), healthy=_healthy(frame),
         values=list(zip(heights, labels, strict=True)), steps=_steps(frame),
+        below="pass" if frame.passes_a_step else "epoch" if frame.epochs else "",
         guides=[(round(axis.y(value), 1), name) for name, value in chart.guides],
         strokes=[_stroke(line, axis, frame) for line in chart.lines],
         events=[(_x(step, frame), event, step) for event, step in chart.events],
@@ -169,12 +172,16 @@ def _healthy(frame: Frame) -> float | None:
     return _x(frame.healthy, frame)
 
 
-def _steps(frame: Frame) -> list[tuple[float, str, str | None]]:
-    """Ticks of the axis of steps: place, step, and the epoch nearest to it, where one is known."""
+def _steps(frame: Frame) -> list[tuple[float, str, str]]:
+    """Ticks of the axis of steps: place, step, and passes; else the nearest epoch, where known."""
     known, found = np.array([step for step, _ in frame.epochs], float), []
     for value in _round_values(frame.low, max(frame.high, frame.low + 1), 6):
-        epoch = f"{frame.epochs[np.abs(known - value).argmin()][1]:.0f}" if frame.epochs else None
-        found.append((_x(value, frame), _short(value), epoch))
+        below = ""
+        if frame.passes_a_step:
+            below = f"{value * frame.passes_a_step:.3g}"
+        elif frame.epochs:
+            below = f"{frame.epochs[np.abs(known - value).argmin()][1]:.0f}"
+        found.append((_x(value, frame), _short(value), below))
     return found
 
 
@@ -217,7 +224,7 @@ class Stroke(NamedTuple):
     crosses: str  # where a value is not finite
     steps: str
     values: str
-    last: float
+    last: str
 
 
 def _stroke(line: Line, axis: Axis, frame: Frame) -> Stroke:
@@ -235,7 +242,8 @@ def _stroke(line: Line, axis: Axis, frame: Frame) -> Stroke:
     steps = " ".join(str(step) for step, _ in points)
     values = " ".join(f"{value:.4g}" for _, value in points)
     last = next((v for _, v in reversed(line.points) if math.isfinite(v)), math.nan)
-    return Stroke(line, path, dots, crosses, steps, values, last)
+    words = f"{last:,.0f}" if 1000 <= abs(last) < 1e7 else figure(last, ".3g")
+    return Stroke(line, path, dots, crosses, steps, values, words)
 
 
 def _off_scale(chart: Chart, axis: Axis) -> str:
@@ -258,6 +266,22 @@ def loss_chart(steps: Rows, epochs: Rows) -> Chart:
         Line("validation", points_of(epochs, "val"), "var(--c2)"),
     ]
     return Chart("Loss", lines)
+
+
+def val_chart(epochs: Rows) -> Chart:
+    """Val beside train of the same kind: plain cross-entropy, without smoothing and weights."""
+    lines = [
+        Line("validation", points_of(epochs, "val"), "var(--c2)"),
+        Line("training", points_of(epochs, "train_ce"), "var(--c3)"),
+    ]
+    return Chart("Val and train, cross-entropy", lines)
+
+
+def gap_chart(epochs: Rows) -> Chart:
+    """Val minus train: what the model has learned by heart."""
+    gaps = [(r["step"], _real(r["val"]) - _real(r["train_ce"])) for r in epochs if "train_ce" in r]
+    line = Line("val minus train", gaps, "var(--c4)")
+    return Chart("Gap that overfitting opens", [line], from_zero=True)
 
 
 def codebooks_chart(epochs: Rows, vocab_sizes: Sequence[int]) -> Chart:

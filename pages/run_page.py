@@ -28,17 +28,20 @@ from pages.charts import (
     Rows,
     codebooks_chart,
     draw,
+    gap_chart,
     gradient_chart,
     loss_chart,
     points_of,
+    val_chart,
 )
 from pages.html import render
 from pages.spectrogram import KEPT, player
 from run_folder.files import RunFiles
-from run_folder.metrics import RunMetrics, number, perplexity, read_metrics
+from run_folder.metrics import RunMetrics, finite_number, number, perplexity, read_metrics
 from run_folder.validations import Trouble, trouble_of
 
 EVENT_ROWS = 30  # newest ones in the table
+HALF = 4  # validations in the last half of a run that are worth a picture of their own
 
 # --- what is known of a run ----------------------------------------------------------------------
 
@@ -138,6 +141,7 @@ def as_html(story: Story, files: RunFiles, samples: Path) -> str:
     """The page; `samples` is the folder that holds the run's .wav files."""
     frame = _frame(story)
     curves, inside = ([draw(c, frame) for c in charts] for charts in _charts(story))
+    curves[1:1] = _last_half(story, frame)
     doctor = f"{files.name}_doctor.html"
     return render(
         "run.html",
@@ -177,7 +181,18 @@ def _frame(story: Story) -> Frame:
     rows = [*story.steps, *story.epochs]
     known = [(r["step"], r.get("epoch")) for r in rows]
     epochs: Points = [(step, float(epoch)) for step, epoch in known if isinstance(epoch, int)]
-    return Frame(0, max((r["step"] for r in rows), default=1), epochs)
+    passes_a_step = finite_number(story.start.get("passes_a_step"))
+    high = max((r["step"] for r in rows), default=1)
+    return Frame(0, high, epochs, passes_a_step=passes_a_step)
+
+
+def _last_half(story: Story, frame: Frame) -> list[Markup]:
+    """Val and train from the middle on, where late progress is too small for the whole picture."""
+    rows = [r for r in story.epochs if r["step"] >= frame.high // 2]
+    if len(rows) < HALF or len(rows) == len(story.epochs):
+        return []
+    chart = val_chart(rows)._replace(title="The last half of it")
+    return [draw(c, frame._replace(low=rows[0]["step"])) for c in _with_points([chart])]
 
 
 def _charts(story: Story) -> tuple[list[Chart], list[Chart]]:
@@ -185,7 +200,12 @@ def _charts(story: Story) -> tuple[list[Chart], list[Chart]]:
     steps, epochs = story.steps, story.epochs
     sizes = (story.start.get("model") or {}).get("vocab_sizes") or []
     events = [(r["event"], r["step"]) for r in story.events if isinstance(r.get("step"), int)]
-    curves = [loss_chart(steps, epochs), codebooks_chart(epochs, sizes)]
+    curves = [
+        val_chart(epochs),
+        gap_chart(epochs),
+        codebooks_chart(epochs, sizes),
+        loss_chart(steps, ()),
+    ]
     inside = [
         gradient_chart(steps, events),
         _one_line("Learning rate", steps, "lr"),

@@ -37,9 +37,10 @@ def step_row(step: int, **facts) -> dict:
     return {**row, "lr": 1e-4, "grad_norm": 0.5, "frames_per_s": 8613.0, "seconds": step, **facts}
 
 
-def epoch_row(step: int, val: float | None) -> dict:
+def epoch_row(step: int, val: float | None, **facts) -> dict:
     row = {"event": "epoch", "step": step, "epoch": step // 20, "train": 5.0, "val": val}
-    return {**row, "val_per_codebook": [val, val], "frames_per_s": 8613.0, "seconds": step}
+    row |= {"val_per_codebook": [val, val], "frames_per_s": 8613.0, "seconds": step}
+    return {**row, **facts}
 
 
 def page_of(rows: list[dict], folder: Path = Path("run")) -> str:
@@ -90,6 +91,30 @@ def test_a_run_that_no_longer_improves_is_a_warning():
     said = "Best 4.2000 in epoch 2, 10 validations ago. val has not fallen below its lowest 4.200"
     assert f"{said} of step 40, 10 passes ago; what moves it: more music" in text_of(page)
     assert '<main class="warn">' in page
+
+
+def test_val_stands_beside_train_of_the_same_kind_over_passes_and_late_progress_is_seen():
+    start = {**START, "passes_a_step": 0.05}
+    vals = [6 * 0.5**i + 4 for i in range(12)]
+    trains = [val - 0.1 * i for i, val in enumerate(vals)]
+    gaps = [0.1 * i for i in range(12)]
+    validated = [
+        epoch_row(20 * i + 20, val, train=val + 0.4, train_ce=train)
+        for i, (val, train) in enumerate(zip(vals, trains, strict=True))
+    ]
+    page = page_of([start, *validated])
+    titles = ("Val and train, cross-entropy", "The last half of it", "Gap that overfitting opens")
+    whole, half, gap = (page.index(f"<b>{title}</b>") for title in titles)
+    assert drawn(vals) in page[whole:half]
+    assert drawn(trains) in page[whole:half]
+    assert 'data-low="120" data-high="240"' in page[half:gap]
+    assert drawn(gaps) in page[gap:]
+    assert ">pass</text>" in page
+    assert ">pass</text>" not in page_of([START, *validated])
+
+
+def drawn(values: list[float]) -> str:
+    return f'data-v="{" ".join(f"{v:.4g}" for v in values)}"'
 
 
 @pytest.mark.parametrize(
@@ -244,7 +269,7 @@ def test_chromium_shows_curves_and_plays_the_sound_without_an_error(run):
         page.on("pageerror", lambda error: told.append(str(error)))
         page.goto(report.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.locator("figure:has-text('Loss') path[data-x]").count() >= 2
+        assert page.locator("figure:has-text('Val and train') path[data-x]").count() >= 2
         first = page.locator("audio").first
         first.scroll_into_view_if_needed()
         wait_for(lambda: first.evaluate("a => a.readyState") > 0)
