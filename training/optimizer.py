@@ -11,6 +11,8 @@ Each group of parameters runs at its own multiple of the learning rate, kept in 
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +28,8 @@ ADAMW_FACTOR = 25.0
 # A head's logits sum over the width, so beyond this one its rate falls as the width grows (Yang et
 # al. 2022, table 8).
 HEAD_WIDTH = 256
+# Elements of a stack of matrices: launches of so many no longer count, and memory does.
+STACK = 2**25
 
 
 def build_optimizer(
@@ -47,7 +51,7 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
     return MuonWithAdamW(
-        torch.optim.Muon([hidden], lr=lr),
+        StackedMuon([hidden], lr=lr),
         torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
     )
 
@@ -84,6 +88,61 @@ def muon_groups(
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
     """Whether a parameter is a matrix between hidden states: of the blocks, or into depth."""
     return p.dim() == 2 and not name.endswith(("embed.weight", "head.weight"))
+
+
+class StackedMuon(torch.optim.Muon):
+    """torch's Muon, with its state, for matrices of one shape at a time: a fourth of its launches.
+
+    Of the settings it knows Nesterov's momentum and the rate of the original alone, the defaults.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One step of every matrix that has a gradient."""
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_shape[p.shape].append(p)
+            for shape, alike in of_shape.items():
+                count = max(1, STACK // shape.numel())
+                for first in range(0, len(alike), count):
+                    self._move(alike[first : first + count], group)
+
+    def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        moves = orthogonalized(
+            torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        rows, columns = matrices[0].shape
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * math.sqrt(max(1, rows / columns))
+        torch._foreach_add_(matrices, list(moves.unbind()), alpha=-rate)
+
+
+def orthogonalized(
+    stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7
+) -> Tensor:
+    """Matrices [N, m, n], each with its singular values brought near 1: a new float32 tensor.
+
+    By Newton and Schulz's iteration x <- (a + b g + c g^2) x in bfloat16, where g = x x^T (Jordan
+    et al. 2024).
+    """
+    a, b, c = coefficients
+    is_tall = stack.shape[1] > stack.shape[2]
+    x = (stack.mT if is_tall else stack).bfloat16()
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return (x.mT if is_tall else x).to(stack.dtype, memory_format=torch.contiguous_format)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

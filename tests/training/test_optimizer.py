@@ -14,9 +14,11 @@ import pytest
 import torch
 from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import TINY, make_run, rows, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_rvq
 import train_rvq
+import training.optimizer
 from model import PATTERNS, CodesTransformer, ModelConfig
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
@@ -27,6 +29,7 @@ from training.optimizer import (
     HEAD_WIDTH,
     MUON_FACTOR,
     MuonWithAdamW,
+    StackedMuon,
     build_optimizer,
     muon_groups,
     parameter_groups,
@@ -145,6 +148,46 @@ def test_muon_moves_every_direction_by_its_factor_and_adamw_every_element():
         singular = torch.linalg.svdvals(made[name])  # descending
         assert singular[0].item() == pytest.approx(MUON_FACTOR * 2e-4, rel=0.35), name
     assert made["head.weight"].abs().max().item() == pytest.approx(ADAMW_FACTOR * 2e-4, rel=1e-3)
+
+
+def test_stacks_of_matrices_move_as_torchs_muon_moves_each(monkeypatch):
+    """Bit for bit over steps, in whole stacks, in parts of them and without some gradients."""
+    monkeypatch.setattr(training.optimizer, "STACK", 2 * 32 * 96)
+    model, other = make_model("depth"), make_model("depth")
+    ours = StackedMuon([muon_groups(model, 0.1)[0]], lr=1e-2)
+    theirs = torch.optim.Muon([muon_groups(other, 0.1)[0]], lr=1e-2)
+    for seed in range(3):
+        gradients(model, seed)
+        gradients(other, seed)
+        for made in (model, other):
+            made.blocks[1].attn.out.weight.grad = None
+        ours.step()
+        theirs.step()
+    assert_same_tensors(dict(model.state_dict()), dict(other.state_dict()))
+    assert_same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_muon_takes_products_by_shape_and_not_by_matrix():
+    """On a GPU a small product is a launch that the host is waited for."""
+    counts = []
+    for layers in (2, 6):
+        model = make_model("parallel", layers=layers)
+        optimizer = StackedMuon([muon_groups(model, 0.1)[0]], lr=1e-2)
+        gradients(model, 0)
+        with Products() as products:
+            optimizer.step()
+        counts.append(products.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
