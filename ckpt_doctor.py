@@ -159,7 +159,7 @@ def probe_alone(run: ExaminedRun, s: Summary) -> None:
     answer: dict[str, Any] | Problem
     if s.style == "old":
         answer = Problem("missing", "the older script saved no fingerprint of it")
-    elif s.misfits:
+    elif s.mismatches:
         answer = Problem("missing", "it does not fit its own architecture")
     else:
         answer = probe_own_data(s)

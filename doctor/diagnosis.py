@@ -287,7 +287,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
     """What is left where no file is healthy: mended names, averaged weights, or a new start."""
     if wrapped := [s for s in run.readable if s.prefix and s.style == "own"]:
         bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.check != "I3"}
-        if (s := wrapped[-1]).path not in bad and not s.misfits:
+        if (s := wrapped[-1]).path not in bad and not s.mismatches:
             return _without_prefix(run, s)
     lost = {
         f.path for f in findings

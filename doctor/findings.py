@@ -65,10 +65,9 @@ class Finding:
     n: int = 0  # values behind the baseline
 
     def with_others(self, others: int) -> Finding:
-        """The same for a tensor that stands for others too."""
-        if not others:
-            return self
-        return dataclasses.replace(self, text=f"{self.text} (and {others} more tensors)")
+        """The same finding, which also mentions how many other tensors it applies to."""
+        text = f"{self.text} (and {others} more tensors)" if others else self.text
+        return dataclasses.replace(self, text=text)
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ class Check(NamedTuple):
 
 
 CHECKS: dict[str, Check] = {}  # by id; doctor/checks fills it
-FAMILIES = "IFOGASHP"  # first letters of ids, in the order in which findings of one step are told
+FAMILIES = "IFOGASHP"  # first letters of ids, in the order of a report
 
 
 def check(
@@ -106,30 +105,12 @@ def ids_in_order() -> list[str]:
     return sorted(CHECKS, key=lambda id: (FAMILIES.index(id[0]), id))
 
 
-def in_file(
-    summary: Summary,
-    id: str,
-    text: str,
-    *,
-    level: Level | None = None,
-    cause: Cause | None = None,
-    **facts: Any,
-) -> Finding:
-    """A finding of a check in a file, at the file's step; `facts` are the other fields."""
-    found = in_metrics(id, text, summary.step, level=level, cause=cause, **facts)
-    return dataclasses.replace(found, path=summary.path)
+def in_file(summary: Summary, id: str, text: str, **fields: Any) -> Finding:
+    """A finding in a file, at the file's step; `fields` are the others of a Finding."""
+    return in_metrics(id, text, summary.step, path=summary.path, **fields)
 
 
-def in_metrics(
-    id: str,
-    text: str,
-    step: int | None,
-    *,
-    level: Level | None = None,
-    cause: Cause | None = None,
-    **facts: Any,
-) -> Finding:
-    """A finding of a check in the metrics, at a step; `facts` are the other fields."""
-    usual = CHECKS[id]
-    level = usual.level if level is None else level
-    return Finding(id, level, cause or usual.cause, text, step=step, **facts)
+def in_metrics(id: str, text: str, step: int | None, **fields: Any) -> Finding:
+    """A finding in the metrics, at a step; level and cause are the check's unless given."""
+    usual = {"level": CHECKS[id].level, "cause": CHECKS[id].cause}
+    return Finding(id, text=text, step=step, **(usual | fields))

@@ -50,7 +50,7 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
     Raises:
         NpqError, BadFilesError: the data cannot be read.
     """
-    known = [s for s in summaries if s.style == "old" or not s.misfits]
+    known = [s for s in summaries if s.style == "old" or not s.mismatches]
     if not known:
         return {}
     ctx = min(map(_ctx_of, known))

@@ -14,7 +14,7 @@ from doctor.findings import Finding, Level, check, in_file
 @check("G8", "dead codes: rows of a codebook that are zero", Level.SUSPECT)
 def check_codebooks(run: ExaminedRun) -> Iterator[Finding]:
     """Rows of embeddings and heads start at random, and training never makes one exactly zero."""
-    sound: dict[tuple[str, int], int | None] = {}  # last step without zero rows
+    sound: dict[tuple[str, str], int | None] = {}  # last step without zero rows
     for s in run.series:
         for p in s.parameters:
             for k, zero in p.zero_rows.items():

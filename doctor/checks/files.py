@@ -25,18 +25,18 @@ def check_container(run: ExaminedRun) -> Iterator[Finding]:
         if s.problem is None:
             continue
         id = "I2" if s.problem.kind == "unsafe" else "I1"
-        # Beside a run's files a foreign one is none of the run's business.
-        level = Level.WARN if s.problem.kind == "foreign" else None
-        yield in_file(s, id, s.problem.text, level=level)
+        # A file of another program beside a run's files is no fault of the run.
+        level = {"level": Level.WARN} if s.problem.kind == "foreign" else {}
+        yield in_file(s, id, s.problem.text, **level)
 
 
 @check("I3", "keys and shapes against the saved architecture", Level.INCOMPATIBLE, Cause.FILE)
 def check_keys(run: ExaminedRun) -> Iterator[Finding]:
     """I3: keys and shapes against the architecture and among each other."""
     for s in run.readable:
-        if s.misfits:
-            more = f" and {len(s.misfits) - 3} more" if len(s.misfits) > 3 else ""
-            yield in_file(s, "I3", "; ".join(s.misfits[:3]) + more)
+        if s.mismatches:
+            more = f" and {len(s.mismatches) - 3} more" if len(s.mismatches) > 3 else ""
+            yield in_file(s, "I3", "; ".join(s.mismatches[:3]) + more)
         if s.prefix:
             text = (
                 f"all its names begin with `{s.prefix}`: it was saved from inside "

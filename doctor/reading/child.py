@@ -1,19 +1,19 @@
 """Work on a hostile file in a child process that may do little and cannot harm its parent.
 
-    answer = in_child(work, "rvq_ckpts/rvq_9cb_latest.pt")   # of work(path, tell)
+    answer = in_child(work, "rvq_ckpts/rvq_9cb_latest.pt")   # of work(path, report)
     answer.text if isinstance(answer, Problem) else answer["figures"]
 
-The child may allocate little more than its file takes, write nothing and run for minutes, so a
-hostile or broken file costs one row of a report. What it hands back is JSON, never a pickle.
+The child may allocate little more than the size of its file, write nothing, and run for minutes. So
+a hostile or broken file costs one row of a report. The child answers in JSON, never in a pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.process
 import os
 import resource
 import signal
@@ -29,7 +29,7 @@ from cli.shortages import first_line, is_out_of_memory
 from doctor.reading.summary import Problem, Unreadable
 from run_folder.checkpoint import CheckpointError
 
-SILENCE = 120.0  # seconds without a sign of life after which a child is given up
+SILENCE = 120.0  # seconds without a message after which a child is given up
 
 
 def in_child(
@@ -39,14 +39,14 @@ def in_child(
     *arguments: Any,
     silence: float = SILENCE,
 ) -> Any | Problem:
-    """Run `work(path, tell, *arguments)` in a child with limits; its JSON answer or a Problem.
+    """Run `work(path, report, *arguments)` in a child with limits; its JSON answer or a Problem.
 
-    A child that tells nothing for `silence` seconds is given up.
+    `report` here is called with each number that the work reports. A child that sends nothing for
+    `silence` seconds is ended. It is forked: the parent never computes with tensors, so it has no
+    threads that a fork would lose.
 
     Raises:
-        MemoryError: this machine has none left, which says nothing of the file.
-
-    The child is forked: the parent never computes with tensors, so there are no threads to lose.
+        MemoryError: this machine has none left, which is no fault of the file.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = pipe = context.Pipe(duplex=False)
@@ -56,39 +56,25 @@ def in_child(
         at_end.callback(ours.close)
         with signals_deferred():  # a child that is not yet known could not be ended
             child.start()
-            at_end.callback(_end, child)
+            at_end.callback(child.join)
+            at_end.callback(child.kill)  # before the join: callbacks run in reverse
         theirs.close()
-        return _answer(child, ours, report, silence)
-
-
-def _answer(
-    child: multiprocessing.process.BaseProcess,
-    ours: multiprocessing.connection.Connection,
-    report: Callable[[int], None],
-    silence: float,
-) -> Any | Problem:
-    try:
-        while ours.poll(silence):
-            message = json.loads(ours.recv_bytes())
-            if "bytes" in message:
-                report(message["bytes"])
-            elif "problem" in message:
-                return Problem(*message["problem"])
-            elif "short" in message:
-                raise MemoryError(f"to read {message['short']}")
-            else:
-                return message["answer"]
-        return Problem("corrupt", f"no answer within {silence:g} seconds; given up")
-    except EOFError:
-        child.join()
-        code = child.exitcode or 0
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return Problem("corrupt", f"the process that read it died ({reason})")
-
-
-def _end(child: multiprocessing.process.BaseProcess) -> None:
-    child.kill()
-    child.join()
+        try:
+            while ours.poll(silence):
+                kind, content = json.loads(ours.recv_bytes())
+                if kind == "answer":
+                    return content
+                if kind == "problem":
+                    return Problem(*content)
+                if kind == "short":
+                    raise MemoryError(f"to read {path}")
+                report(content)
+            return Problem("corrupt", f"no answer within {silence:g} seconds; given up")
+        except EOFError:
+            child.join()
+            code = child.exitcode or 0
+            reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Problem("corrupt", f"the process that read it died ({reason})")
 
 
 def _child(
@@ -99,40 +85,38 @@ def _child(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the child
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ours, connection = pipe
-    ours.close()  # so that sending to a parent that is gone fails, and does not wait for ever
+    ours, theirs = pipe
+    ours.close()  # so that a message to a parent that has ended fails, and does not wait forever
 
-    def tell(number_of_bytes: int) -> None:
-        connection.send_bytes(json.dumps({"bytes": number_of_bytes}).encode())
+    def send(kind: str, content: Any) -> None:
+        theirs.send_bytes(json.dumps((kind, content)).encode())
 
-    message = _work(work, path, tell, *arguments)
-    connection.send_bytes(json.dumps(message).encode())
+    send(*_work(work, path, functools.partial(send, "progress"), *arguments))
 
 
 def _work(
-    work: Callable[..., Any], path: str, tell: Callable[[int], None], *arguments: Any
-) -> dict[str, Any]:
-    """The "answer" of the work, or its "problem", or what was "short" on this machine."""
+    work: Callable[..., Any], path: str, report: Callable[[int], None], *arguments: Any
+) -> tuple[str, Any]:
+    """The "answer" of the work, or its "problem", or "short" where this machine lacks memory."""
     is_own_limit = True
-    warnings.simplefilter("ignore")  # of torch and NumPy, on what a file holds
+    warnings.simplefilter("ignore")  # of torch and NumPy, about the content of a file
     try:
         torch.set_num_threads(1)  # memory is the limit; threads would wait for each other
         is_own_limit = _limit_this_process([path, *(a for a in arguments if isinstance(a, str))])
-        return {"answer": work(path, tell, *arguments)}
+        return "answer", work(path, report, *arguments)
     except Unreadable as error:
-        problem = error.problem
+        return "problem", error.problem
     except Exception as error:
         if not is_own_limit and is_out_of_memory(error):
-            return {"short": path}
-        problem = _problem_of(error, path)
-    return {"problem": problem}
+            return "short", None
+        return "problem", _problem_of(error, path)
 
 
 def _problem_of(error: Exception, path: str) -> Problem:
-    """What an error says of the file."""
+    """The problem of a file that made its reader fail with an error."""
     if isinstance(error, CheckpointError):
         text = str(error).removeprefix(f"{path}: ")
-    elif isinstance(error, OSError):  # nothing: no right to read it, a server that fails
+    elif isinstance(error, OSError):  # no permission, a server that fails: perhaps no fault of it
         text = f"cannot be read now: {in_words(error).removeprefix(f'{path}: ')}"
     elif isinstance(error, MemoryError):
         text = "needs far more memory than its size; refused"
@@ -144,7 +128,7 @@ def _problem_of(error: Exception, path: str) -> Problem:
 def _limit_this_process(paths: list[str]) -> bool:
     """No files written, no core, memory by the files' size, minutes of computing.
 
-    Returns whether memory ends where this says, and not where a limit did that was there before.
+    Returns whether these limits of memory hold, and not lower ones that were set before.
     """
     size = sum(map(os.path.getsize, paths))
     with open("/proc/self/status") as file:
@@ -160,7 +144,7 @@ def _limit_this_process(paths: list[str]) -> bool:
 
 
 def _lower(limit: int, value: int) -> bool:
-    """Set a limit, unless a lower one is there; whether it was set."""
+    """Set a limit unless a lower one is set; returns whether it was set."""
     _, hard = resource.getrlimit(limit)
     if is_lower := hard == resource.RLIM_INFINITY or value <= hard:
         resource.setrlimit(limit, (value, hard))

@@ -24,7 +24,7 @@ CHUNK = 1 << 18  # elements at a time: the temporaries of a chunk stay in the pr
 
 
 def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) -> Parameter:
-    """All figures of one floating-point tensor; EMA and state count where they have its shape."""
+    """All figures of one floating-point tensor; an EMA or state of another shape is left out."""
     parameter = Parameter(name, list(raw.shape), str(raw.dtype).removeprefix("torch."), {})
     describe_steps(parameter, member.group)
     parameter.adam_step = as_number(member.state.get("step"))
@@ -35,7 +35,7 @@ def measure(name: str, raw: Tensor, ema: Any, member: Member, summary: Summary) 
     place, whole = parameter.place, raw.numel() and not parameter.bad.get("raw")
     if place.role in ("embed", "head") and raw.dim() == 2 and whole:
         tables = tables_of(raw.detach(), place.codebook, summary.vocab_sizes)
-        parameter.zero_rows = {k: int((t == 0).all(1).sum()) for k, t in tables}
+        parameter.zero_rows = {str(k): int((t == 0).all(1).sum()) for k, t in tables}
     return parameter
 
 
@@ -57,57 +57,60 @@ def _parts(parameter: Parameter, raw: Tensor, others: dict[str, Any]) -> dict[st
 # --- by element ----------------------------------------------------------------------------------
 
 
-class _Sums:
-    """Sums over a tensor's elements, in double precision, filled a chunk at a time."""
-
-    def __init__(self) -> None:
-        self.values: Counter[str] = Counter()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.values[name] += float(tensor)  # type: ignore[assignment]
-
-    def rms(self, name: str, count: int) -> float:
-        return math.sqrt(max(self.values[name], 0.0) / max(count, 1))
-
-
 def _measure_elements(
     parameter: Parameter, parts: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Fill in what sums over elements tell: w are weights, e their EMA, d = w - e, u the update."""
-    sums, bad = _Sums(), Counter[str]()
+    """Fill in the figures that are sums over elements, a chunk at a time.
+
+    In the names of the sums w are weights, e their EMA, d = w - e, u the update.
+    """
+    sums, bad = Counter[str](), Counter[str]()
     parameter.largest = 0.0
     for first in range(0, parameter.numel, CHUNK):
         span = slice(first, first + CHUNK)
         chunk = {part: finite_chunk(flat[span], part, bad) for part, flat in parts.items()}
         w, e = chunk["raw"], chunk.get("ema")
         parameter.largest = max(parameter.largest, float(w.abs().max()))
-        sums.add("w", w.square().sum())
+        _add(sums, ww=w @ w)
         d = None
         if e is not None:
             d = w - e
-            sums.add("e", e.square().sum())
-            sums.add("d", d.square().sum())
+            _add(sums, ee=e @ e, dd=d @ d)
         if "momentum" in chunk:
-            _add_momentum(sums, chunk["momentum"], d)
+            # Muon's update is its momentum, orthogonalised: that would take a matrix product.
+            u = m = chunk["momentum"]
+            _add(sums, mm=m @ m)
         elif "m" in chunk:
-            _add_moments(parameter, sums, chunk["m"], chunk["v"], d, settings)
+            u = _add_moments(parameter, sums, chunk["m"], chunk["v"], settings)
+        else:
+            continue
+        _add(sums, uu=u @ u, du=-(d @ u) if d is not None else 0.0)
     parameter.bad = {part: n for part, n in bad.items() if n}
     _note_sums(parameter, sums, set(parts))
 
 
-def _note_sums(parameter: Parameter, sums: _Sums, parts: set[str]) -> None:
-    count, values = parameter.numel, sums.values
-    parameter.rms = sums.rms("w", count)
+def _add(sums: Counter[str], **values: Tensor | float) -> None:
+    for name, value in values.items():
+        sums[name] += float(value)  # type: ignore[assignment]
+
+
+def _note_sums(parameter: Parameter, sums: Counter[str], parts: set[str]) -> None:
+    count = parameter.numel
+
+    def rms(name: str) -> float:
+        return math.sqrt(max(sums[name], 0.0) / max(count, 1))
+
+    parameter.rms = rms("ww")
     if "ema" in parts:
-        parameter.ema_rms, parameter.ema_distance = sums.rms("e", count), sums.rms("d", count)
+        parameter.ema_rms, parameter.ema_distance = rms("ee"), rms("dd")
     if "momentum" in parts or ("m" in parts and count):
-        parameter.m_rms = sums.rms("m", count)
-        norms = math.sqrt(max(values["d"] * values["u"], 0.0))
-        parameter.update_cos = values["du"] / norms if norms else math.nan
+        parameter.m_rms = rms("mm")
+        norms = math.sqrt(max(sums["dd"] * sums["uu"], 0.0))
+        parameter.update_cos = sums["du"] / norms if norms else math.nan
     if "m" in parts and count:
-        parameter.v_root = sums.rms("v", count)
-        parameter.v_zero = values["zero"] / count
-        parameter.update_rms = sums.rms("u", count)
+        parameter.v_root = rms("v")
+        parameter.v_zero = sums["zero"] / count
+        parameter.update_rms = rms("uu")
 
 
 def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
@@ -120,22 +123,10 @@ def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
     return chunk
 
 
-def _add_momentum(sums: _Sums, m: Tensor, d: Tensor | None) -> None:
-    """Muon goes the way of its momentum, once orthogonalised, which would take a product a file."""
-    sums.add("m", m.square().sum())
-    sums.add("u", m.square().sum())
-    if d is not None:
-        sums.add("du", -(d * m).sum())
-
-
 def _add_moments(
-    parameter: Parameter,
-    sums: _Sums,
-    m: Tensor,
-    v: Tensor,
-    d: Tensor | None,
-    settings: dict[str, Any],
-) -> None:
+    parameter: Parameter, sums: Counter[str], m: Tensor, v: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """Count impossible moments, add up the others; returns Adam's update before lr."""
     beta1, beta2 = settings["betas"] or (math.nan, math.nan)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         beta1 = beta2 = math.nan
@@ -145,13 +136,8 @@ def _add_moments(
     # float32's v underflows below gradients of 4e-23, and a sum of rounded terms may be 1 % off.
     over = m.abs() > 1.01 * parameter.step_bound * root + 1e-18
     parameter.m_over_bound += int(over.sum())
-    sums.add("m", m.square().sum())
-    sums.add("v", v.clamp_min(0.0).sum())
-    sums.add("zero", (root == 0).sum())
-    u = m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + eps)
-    sums.add("u", u.square().sum())
-    if d is not None:
-        sums.add("du", -(d * u).sum())
+    _add(sums, mm=m @ m, v=root @ root, zero=(root == 0).sum())
+    return m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + eps)
 
 
 # --- by role -------------------------------------------------------------------------------------

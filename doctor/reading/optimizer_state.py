@@ -1,11 +1,10 @@
-"""What the state dict of an optimizer says: settings, whose moments are whose, how far a step goes.
+"""The state dict of an optimizer: its settings, the moments of each parameter, the size of a step.
 
     settings_of(content["optimizer"])["method"]                         # such as "Muon + AdamW"
     members_of(content["optimizer"], content["model"])["head.weight"].state["exp_avg"]
     moment_bound(0.9, 0.95)                                             # 1.165: abs(m) / sqrt(v)
 
-A param_group tells its optimizer by the settings that it has. The limits on steps hold whatever the
-gradients were; the sources stand with them.
+A param_group is recognised by its settings. The limits on steps hold for all gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from doctor.reading.summary import Parameter, as_dict, as_list, as_number, as_whole
+from doctor.reading.summary import Parameter, as_dict, as_list, as_number
 
 
 class Member(NamedTuple):
@@ -27,24 +25,22 @@ class Member(NamedTuple):
 
 
 def settings_of(state: Any) -> dict[str, Any]:
-    """Settings of the whole optimizer, as Summary.optimizer has them; none for no groups."""
+    """Settings of the whole optimizer, as in Summary.optimizer; empty without groups."""
     groups = [group_settings(g) for g in groups_of(state)]
     if not groups:
         return {}
     adam = next((g for g in groups if g["method"] != "Muon"), groups[0])
     return {
-        "method": methods_of(state),
+        "method": " + ".join(dict.fromkeys(g["method"] for g in groups if g["method"])),
         "lr": max(g["lr"] / g["lr_factor"] for g in groups),
-        "initial_lr": max(as_number(g.get("initial_lr")) for g in groups_of(state)),
         "betas": adam["betas"],
-        "eps": adam["eps"],
         "weight_decay": max(g["weight_decay"] for g in groups),
         "groups": groups,
     }
 
 
 def group_settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What the doctor needs of a param_group; the optimizer is told by the settings it has."""
+    """The settings of a param_group that the doctor needs."""
     betas = [as_number(b) for b in as_list(group.get("betas"))]
     factor = as_number(group.get("lr_factor", 1.0))
     return {
@@ -55,17 +51,11 @@ def group_settings(group: dict[str, Any]) -> dict[str, Any]:
         "eps": as_number(group.get("eps")),
         "momentum": as_number(group.get("momentum")),
         "weight_decay": as_number(group.get("weight_decay")),
-        "tensors": len(as_list(group.get("params"))),
     }
 
 
-def methods_of(state: Any) -> str:
-    """The optimizers of a state dict by name, such as "AdamW" or "Muon + AdamW"; "" for none."""
-    return " + ".join(dict.fromkeys(filter(None, map(method_of, groups_of(state)))))
-
-
 def method_of(group: dict[str, Any]) -> str:
-    """The optimizer of a param_group by the settings that it has; "" where it is not known."""
+    """The optimizer of a param_group, recognised by its settings; "" if unknown."""
     return "Muon" if "ns_steps" in group else "AdamW" if "betas" in group else ""
 
 
@@ -103,9 +93,9 @@ def _names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
-    """Note a parameter's optimizer, its share of the run's learning rate and how far a step goes.
+    """Fill in a parameter's optimizer, its share of the run's learning rate, the limit of a step.
 
-    The parameter's shape must be known. Adam's update is measured later, from its moments.
+    Its shape must be known. Adam's update is measured later, from its moments.
     """
     settings = group_settings(group)
     parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
@@ -126,25 +116,13 @@ def moment_bound(beta1: float, beta2: float) -> float:
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2))
 
 
-def newton_schulz_gain(coefficients: list[float], steps: int) -> float:
-    """Largest singular value that Muon's Newton-Schulz iteration leaves; 1.20 with torch's own.
-
-    It divides a matrix by its Frobenius norm, so that singular values lie in [0, 1], and takes each
-    to a s + b s^3 + c s^5, `steps` times (Jordan et al. 2024, "Muon"). Infinite for other settings.
-    """
-    if len(coefficients) != 3 or not 1 <= steps <= 20:
-        return math.inf
-    a, b, c = coefficients
-    s = np.linspace(0.0, 1.0, 10_001)
-    with np.errstate(all="ignore"):
-        for _ in range(steps):
-            s = a * s + b * s**3 + c * s**5
-        gain = float(np.abs(s).max())
-    return gain if math.isfinite(gain) else math.inf
+# Largest singular value after Muon's five Newton-Schulz steps s -> a s + b s^3 + c s^5 from [0, 1],
+# with torch's coefficients (Jordan et al. 2024, "Muon").
+NEWTON_SCHULZ_GAIN = 1.2025
 
 
 def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:
-    """How far a step of Muon goes: all that is known of it beforehand, whatever the gradients.
+    """Size and limit of a step of Muon, which are the same for all gradients.
 
     Orthogonalised, an update of shape [A, B] has min(A, B) singular values near 1, so RMS
     1 / sqrt(max(A, B)), and no element above the largest of them; then `adjust_lr_fn` scales it by
@@ -154,10 +132,8 @@ def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:
     ratio = math.sqrt(max(1.0, rows / max(columns, 1)))
     if group.get("adjust_lr_fn") == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(rows, columns))
-    coefficients = [as_number(c) for c in as_list(group.get("ns_coefficients"))]
-    gain = newton_schulz_gain(coefficients, as_whole(group.get("ns_steps")) or 0)
     parameter.update_rms = ratio / math.sqrt(max(rows, columns, 1))
-    parameter.step_bound = ratio * gain
+    parameter.step_bound = ratio * NEWTON_SCHULZ_GAIN
     momentum = as_number(group.get("momentum"))
     if 0 <= momentum < 1:
         parameter.noise_steps = (1 + momentum) / (1 - momentum)

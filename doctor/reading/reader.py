@@ -3,8 +3,8 @@
     summary = summarize("rvq_ckpts/rvq_9cb_latest.pt")
     summary.problem          # why the file could not be read, or None
 
-The way of a file: opened safely, described by what it says of itself, searched for what does not
-fit, measured a tensor at a time.
+A file is opened safely, described by its own metadata, checked for parts that do not fit, and
+measured one tensor at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from doctor.reading.child import in_child
 from doctor.reading.container import forget_pages, open_safely
 from doctor.reading.measures import measure
-from doctor.reading.mismatches import misfits_of
+from doctor.reading.mismatches import mismatches_of
 from doctor.reading.optimizer_state import Member, members_of, settings_of
 from doctor.reading.scales import scales_of
 from doctor.reading.summary import (
@@ -44,9 +44,9 @@ from run_folder.names import checkpoint_name
 def summarize(
     path: str | os.PathLike[str], report: Callable[[int], None] = lambda _: None
 ) -> Summary:
-    """Summary of a file, made by a child process; never raises for what a file holds.
+    """Summary of a file, made by a child process; no content of a file makes it raise.
 
-    `report` is told the bytes that were read so far, as the child goes on.
+    `report` is called with the number of bytes read so far, while the child works.
     """
     answer = in_child(_read_in_child, str(path), report)
     if isinstance(answer, Problem):
@@ -62,8 +62,6 @@ def _read_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any]:
 
 def _from_json(answer: dict[str, Any]) -> Summary:
     parameters = [Parameter(**p) for p in answer.pop("parameters")]
-    for p in parameters:  # keys of JSON are text
-        p.zero_rows = {int(k): count for k, count in p.zero_rows.items()}
     scales = {part: [Scale(*x) for x in found] for part, found in answer.pop("scales").items()}
     return Summary(**answer, parameters=parameters, scales=scales)
 
@@ -87,12 +85,9 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
     summary = _blank(path)
     content = open_safely(path)
     summary.prefix = content["prefix"]
-    if content.get("format") == FORMAT:
-        _describe_own(summary, content)
-    else:
-        _describe_old(summary, content)
-    members = members_of(content.get("optimizer", content.get("opt")), content["model"])
-    summary.misfits = misfits_of(summary, content, members)
+    _describe(summary, content)
+    members = members_of(_optimizer_of(content), content["model"])
+    summary.mismatches = mismatches_of(summary, content, members)
     _measure_all(summary, content, members, tell)
     for part, key in (("raw", "model"), ("ema", "ema")):
         summary.scales[part] = scales_of(as_dict(content.get(key)), summary)
@@ -101,44 +96,35 @@ def read_summary(path: str, tell: Callable[[int], None] = lambda _: None) -> Sum
     return summary
 
 
-def _describe_own(summary: Summary, content: dict[str, Any]) -> None:
-    """What a file of this project says of itself."""
-    progress, architecture = as_dict(content.get("progress")), as_dict(content.get("architecture"))
-    summary.style = "own"
-    summary.step = as_count(progress.get("step"))
-    _describe_alike(summary, content, progress, architecture)
-    summary.architecture, summary.progress = plain(architecture), plain(progress)
-    summary.flags = plain(as_dict(content.get("flags")))
-    summary.history = plain([r for r in as_list(content.get("history")) if isinstance(r, dict)])
-    summary.recent_ce = [
-        as_number(ce) for ce in as_list(as_dict(content.get("guard")).get("recent_ce"))
-    ]
-    summary.optimizer = settings_of(content.get("optimizer"))
+def _describe(summary: Summary, content: dict[str, Any]) -> None:
+    """What a file contains about itself, in this project's layout or in the older script's.
 
-
-def _describe_old(summary: Summary, content: dict[str, Any]) -> None:
-    """The plain dictionary of the script that this project replaces, as far as it goes."""
-    summary.style = "old"
-    summary.step = as_count(content.get("global_step"))
-    _describe_alike(summary, content, content, content)
-    cfg = content.get("cfg")
-    summary.flags = plain(vars(cfg) if isinstance(cfg, argparse.Namespace) else as_dict(cfg))
-    summary.optimizer = settings_of(content.get("opt", content.get("optimizer")))
-
-
-def _describe_alike(
-    summary: Summary,
-    content: dict[str, Any],
-    progress: dict[str, Any],
-    architecture: dict[str, Any],
-) -> None:
-    """What files of both styles tell under the same names, though not in the same place."""
+    The older script saved one plain dictionary.
+    """
+    is_own = content.get("format") == FORMAT
+    progress = as_dict(content.get("progress")) if is_own else content
+    architecture = as_dict(content.get("architecture")) if is_own else content
+    flags = content.get("flags" if is_own else "cfg")
+    scaler = as_dict(content.get("scaler"))
+    summary.style = "own" if is_own else "old"
+    summary.step = as_count(progress.get("step" if is_own else "global_step"))
     summary.epoch = as_whole(progress.get("epoch"))
     summary.best_val = as_number(progress.get("best_val"))
     summary.vocab_sizes = [as_whole(v) or 0 for v in as_list(architecture.get("vocab_sizes"))]
     summary.saved_at = as_text(content.get("saved_at"))
-    scaler = as_dict(content.get("scaler"))
     summary.scale = as_number(scaler["scale"]) if "scale" in scaler else None
+    summary.flags = plain(vars(flags) if isinstance(flags, argparse.Namespace) else as_dict(flags))
+    summary.optimizer = settings_of(_optimizer_of(content))
+    if is_own:
+        summary.architecture, summary.progress = plain(architecture), plain(progress)
+        rows = [r for r in as_list(content.get("history")) if isinstance(r, dict)]
+        summary.history = plain(rows)
+        recent_ce = as_list(as_dict(content.get("guard")).get("recent_ce"))
+        summary.recent_ce = [as_number(ce) for ce in recent_ce]
+
+
+def _optimizer_of(content: dict[str, Any]) -> Any:
+    return content.get("optimizer", content.get("opt"))
 
 
 def _measure_all(
@@ -147,7 +133,7 @@ def _measure_all(
     members: dict[str, Member],
     tell: Callable[[int], None],
 ) -> None:
-    """Fill in the parameters, by place, and tell the bytes read after each."""
+    """Fill in the parameters, in network order, and report the bytes read after each."""
     averages = as_dict(content.get("ema"))
     done = 0
     for name, raw in content["model"].items():

@@ -68,8 +68,8 @@ class Parameter:
     update_cos: float = math.nan  # between raw - EMA and the way that Adam, or momentum, goes
     adam_step: float = math.nan
     sample: list[float] = dataclasses.field(default_factory=list)
-    # By codebook, rows of an embedding or a head that are zero throughout.
-    zero_rows: dict[int, int] = dataclasses.field(default_factory=dict)
+    # By codebook, as text: rows of an embedding or a head that are zero throughout.
+    zero_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def place(self) -> Place:
@@ -116,7 +116,7 @@ class Summary:
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    misfits: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
+    mismatches: list[str] = dataclasses.field(default_factory=list)  # keys and shapes
     prefix: str = ""  # of all names in the file, as a wrapper's: "module."; taken off here
     # "method", such as "Muon + AdamW", Adam's betas and eps, largest decay, and the run's "lr":
     # a group's over its factor; "groups" have their own.

@@ -300,9 +300,9 @@ def test_containers_that_hold_themselves(good):
     endless: list[Any] = []
     endless.append(endless)
     own["history"] = own["flags"] = endless
-    misfits = summarize(with_pickle(good, pickle.dumps(own, protocol=2))).misfits
-    assert "raw self is no tensor" in misfits
-    assert "`flags`: expected a dictionary, found list" in misfits
+    mismatches = summarize(with_pickle(good, pickle.dumps(own, protocol=2))).mismatches
+    assert "raw self is no tensor" in mismatches
+    assert "`flags`: expected a dictionary, found list" in mismatches
 
 
 # --- broken files ---------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def assert_harmless(good: Path, spoiled: bytes, before: Summary) -> bool:
     good.write_bytes(spoiled)
     summary = summarize(good)
     if summary.problem is None:
-        assert not summary.misfits
+        assert not summary.mismatches
         assert [p.sample for p in summary.parameters] == [p.sample for p in before.parameters]
         assert [repr(p) for p in summary.parameters] == [repr(p) for p in before.parameters]
     return summary.problem is not None

@@ -173,7 +173,7 @@ def test_rows_of_zeros_are_counted_by_codebook(good):
     content["model"]["head.weight"][64:67] = 0
     torch.save(content, good)
     found = {p.name: p.zero_rows for p in summarize(good).parameters}
-    assert found["head.weight"] == {0: 0, 1: 3, 2: 0, 3: 0}
+    assert found["head.weight"] == {"0": 0, "1": 3, "2": 0, "3": 0}
     assert found["blocks.0.mlp.up.weight"] == {}
 
 
@@ -216,7 +216,7 @@ def test_a_muon_checkpoint_is_described(muon):
     summary, content = summarize(muon), content_of(muon)
     states = muon_states(content)
     assert summary.problem is None
-    assert summary.misfits == []
+    assert summary.mismatches == []
     assert summary.optimizer["method"] == "Muon + AdamW"
     assert summary.optimizer["betas"] == [0.9, 0.95]
     groups = content["optimizer"]["param_groups"]

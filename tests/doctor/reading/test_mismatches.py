@@ -14,23 +14,23 @@ from doctor.reading.reader import summarize
 def test_keys_and_shapes_that_do_not_fit(good):
     original = content_of(good)
 
-    def misfits(change: Any) -> str:
+    def mismatches(change: Any) -> str:
         content = dict(original, model=dict(original["model"]))
         change(content)
         torch.save(content, good)
-        return "; ".join(summarize(good).misfits)
+        return "; ".join(summarize(good).mismatches)
 
     name = "blocks.0.attn.qkv.weight"
-    assert misfits(lambda c: None) == ""
-    assert name in misfits(lambda c: c["model"].pop(name))
-    assert name in misfits(lambda c: c["model"].update({name: c["model"][name].T}))
-    assert "extra" in misfits(lambda c: c["model"].update(extra=torch.ones(3)))
-    assert "`rng`" in misfits(lambda c: c.pop("rng"))
-    assert "optimizer" in misfits(lambda c: c.pop("optimizer"))
-    assert "EMA" in misfits(lambda c: c.update(ema={name: torch.ones(3)}))
-    assert "scaler" in misfits(lambda c: c.pop("scaler"))
+    assert mismatches(lambda c: None) == ""
+    assert name in mismatches(lambda c: c["model"].pop(name))
+    assert name in mismatches(lambda c: c["model"].update({name: c["model"][name].T}))
+    assert "extra" in mismatches(lambda c: c["model"].update(extra=torch.ones(3)))
+    assert "`rng`" in mismatches(lambda c: c.pop("rng"))
+    assert "optimizer" in mismatches(lambda c: c.pop("optimizer"))
+    assert "EMA" in mismatches(lambda c: c.update(ema={name: torch.ones(3)}))
+    assert "scaler" in mismatches(lambda c: c.pop("scaler"))
     endless = {**original["architecture"], "layers": math.inf}
-    assert "builds no model" in misfits(lambda c: c.update(architecture=endless))
+    assert "builds no model" in mismatches(lambda c: c.update(architecture=endless))
 
 
 def test_a_weight_without_moments_is_named(good):
@@ -39,7 +39,7 @@ def test_a_weight_without_moments_is_named(good):
     name, number = group["param_names"].pop(), group["params"].pop()
     del content["optimizer"]["state"][number]
     torch.save(content, good)
-    assert f"no optimizer state for {name}" in summarize(good).misfits
+    assert f"no optimizer state for {name}" in summarize(good).mismatches
 
 
 def test_names_of_a_compiled_module(tmp_path):
@@ -56,9 +56,9 @@ def test_an_older_scripts_file_may_be_without_its_optimizer(tmp_path):
     path = tmp_path / "rvq_1cb_latest.pt"
     content = {"model": weights, "global_step": 5, "cfg": {}, "vocab_sizes": [64]}
     torch.save(content, path)
-    assert summarize(path).misfits == []
+    assert summarize(path).mismatches == []
     torch.save({**content, "opt": {"state": {}, "param_groups": []}}, path)
-    assert summarize(path).misfits == ["no optimizer state"]
+    assert summarize(path).mismatches == ["no optimizer state"]
 
 
 def test_momentum_that_is_missing_foreign_or_not_finite(muon):
@@ -73,18 +73,18 @@ def test_momentum_that_is_missing_foreign_or_not_finite(muon):
 
     state["momentum_buffer"] = momentum[1:].clone()
     torch.save(content, muon)
-    assert [m for m in summarize(muon).misfits if "momentum_buffer" in m and name in m]
+    assert [m for m in summarize(muon).mismatches if "momentum_buffer" in m and name in m]
 
     del state["momentum_buffer"]
     state["exp_avg"] = torch.zeros(3)
     torch.save(content, muon)
-    misfits = " ".join(summarize(muon).misfits)
-    assert f"Muon has no momentum_buffer of {name}" in misfits
-    assert f"Muon has a foreign exp_avg of {name}" in misfits
+    mismatches = " ".join(summarize(muon).mismatches)
+    assert f"Muon has no momentum_buffer of {name}" in mismatches
+    assert f"Muon has a foreign exp_avg of {name}" in mismatches
 
 
 def test_an_optimizer_other_than_the_flags_say(muon):
     content = content_of(muon)
     content["flags"]["optim"] = "adamw"
     torch.save(content, muon)
-    assert "--optim adamw, but" in " ".join(summarize(muon).misfits)
+    assert "--optim adamw, but" in " ".join(summarize(muon).mismatches)
