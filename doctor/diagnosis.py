@@ -23,6 +23,7 @@ from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Summary
 from run_folder.flags import FLAGS, Scope, command_words, names, saved_flags
+from run_folder.metrics import finite_number
 
 
 class Verdict(enum.Enum):
@@ -59,7 +60,7 @@ class Diagnosis:
 
     run: ExaminedRun
     verdict: Verdict
-    headline: str  # goes on after the verdict's word
+    headline: str  # follows the verdict's word
     findings: list[Finding]  # by step; those of files without a step first
     first_sign: Finding | None
     onset: tuple[int | None, int | None]  # last step known good, first step known bad
@@ -93,7 +94,7 @@ def diagnose(run: ExaminedRun) -> Diagnosis:
     findings.sort(key=lambda f: (-1 if f.step is None else f.step, -f.level))
     grave = [f for f in findings if f.level >= Level.SUSPECT]
     trouble = [f for f in grave if not _is_of_a_file(f) and f.step is not None]
-    first_sign = min(trouble, key=_first_known, default=None)
+    first_sign = min(trouble, key=lambda f: (f.step, -f.level), default=None)
     verdict = max((VERDICT_OF[f.level] for f in grave), key=GRAVITY.index, default=Verdict.HEALTHY)
     if not run.readable:
         verdict = Verdict.FOREIGN if _foreign(run) else Verdict.NOTHING
@@ -114,20 +115,12 @@ def _is_of_a_file(finding: Finding) -> bool:
     return finding.check in FILE_CHECKS and finding.cause is Cause.FILE
 
 
-def _first_known(finding: Finding) -> tuple[int, int]:
-    return (finding.step or 0, -finding.level)
-
-
 def _forgive_what_healed(run: ExaminedRun, findings: list[Finding]) -> list[Finding]:
-    """Warnings instead: signs of instability before a new best val, and files set aside as bad."""
-    sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
-    guessing = math.log(max([2, *sizes])) if sizes else math.inf
-    best_at = [
-        r["step"] for i, r in enumerate(run.metrics.epochs)
-        if isinstance(r.get("val"), float) and r["val"] < guessing
-        and all(r["val"] < (q.get("val") or math.inf) for q in run.metrics.epochs[:i])
-    ]  # fmt: skip
-    healed = max(best_at, default=-1)
+    """Warnings instead of signs of instability before the best val, and in files set aside."""
+    guessing = math.log(max([2, *run.vocab_sizes])) if run.vocab_sizes else math.inf
+    vals = [(finite_number(r.get("val")), r["step"]) for r in run.metrics.epochs]
+    known = [(val, step) for val, step in vals if val is not None and val < guessing]
+    healed = min(known)[1] if known else -1
 
     def softened(f: Finding) -> Finding:
         if f.level < Level.SUSPECT:
@@ -135,7 +128,7 @@ def _forgive_what_healed(run: ExaminedRun, findings: list[Finding]) -> list[Find
         if f.path in run.set_aside:
             why = "the trainer itself set this file aside"
         elif f.check in ("H1", "H2", "H3") and f.step is not None and f.step < healed:
-            why = "val healed since"
+            why = "val recovered since"
         else:
             return f
         return dataclasses.replace(f, level=Level.WARN, text=f"{f.text}; {why}")
@@ -284,7 +277,7 @@ def _folder_flags(run: ExaminedRun, summary: Summary) -> list[str]:
 
 
 def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | None, str]:
-    """What is left where no file is healthy: mended names, averaged weights, or a new start."""
+    """The command where no file is healthy: repaired names, averaged weights, or a new start."""
     if wrapped := [s for s in run.readable if s.prefix and s.style == "own"]:
         bad = {f.path for f in findings if f.level >= Level.SUSPECT and f.check != "I3"}
         if (s := wrapped[-1]).path not in bad and not s.mismatches:

@@ -23,13 +23,6 @@ from run_folder.metrics import RunMetrics
 from training.schedule import lr_at_step
 
 
-def _timestamp(text: str) -> float:
-    try:
-        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except ValueError:
-        return 0.0
-
-
 @dataclass
 class ExaminedRun:
     """The files of one run and its metrics."""
@@ -38,12 +31,16 @@ class ExaminedRun:
     summaries: list[Summary]
     metrics: RunMetrics
     probes: dict[str, Any] = field(default_factory=dict)  # by path: what doctor/probe.py found
-    probe_note: str = ""  # of a probe that nobody asked for: what was done, or why it was not
-    on_own_data: bool = False  # whether the probes are on what the files were trained on
+    probe_note: str = ""  # on the automatic probe: what was done, or why not
+    on_own_data: bool = False  # whether the probes use the training data of the files
 
     def is_abandoned(self, summary: Summary) -> bool:
-        """Whether a file is of steps that a later resume or rollback took back."""
-        saved = _timestamp(summary.saved_at) or summary.modified
+        """Whether a later resume or rollback took back the steps of a file."""
+        try:
+            time_saved = datetime.datetime.strptime(summary.saved_at, "%Y-%m-%dT%H:%M:%S%z")
+            saved = time_saved.timestamp()
+        except ValueError:
+            saved = summary.modified
         rewinds = self.metrics.rewinds
         return any((summary.step or 0) > step and saved < time for step, time in rewinds)
 
@@ -53,6 +50,11 @@ class ExaminedRun:
         found = [s for s in self.summaries if s.problem is None]
         found = [s for s in found if not self.is_abandoned(s)]
         return sorted(found, key=lambda s: (s.step or 0, s.saved_at, s.kind))
+
+    @cached_property
+    def vocab_sizes(self) -> list[int]:
+        """V of each codebook; empty where no file contains it."""
+        return next((s.vocab_sizes for s in self.readable if s.vocab_sizes), [])
 
     @cached_property
     def set_aside(self) -> set[str]:

@@ -1,15 +1,15 @@
-"""Run checkpoints' models on real windows: what the weights do, and not only what they are.
+"""Run the models of checkpoints on real windows.
 
     probes = probe(summaries, ["npq_out/*.npq"], windows=8)
     probes[path]["raw"]["ce"]               # [K] nats per code
-    probe_own_data(summary)                 # the same, on the data that its own flags name
+    probe_own_data(summary)                 # the same, on the data named by its own flags
 
 Each model is built and run in a child process with limits, like all reading of checkpoints.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -37,8 +37,8 @@ from model import CodesTransformer, ModelConfig
 from npq_dataset import Corpus, WindowDataset, find_npq_files, scan_corpus, split_corpus
 
 MAX_FRAMES = 512  # of a window: enough for the figures, and quick on a CPU
-Forward = Callable[[Tensor], Tensor]  # codes [T, K] -> logits [T, K, V], -inf for no code
-# Of a probe that nobody asked for:
+Forward = Callable[[Tensor], Tensor]  # of a model: codes [T, K] -> logits [T, K, V], -inf: no code
+# Limits of the automatic probe, which no flag asked for:
 WINDOWS, SECONDS, MOST_PARAMETERS = 4, 60.0, 400_000_000
 
 
@@ -53,7 +53,8 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
     known = [s for s in summaries if s.style == "old" or not s.mismatches]
     if not known:
         return {}
-    ctx = min(map(_ctx_of, known))
+    ctx = min(as_count(s.flags.get("ctx")) or MAX_FRAMES for s in known)
+    ctx = min(ctx, MAX_FRAMES)
     codebooks = next((len(s.vocab_sizes) for s in known if s.vocab_sizes), None)
     corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
     codes = _windows(corpus, ctx, windows)
@@ -61,19 +62,15 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
 
 
 def probe_own_data(summary: Summary) -> dict[str, Any] | Problem:
-    """Figures of a file on some windows that it was trained on; a Problem where that cannot be.
+    """Figures of a file on windows of its training data; a Problem where that is not possible.
 
-    Its flags name the data, relative to this folder or to that of its run; the fingerprint that it
-    saved must match.
+    Its flags name the data, relative to the present folder or to that of its run; the data must
+    have the fingerprint saved in the file.
     """
     answer: dict[str, Any] | Problem = in_child(
         _probe_own_in_child, summary.path, lambda _: None, silence=SECONDS
     )
     return answer
-
-
-def _ctx_of(summary: Summary) -> int:
-    return min(MAX_FRAMES, as_count(summary.flags.get("ctx")) or MAX_FRAMES)
 
 
 def _windows(corpus: Corpus, ctx: int, windows: int, val_split: float = 0.0) -> np.ndarray:
@@ -110,7 +107,7 @@ def _probe_own_in_child(path: str, tell: Callable[[int], None]) -> dict[str, Any
 
 
 def _own_files(path: str, patterns: list[str], save_dir: str) -> list[str]:
-    """Regular .npq files alone: nothing that a hostile file names is opened for what it is not."""
+    """Regular .npq files only: a hostile file may name others, which must not be opened."""
     folder = os.path.dirname(os.path.abspath(path))
     home = folder[: -len(save_dir)] if save_dir and folder.endswith(f"/{save_dir}") else folder
     for base in dict.fromkeys((os.getcwd(), home)):
@@ -135,17 +132,17 @@ def _probe_content(content: dict[str, Any], codes: np.ndarray) -> dict[str, Any]
     figures = {}
     for name, weights in parts.items():
         model.load_state_dict(weights)
-        activations = [0.0] * len(model.blocks)
-        hooks = [
-            block.register_forward_hook(_note_largest(activations, layer))
-            for layer, block in enumerate(model.blocks)
-        ]
-        figures[name] = {
-            **_figures(lambda window: model(window[None])[0], windows),
-            "activations": activations,
-        }
+        largest: list[float] = []
+
+        def note(_: Any, __: Any, output: Tensor, largest: list[float] = largest) -> None:
+            largest.append(float(output.abs().max().nan_to_num(math.inf)))
+
+        hooks = [block.register_forward_hook(note) for block in model.blocks]
+        found = _figures(lambda window: model(window[None])[0], windows)
         for hook in hooks:
             hook.remove()
+        by_window = np.reshape(largest, (len(windows), len(hooks)))
+        figures[name] = {**found, "activations": by_window.max(0).tolist()}
     return figures
 
 
@@ -170,14 +167,6 @@ def _figures(forward: Forward, codes: Tensor) -> dict[str, Any]:
     }
 
 
-def _note_largest(activations: list[float], layer: int) -> Callable[..., None]:
-    def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-        largest = float(output.abs().max().nan_to_num(math.inf))
-        activations[layer] = max(activations[layer], largest)
-
-    return hook
-
-
 # --- the older script's model --------------------------------------------------------------------
 
 ACTIVATIONS = (F.gelu, F.relu, F.silu)
@@ -186,27 +175,27 @@ ACTIVATIONS = (F.gelu, F.relu, F.silu)
 def _probe_old(
     content: dict[str, Any], parts: dict[str, dict[str, Tensor]], windows: Tensor
 ) -> dict[str, Any]:
-    """Its file tells neither its activation nor surely its heads: the reading that fits best is
-    the one it was trained with, and a model that has diverged fits none."""
+    """Figures by "raw" and "ema", with the activation and the heads that fit best.
+
+    The file contains no activation and perhaps no number of heads. A model that has diverged fits
+    with none.
+    """
     cfg = content.get("cfg")
-    told = as_whole((cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})).get("heads"))
+    heads = as_whole((cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})).get("heads"))
     if (positions := _positions(parts["raw"])) is not None:
         windows = windows[:, : len(positions)]
-    readings = [
-        functools.partial(old_logits, parts["raw"], heads=heads, activation=activation)
-        for heads in dict.fromkeys((told or 1, 1))
-        for activation in ACTIVATIONS
-    ]
-    losses = [float(np.mean(_figures(reading, windows[:1])["ce"])) for reading in readings]
-    chosen = readings[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))].keywords
-    return {
-        name: {**_figures(functools.partial(old_logits, w, **chosen), windows), "activations": []}
-        for name, w in parts.items()
-    }
+
+    def figures(part: str, windows: Tensor, heads: int, activation: Forward) -> dict[str, Any]:
+        return _figures(lambda codes: old_logits(parts[part], codes, heads, activation), windows)
+
+    readings = list(itertools.product(dict.fromkeys((heads or 1, 1)), ACTIVATIONS))
+    losses = [float(np.mean(figures("raw", windows[:1], *r)["ce"])) for r in readings]
+    chosen = readings[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+    return {part: {**figures(part, windows, *chosen), "activations": []} for part in parts}
 
 
 def old_logits(
-    weights: dict[str, Tensor], codes: Tensor, *, heads: int, activation: Callable[[Tensor], Tensor]
+    weights: dict[str, Tensor], codes: Tensor, heads: int, activation: Forward
 ) -> Tensor:
     """The older script's model on codes [T, K]: logits [T, K, V] of the codes at the same places.
 
@@ -226,7 +215,8 @@ def old_logits(
         x = torch.cat((w["bos"].reshape(1, -1), x))
     if (positions := _positions(w)) is not None:
         x = x + positions[: len(x)]
-    for block in sorted({n.split(".attn.")[0] for n in w if ".attn.qkv.weight" in n}, key=_number):
+    blocks = {n.split(".attn.")[0] for n in w if ".attn.qkv.weight" in n}
+    for block in sorted(blocks, key=lambda name: int(name.rpartition(".")[2])):
         up, *_, down = sorted({n.rpartition(".")[0] for n in w if n.startswith(f"{block}.mlp.")})
         qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x))
         q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # [H, T, C] each
@@ -243,7 +233,3 @@ def _positions(weights: dict[str, Tensor]) -> Tensor | None:
     """Learned positions [T, D], if there are any."""
     found = weights.get("pos.weight", weights.get("pos"))
     return None if found is None else found.reshape(-1, found.shape[-1])
-
-
-def _number(block: str) -> int:
-    return int(block.rpartition(".")[2])

@@ -78,7 +78,9 @@ def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
         if row["event"] in ("start", "resume"):
             before, planned = planned, finite_number(row["flags"].get("lr")) or 0.0
             if before and planned > 3 * before:
-                yield _raised_lr(row["step"], before, planned)
+                step = row["step"]
+                text = f"a restart raised --lr from {before:g} to {planned:g} at step {step}"
+                yield in_metrics("S1", text, step + 1, after=step, value=planned, baseline=before)
         lr = row.get("lr")
         if row["event"] != "step" or not isinstance(lr, float):
             continue
@@ -87,21 +89,11 @@ def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
             limit = planned if above else course.lowest
             what = "the flags allow" if above else "it had fallen to"
             text = f"lr {lr:.3g} at step {row['step']}, {what} {limit:.3g}"
-            after = _row_before(run.metrics, row["step"])
+            earlier = [r["step"] for r in run.metrics.steps if r["step"] < row["step"]]
+            after = earlier[-1] if earlier else None
             yield in_metrics("S1", text, row["step"], value=lr, baseline=limit, after=after)
             return
         course.add(lr)
-
-
-def _raised_lr(step: int, before: float, asked: float) -> Finding:
-    text = f"a restart raised --lr from {before:g} to {asked:g} at step {step}"
-    return in_metrics("S1", text, step + 1, after=step, value=asked, baseline=before)
-
-
-def _row_before(history: RunMetrics, step: int) -> int | None:
-    """Step of the last row before a step."""
-    earlier = [r["step"] for r in history.steps if r["step"] < step]
-    return earlier[-1] if earlier else None
 
 
 def _check_saved_lr(run: ExaminedRun) -> Iterator[Finding]:
@@ -142,7 +134,6 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
     """H1: a codebook predicted worse than by guessing, in a file's own latest steps or in val."""
     for s in run.readable:
         yield from _guesses_lately(s)
-    sizes = next((s.vocab_sizes for s in run.readable if s.vocab_sizes), [])
     if overfits(run.metrics):
         return
     before, lowest = None, math.inf
@@ -151,7 +142,7 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
         # A codebook that has hardly been learned may fit other music worse than no knowledge does.
         margin = BADLY if train is not None and train < lowest else LASTING
         lowest = min(lowest, math.inf if train is None else train)
-        for k, (value, size) in enumerate(zip(values, sizes, strict=False)):
+        for k, (value, size) in enumerate(zip(values, run.vocab_sizes, strict=False)):
             guess = math.log(max(size, 2))
             if value is None or value > guess + margin:
                 said = "not finite" if value is None else f"{value:.3f}"

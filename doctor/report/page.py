@@ -45,7 +45,7 @@ def as_html(diagnoses: Sequence[Diagnosis], title: str) -> str:
         words=terminal,
         anchor=_anchor,
         most=FINDINGS,
-        tone_of_level=_tone_of_level,
+        tone_of_level=terminal.tone_of_level,
     )
 
 
@@ -116,10 +116,6 @@ def _anchor(s: Summary) -> str:
     return f"file-{zlib.crc32(s.path.encode(errors='surrogatepass')):08x}"
 
 
-def _tone_of_level(level: Level) -> str:
-    return "bad" if level >= Level.DIVERGED else "warn" if level >= Level.SUSPECT else ""
-
-
 def _measured(d: Diagnosis) -> list[Summary]:
     """The files whose tensors matter: last healthy, first in doubt, first bad, newest."""
     bad = next((s for s in d.run.readable if terminal.state_of(d, s).tone == "bad"), None)
@@ -145,8 +141,7 @@ def _metric_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
     epochs = [r for r in history.epochs if frame.low <= r["step"] <= frame.high]
     files = _files_within(d, frame)
     yield loss_chart(steps, epochs)
-    sizes = next((s.vocab_sizes for s in d.run.readable if s.vocab_sizes), [])
-    yield codebooks_chart(epochs, sizes)
+    yield codebooks_chart(epochs, d.run.vocab_sizes)
     events = [(e, r["step"]) for e in EVENTS[:2] for r in history.of(e)]
     events += [("rollback", step) for step, _ in history.rewinds]
     events = [(e, step) for e, step in events if frame.low <= step <= frame.high]

@@ -1,4 +1,4 @@
-"""What the doctor says: in words, as terminal lines, JSON and CSV.
+"""A diagnosis as words, lines of a terminal, JSON and CSV.
 
     print(*terminal_lines(diagnosis, colour=True), sep="\\n")
     json.dumps(as_json([diagnosis]), allow_nan=False)
@@ -48,23 +48,24 @@ class State(NamedTuple):
 
 
 def state_of(d: Diagnosis, s: Summary) -> State:
-    """State of a file, from its own findings and from what the metrics say of its step."""
+    """State of a file, from its own findings and from the metrics of its step."""
     if s.problem is not None and s.problem.kind == "foreign":
         return State("foreign", "", "warn")
     level = d.state_of(s)
     check = next((f.check for f in d.findings_of(s) if f.level == level > 0), "")
     if level >= Level.SUSPECT:
-        return State(level.name.lower(), check, "bad" if level >= Level.DIVERGED else "warn")
+        return State(level.name.lower(), check, tone_of_level(level))
     if s.step is not None and d.run.is_abandoned(s):
         return State("taken back", "", "warn")
-    newest_good = d.last_healthy.step if d.last_healthy else -1
-    if (
-        d.onset[1] is not None
-        and (s.step or 0) >= d.onset[1]
-        and (s.step or 0) > (newest_good or 0)
-    ):
+    newest_good = (d.last_healthy.step if d.last_healthy else None) or 0
+    if d.onset[1] is not None and (s.step or 0) >= max(d.onset[1], newest_good + 1):
         return State("after onset", "", "warn")
     return State("healthy", check, "good")
+
+
+def tone_of_level(level: Level) -> str:
+    """Colour of a level: bad or warn; empty for what is no reason to act."""
+    return "bad" if level >= Level.DIVERGED else "warn" if level >= Level.SUSPECT else ""
 
 
 def tone_of(verdict: Verdict) -> str:
@@ -171,19 +172,17 @@ RIGHT = (0, 1, 4, 5)  # columns of numbers
 def _table(d: Diagnosis) -> Iterator[tuple[str, str]]:
     """Lines of the table of files, each with its style."""
     shown = _rows_to_show(d)
-    cells = {s.path: _cells(d, s) for s in shown if s}
-    widths = [max(map(len, column)) for column in zip(HEAD, *cells.values(), strict=True)]
+    cells = [_cells(d, s) for s in shown]
+    widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
     widths[2] = min(widths[2], WIDTH - (sum(widths) - widths[2]) - 2 * (len(HEAD) - 1))
     widths[2] = max(widths[2], 12)
     yield _row(HEAD, widths), "faint"
-    for s in shown:
-        if s is None:
-            count = len(d.run.summaries) - len(cells)
-            yield f"  ({count} files without findings left out; --json FILE has all)", "faint"
-            continue
-        yield _row(cells[s.path], widths), state_of(d, s).tone
+    for s, row in zip(shown, cells, strict=True):
+        yield _row(row, widths), state_of(d, s).tone
         if s.problem:
             yield from ((text, "bad") for text in _wrapped("    ", printable(s.problem.text)))
+    if count := len(d.run.summaries) - len(shown):
+        yield f"  ({count} files without findings left out; --json FILE has all)", "faint"
 
 
 def _cells(d: Diagnosis, s: Summary) -> tuple[str, ...]:
@@ -194,30 +193,21 @@ def _cells(d: Diagnosis, s: Summary) -> tuple[str, ...]:
 
 
 def _row(cells: Sequence[str], widths: list[int]) -> str:
-    padded = [
-        _elide(cell, width).rjust(width) if i in RIGHT else _elide(cell, width).ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
+    padded = []
+    for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        shown = cell if len(cell) <= width else f"{cell[: width - 5]}..{cell[-3:]}"
+        padded.append(shown.rjust(width) if i in RIGHT else shown.ljust(width))
     return "  ".join(padded).rstrip()
 
 
-def _elide(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 5]}..{text[-3:]}"
-
-
-def _rows_to_show(d: Diagnosis) -> list[Summary | None]:
+def _rows_to_show(d: Diagnosis) -> list[Summary]:
     """Every file with a grave finding, the neighbours of the last healthy one, and both ends."""
     files = by_step(d)
     if len(files) <= TABLE_ROWS:
-        return list(files)
+        return files
     anchors = [i for i, s in enumerate(files) if s is d.last_healthy] + [0, len(files) - 1]
     near = {j for i in anchors for j in range(i - 3, i + 4)}
-    kept = [
-        s if i in near or d.state_of(s) >= Level.SUSPECT else None for i, s in enumerate(files)
-    ]  # fmt: skip
-    # One line stands for all that is left out, where the first of them would be.
-    first = next((i for i, s in enumerate(kept) if s is None), None)
-    return [s for i, s in enumerate(kept) if s is not None or i == first]
+    return [s for i, s in enumerate(files) if i in near or d.state_of(s) >= Level.SUSPECT]
 
 
 def _grouped(d: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -320,13 +310,6 @@ def as_csv(diagnoses: Sequence[Diagnosis]) -> str:
 
 def _csv_cells(p: Parameter) -> list[Any]:
     numbers = [getattr(p, name) for name in NUMBERS]
-    shape = "x".join(map(str, p.shape))
     known = ["" if isinstance(x, float) and math.isnan(x) else x for x in numbers]
-    return [
-        printable(p.name),
-        shape,
-        printable(p.dtype),
-        printable(p.optimizer),
-        *known,
-        *(p.bad.get(part, 0) for part in BAD),
-    ]
+    words = [printable(p.name), "x".join(map(str, p.shape)), printable(p.dtype)]
+    return [*words, printable(p.optimizer), *known, *(p.bad.get(part, 0) for part in BAD)]
