@@ -1,16 +1,15 @@
-"""Weights to share: the EMA weights as .safetensors, all else in its metadata; a model card beside.
+"""Weights to share: the EMA as .safetensors, the rest in its metadata, and a model card beside it.
 
     export_weights(load_checkpoint("rvq_9cb_best.pt"), "tunes.safetensors", tell=print)
     parts = load_parts("tunes.safetensors", needed=WEIGHTS_KEYS)  # or the path of a checkpoint
     parts["ema"], parts["architecture"]
 
-The format has no checksum, so one lies in the metadata: of all that the file says and holds. What a
-file of somebody else's says is checked before anything is built by it; no model is needed here.
+The format has no checksum, so the metadata contain one of the whole content. The metadata of a file
+are checked before anything is built from them; no model is needed here.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -25,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from cli.disk import NOT_OFFERED, replace_file
+from cli.disk import naming, replace_file
 from run_folder.checkpoint import OF_A_FILE, CheckpointError, load_checkpoint
 from run_folder.flags import command_words, names
 
@@ -88,7 +87,7 @@ def _not_finite(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _metadata_of(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Text by text, as the format demands; no paths, which are of this machine alone."""
+    """Texts only, as the format demands; no paths, which belong to this machine alone."""
     progress = _picked(checkpoint["progress"], SHARED_PROGRESS) | _validated(checkpoint)
     parts = {
         "architecture": checkpoint["architecture"],
@@ -102,7 +101,7 @@ def _metadata_of(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def shared_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Those that are set and shape the run, as the others are nobody's business; codecs by name."""
+    """The flags that are set and shape the run, none of machine or user; a codec by its name."""
     shared = _picked(flags, names("run", "architecture"))
     kept = {name: value for name, value in shared.items() if value is not None}
     if not CODEC_NAME.fullmatch(kept.get("eval_dac_repo", "")):
@@ -120,7 +119,7 @@ def _without_infinity(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validated(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """`val` and `val_per_codebook` of these very weights, if the history knows them."""
+    """`val` and `val_per_codebook` of these weights, if the history contains them."""
     for row in reversed(checkpoint.get("history", [])):
         if row["event"] == "epoch" and row["step"] == checkpoint["progress"]["step"]:
             return _picked(row, ("val", "val_per_codebook"))
@@ -182,7 +181,7 @@ STAMP = b"\n<!-- as written by the trainer; sha256 %s -->\n"
 
 
 def model_card(checkpoint: dict[str, Any], file_name: str) -> str:
-    """Markdown with all that a checkpoint knows of its model; TODO where only a person knows."""
+    """Markdown with the facts of a checkpoint about its model; TODO where only a person knows."""
     flags = shared_flags(checkpoint["flags"])
     facts = _facts(checkpoint, flags)
     return CARD.format(
@@ -199,7 +198,12 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     progress, validated = checkpoint["progress"], _validated(checkpoint)
     vocab_sizes, side = architecture["vocab_sizes"], data["side_codebooks"]
     shape = {name: value for name, value in architecture.items() if name != "vocab_sizes"}
-    size = data.get("size")
+    hours = "not recorded"
+    if size := data.get("size"):
+        hours = (
+            f"{size['files']} files; {size['train_hours']:.2f} hours to train, "
+            f"{size['val_hours']:.2f} hours to validate"
+        )
     facts = {
         "parameters": f"{sum(t.numel() for t in checkpoint['ema'].values()) / 1e6:.2f} M",
         "architecture": ", ".join(f"{name} {value}" for name, value in shape.items()),
@@ -207,10 +211,7 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
         "vocab sizes": ", ".join(map(str, vocab_sizes)),
         "frame rate": f"{data['frame_rate']:.2f} frames per second",
         "codec": flags.get("eval_dac_repo", "TODO"),
-        "data": "not recorded"
-        if size is None
-        else f"{size['files']} files; {size['train_hours']:.2f} hours to train, "
-        f"{size['val_hours']:.2f} hours to validate",
+        "data": hours,
         "trained": f"{progress['step']} steps, {progress['epoch']} whole epochs",
         "val": _nats(validated.get("val")) + f"; best {_nats(progress['best_val'])}, of epoch "
         f"{progress['best_epoch']}",
@@ -232,10 +233,8 @@ def _command(flags: dict[str, Any]) -> str:
         '--data "npq_out/*.npq"',
         *map(shlex.join, command_words(flags)),
     ]
-    # A flag and its value stay on one line.
-    lines = textwrap.wrap(
-        " ".join(word.replace(" ", "\0") for word in words), 76, break_on_hyphens=False
-    )
+    text = " ".join(word.replace(" ", "\0") for word in words)  # a flag and its value stay together
+    lines = textwrap.wrap(text, 76, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
 
 
@@ -290,56 +289,35 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file, short, and without characters that a terminal obeys."""
+    """A value of a file, short, and without control characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     return short.repr(value)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata of our format, and float32 tensors in memory of their own."""
+    """Metadata of our format, and float32 tensors.
+
+    Read and not mapped: a map changes with the file, and ends the process where the file is cut.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: expected a file, found a folder or device; name a file")
-        try:
-            metadata, weights = _read_mapped(path)
-        except (SafetensorError, OSError) as error:
-            if _number_of(error) not in NOT_OFFERED | {errno.ENODEV}:
-                raise
-            metadata, weights = _read_whole(path)  # this file system maps no files
+        with naming(path):
+            content = path.read_bytes()
+        weights = from_bytes(content)  # which checks the header that is parsed here
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; check the path") from error
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        number = _number_of(error)
-        if number is not None and number not in OF_A_FILE:  # says nothing of the file
-            raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, OSError) and error.errno not in OF_A_FILE:
+            raise  # no fault of the file
         raise _damaged(path, f"or no .safetensors file: {_shown(str(error))}") from error
+    metadata = header.get("__metadata__", {})
+    _check_format(path, metadata)
     if wrong := sorted(n for n, t in weights.items() if t.dtype != torch.float32):
         raise _damaged(path, f"{_shown(wrong[0])} is not float32")
     return metadata, weights
-
-
-def _read_mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        _check_format(path, metadata)
-        # Copies: what is mapped changes with the file, and a file that is cut kills the reader.
-        return metadata, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-
-
-def _read_whole(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    content = path.read_bytes()
-    weights = from_bytes(content)  # which checks the head that is read here
-    head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = head.get("__metadata__", {})
-    _check_format(path, metadata)
-    return metadata, weights
-
-
-def _number_of(error: Exception) -> int | None:
-    """The system's number of an error, which safetensors gives as text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else getattr(error, "errno", None)
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:
@@ -358,7 +336,7 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-# --- what a file may say -------------------------------------------------------------------------
+# --- what a file may contain ---------------------------------------------------------------------
 
 
 def _is_number(value: Any) -> bool:
@@ -382,7 +360,8 @@ def _are_sizes(value: Any) -> bool:
 
 AMP_DTYPES = ("bf16", "fp16", "float32", "auto")
 SWITCH = "true or false", lambda x: type(x) is bool
-# Fields that the program reads, in words and as a test; all may be left out but the NEEDED ones.
+# Fields that the program reads: the accepted values in words and as a test. All but NEEDED may be
+# missing.
 FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "architecture": {
         "vocab_sizes": ("a list of numbers from 2 on", _are_sizes),

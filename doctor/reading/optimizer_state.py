@@ -118,7 +118,7 @@ def moment_bound(beta1: float, beta2: float) -> float:
 
 # Largest singular value after Muon's five Newton-Schulz steps s -> a s + b s^3 + c s^5 from [0, 1],
 # with torch's coefficients (Jordan et al. 2024, "Muon").
-NEWTON_SCHULZ_GAIN = 1.2025
+NEWTON_SCHULZ_GAIN = 1.20236
 
 
 def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:

@@ -1,0 +1,348 @@
+"""The files of a run as a corpus: found, headers and codes checked, unfit files dropped.
+
+    corpus = scan_corpus(find_npq_files(["npq_out"]), ctx=512)
+    print(*corpus.summary.lines(), sep="\\n")
+    corpus.vocab_sizes, corpus.frame_rate, corpus.files["frames"].sum()
+
+K = codebooks, V = entries of a codebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cli.file_search import NothingFoundError, Wanted, real_paths, search
+from run_folder.names import is_of_a_run, is_sample
+from sound.npq_format import (
+    CODE_DTYPES,
+    FRAME_RATE_TOLERANCE,
+    NpqError,
+    NpqHeader,
+    check_codes,
+    read_header,
+    starts_as_npq,
+)
+from sound.origin import CodecId, find_all
+
+COLUMN_NAMES = "offset", "frames", "codebooks", "dtype_code", "size", "mtime_ns", "crc"
+FILE_COLUMNS = np.dtype([(name, "i8") for name in COLUMN_NAMES])
+
+
+@dataclass
+class DataSummary:
+    """What a scan used, and what it dropped and why: counts of files and hours."""
+
+    files: int = 0
+    hours: float = 0.0
+    layouts: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, tuple[int, float]] = field(default_factory=dict)  # reason -> (files, hours)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    codec: CodecId | None = None  # that made the codes, where records name it
+
+    def drop(self, reason: str, hours: float = 0.0) -> None:
+        """Count a file that is not used."""
+        files, total = self.dropped.get(reason, (0, 0.0))
+        self.dropped[reason] = (files + 1, total + hours)
+
+    def lines(self) -> list[str]:
+        """For the console: one line for what is used, one for each reason, one for each note."""
+        layouts = ", ".join(f"{n} {layout}" for layout, n in sorted(self.layouts.items()))
+        used = f"data     {self.files} files, {self.hours:.2f} hours used ({layouts})"
+        dropped = [
+            f"dropped  {files} files, {hours:.2f} hours: {reason}"
+            for reason, (files, hours) in sorted(self.dropped.items())
+        ]
+        notes = [f"note     {note}" for note in self.notes]
+        codec = self.codec or "unknown: no record of encode_npq.py beside the files"
+        return [used, f"codec    {codec}", *dropped, *notes]
+
+
+@dataclass
+class Corpus:
+    """The files of a run as columns, so that 200,000 files cost megabytes and not objects.
+
+    Files are sorted by content (CRC-32 of the codes, then frames), so that the same music gives the
+    same windows in the same order on every machine, whatever the folders and names.
+    """
+
+    paths: list[str]
+    files: np.ndarray[Any, Any]  # FILE_COLUMNS
+    vocab_sizes: tuple[int, ...]  # V of each codebook, the largest over the files
+    side_codebooks: int  # of the K, so many at the end hold the side channel; 0 = mono
+    frame_rate: float  # median over the files, frames per second
+    summary: DataSummary
+
+    @property
+    def num_codebooks(self) -> int:
+        """K."""
+        return len(self.vocab_sizes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over codes and vocabulary; equal wherever the same music lies."""
+        digest = hashlib.sha256(repr(self.vocab_sizes).encode())
+        # Stacked: a view of two fields would carry the others' bytes along as padding.
+        digest.update(np.stack([self.files["crc"], self.files["frames"]]).tobytes())
+        return digest.hexdigest()
+
+
+class BadFilesError(ValueError):
+    """Some files are not valid .npq; lists them."""
+
+
+NPQ_FILES = Wanted((".npq",), recognises=starts_as_npq)
+TRAINING_FILES = dataclasses.replace(
+    NPQ_FILES, is_left_out=is_sample, folder_is_left_out=is_of_a_run
+)
+
+
+def find_npq_files(
+    patterns: Iterable[str | os.PathLike[str]], *, tell: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """Expand globs, folders (searched recursively) and file names; each real file once.
+
+    What cannot be read stands at the end, for `scan_corpus` to refuse by name. Files that a run
+    wrote are left out. `tell` gets a line of what was passed over, and one of what was left out.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+    """
+    try:
+        found = search(patterns, TRAINING_FILES)
+    except NothingFoundError as error:
+        raise FileNotFoundError(
+            f"no .npq file matches {error}; name folders, .npq files or quoted globs "
+            "(encode_npq.py makes .npq of audio)"
+        ) from error
+    for line in found.lines():
+        tell(line)
+    return [path for path, _ in (*found.files, *found.unusable)]
+
+
+def scan_corpus(
+    paths: Sequence[str],
+    *,
+    ctx: int,
+    codebooks: int | None = None,
+    skip_bad: bool = False,
+    checked_file: str | os.PathLike[str] | None = None,
+    on_file: Callable[[str], None] = lambda _: None,
+) -> Corpus:
+    """Read every header, check every code, keep the files that fit together, count the rest.
+
+    The run's K is `codebooks`, or else the K with the most hours. With `codebooks` given, files
+    with more are cut to their first codebooks (an RVQ is coarse to fine; of an NPQ2 file the mid
+    channel comes first). Files with other codebooks, another frame rate than the median or fewer
+    than `ctx` frames are dropped.
+
+    `checked_file` remembers (JSON: path -> size, mtime, CRC) which files were read before, so that
+    a resumed run does not read everything again. `on_file` is told each file before it is read.
+
+    Raises:
+        BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use;
+            or codes of two codecs.
+    """
+    summary = DataSummary()
+    headers, bad = _read_headers(paths, on_file)
+    shape = _shape_of_run(headers, codebooks)
+    frame_rate = _median_rate(h for h in headers if _shape_taken(h, codebooks) == shape)
+    fitting = []
+    for h in headers:
+        if (taken := _shape_taken(h, codebooks)) != shape:
+            summary.drop(f"{taken} codebooks, the run uses {shape} (see --codebooks)", h.hours)
+        elif abs(h.frame_rate / frame_rate - 1) > FRAME_RATE_TOLERANCE:
+            summary.drop(f"frame rate {h.frame_rate:.2f}, the run's is {frame_rate:.2f}", h.hours)
+        elif h.num_frames < ctx:
+            summary.drop(f"shorter than a window of {ctx} frames", h.hours)
+        else:
+            fitting.append(h)
+    good, bad_codes = _check_all_codes(fitting, _CheckedFiles(checked_file), on_file)
+    bad += bad_codes
+    if bad and not skip_bad:
+        lines = [f"  {error}" for error in bad[:10]] + ["  ..."] * (len(bad) > 10)
+        raise BadFilesError(
+            f"{len(bad)} of {len(paths)} files are not valid .npq; mend or remove them, or pass "
+            "--skip-bad-files to train without them:\n" + "\n".join(lines)
+        )
+    for refused in bad:
+        what = f"folder {refused.path}" if refused.field == "folder" else refused.field
+        summary.drop(f"not valid: {what}")
+    if not good:
+        raise BadFilesError(
+            f"no usable .npq file among {len(paths)}; change --ctx or --codebooks, or the data, as "
+            "the reasons say:\n" + "\n".join(summary.lines()[2:])
+        )
+    corpus = _corpus_of(good, shape, frame_rate, summary)
+    _note_codec(corpus)
+    return corpus
+
+
+def _note_codec(corpus: Corpus) -> None:
+    """Note which codec made the codes; raises BadFilesError where two did."""
+    sizes, crcs = corpus.files["size"].tolist(), corpus.files["crc"].tolist()
+    files = zip(real_paths(corpus.paths), sizes, crcs, strict=True)
+    paths: dict[str, list[str]] = {}  # by the weights of their codec; "" where unknown
+    names: dict[str, CodecId] = {}
+    loudness = set()
+    for path, record in zip(corpus.paths, find_all(files), strict=True):
+        paths.setdefault(record.weights if record else "", []).append(path)
+        if record is not None:
+            names[record.weights] = record.codec_id
+            loudness.add(str(record.settings.get("loudness")))
+    unknown = len(paths.get("", ()))
+    if len(names) > 1:
+        made = (
+            f"{codec} made {len(paths[key])} files, such as {paths[key][0]}"
+            for key, codec in sorted(names.items(), key=lambda named: named[1])
+        )
+        raise BadFilesError(
+            f"codes of {len(names)} codecs, which mean nothing to each other: {'; '.join(made)}; "
+            "train on those of one, and keep each in its own folder"
+        )
+    corpus.summary.codec = next(iter(names.values()), None)
+    if unknown and names:
+        corpus.summary.warnings.append(
+            f"{unknown} of {len(corpus.paths)} files are of an unknown codec, such as "
+            f"{paths[''][0]}, the others of {corpus.summary.codec}; make sure that it is the same"
+        )
+    if len(loudness) > 1:
+        levels = ", ".join(sorted(loudness))
+        corpus.summary.notes.append(f"encoded with different --loudness: {levels}")
+
+
+class _Shape(NamedTuple):
+    """Codebooks that a run takes from a file, and how many of these (the last) are side ones."""
+
+    codebooks: int
+    side: int
+
+    def __str__(self) -> str:
+        mid = self.codebooks - self.side
+        return f"{mid} + {self.side} side" if self.side else f"{self.codebooks}"
+
+
+def _shape_taken(header: NpqHeader, codebooks: int | None) -> _Shape:
+    """All codebooks of a file, or the first `codebooks`."""
+    taken = min(header.num_codebooks, codebooks or header.num_codebooks)
+    mid = header.num_codebooks - header.side_codebooks
+    return _Shape(taken, max(0, taken - mid))
+
+
+def _shape_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> _Shape:
+    """The shape with the most frames, among those with as many codebooks as asked for."""
+    frames: Counter[_Shape] = Counter()
+    for h in headers:
+        shape = _shape_taken(h, codebooks)
+        if codebooks in (None, shape.codebooks):
+            frames[shape] += h.num_frames
+    return max(frames, key=lambda shape: (frames[shape], shape), default=_Shape(codebooks or 0, 0))
+
+
+def _median_rate(headers: Iterable[NpqHeader]) -> float:
+    """A frame rate that a file really has; NaN of none."""
+    rates = sorted(h.frame_rate for h in headers)
+    return rates[len(rates) // 2] if rates else math.nan
+
+
+def _read_headers(
+    paths: Sequence[str], on_file: Callable[[str], None]
+) -> tuple[list[NpqHeader], list[NpqError]]:
+    headers: list[NpqHeader] = []
+    bad: list[NpqError] = []
+    for path in paths:
+        on_file(path)
+        try:
+            headers.append(read_header(path))
+        except NpqError as error:
+            bad.append(error)
+    return headers, bad
+
+
+def _check_all_codes(
+    headers: Sequence[NpqHeader], checked: _CheckedFiles, on_file: Callable[[str], None]
+) -> tuple[list[tuple[int, NpqHeader]], list[NpqError]]:
+    """CRC-32 and header of the files whose codes are all in range, and the errors of the others."""
+    good: list[tuple[int, NpqHeader]] = []
+    bad: list[NpqError] = []
+    for h, real_path in zip(headers, real_paths(h.path for h in headers), strict=True):
+        on_file(h.path)
+        try:
+            good.append((checked.crc(h, real_path), h))
+        except NpqError as error:
+            bad.append(error)
+    checked.save()
+    return good, bad
+
+
+def _corpus_of(
+    good: Sequence[tuple[int, NpqHeader]], shape: _Shape, frame_rate: float, summary: DataSummary
+) -> Corpus:
+    good = sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path))
+    headers = [h for _, h in good]
+    columns = [  # as in FILE_COLUMNS
+        (h.codes_offset, h.num_frames, h.num_codebooks, CODE_DTYPES.index(h.dtype),
+         h.file_size, h.mtime_ns, crc)
+        for crc, h in good
+    ]  # fmt: skip
+    files = np.array(columns, dtype=FILE_COLUMNS)
+    vocabularies = {h.vocab_sizes[: shape.codebooks] for h in headers}
+    if len(vocabularies) > 1:
+        summary.notes.append(
+            f"{len(vocabularies)} different vocabularies; each codebook takes the largest size"
+        )
+    is_repeated = (np.diff(files["crc"]) == 0) & (np.diff(files["frames"]) == 0)  # in their order
+    if repeated := np.count_nonzero(is_repeated):
+        summary.notes.append(f"{repeated} files hold the same codes as another file")
+    summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
+    summary.layouts.update(h.layout for h in headers)
+    vocab_sizes = tuple(max(sizes) for sizes in zip(*vocabularies, strict=True))
+    paths = [h.path for h in headers]
+    return Corpus(paths, files, vocab_sizes, shape.side, frame_rate, summary)
+
+
+class _CheckedFiles:
+    """CRCs of files whose codes were all in range, remembered by path, size and time stamp."""
+
+    def __init__(self, store: str | os.PathLike[str] | None) -> None:
+        self.store = store
+        self.known: dict[str, Any] = {}
+        self.fresh = False
+        if store is not None and os.path.isfile(store):
+            try:
+                with open(store, encoding="utf-8") as file:
+                    self.known = dict(json.load(file))
+            except (OSError, ValueError, TypeError):
+                self.known = {}  # only a cache: every file is read again
+
+    def crc(self, header: NpqHeader, real_path: str) -> int:
+        stamp = [header.file_size, header.mtime_ns]
+        known = self.known.get(real_path)
+        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
+            return int(known[2])
+        crc = check_codes(header)
+        self.known[real_path] = [*stamp, crc]
+        self.fresh = True
+        return crc
+
+    def save(self) -> None:
+        if self.store is None or not self.fresh:
+            return
+        temporary = Path(f"{self.store}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.known))  # json.dump would take ten times as long
+            os.replace(temporary, self.store)
+        except OSError:
+            with contextlib.suppress(OSError):  # the disk may be full: every file is read again
+                temporary.unlink(missing_ok=True)
