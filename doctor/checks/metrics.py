@@ -16,7 +16,7 @@ import numpy as np
 from doctor.examined_run import ExaminedRun, scheduled_lr, spread_of
 from doctor.findings import Cause, Finding, Level, check, in_file, in_metrics
 from doctor.reading.summary import Summary
-from run_folder.metrics import RunMetrics, finite_number
+from run_folder.metrics import finite_number
 from run_folder.validations import OVERFIT_RISE, finite_validations, overfits
 
 LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
