@@ -18,5 +18,5 @@ def test_a_file_that_tells_no_step_is_told_and_counted_against_nothing(step, goo
     content["progress"]["step"] = step
     torch.save(content, good)
     run = ExaminedRun("rvq_4cb", [summarize(good)], RunMetrics([]))
-    assert "tells no step" in "".join(f.text for f in check_keys(run))
+    assert "contains no step" in "".join(f.text for f in check_keys(run))
     assert list(check_steps(run)) == []
