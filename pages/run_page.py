@@ -200,13 +200,9 @@ def _charts(story: Story) -> tuple[list[Chart], list[Chart]]:
     steps, epochs = story.steps, story.epochs
     sizes = (story.start.get("model") or {}).get("vocab_sizes") or []
     events = [(r["event"], r["step"]) for r in story.events if isinstance(r.get("step"), int)]
-    curves = [
-        val_chart(epochs),
-        gap_chart(epochs),
-        codebooks_chart(epochs, sizes),
-        loss_chart(steps, ()),
-    ]
+    curves = [val_chart(epochs), gap_chart(epochs), codebooks_chart(epochs, sizes)]
     inside = [
+        loss_chart(steps, ()),
         gradient_chart(steps, events),
         _one_line("Learning rate", steps, "lr"),
         _one_line("Frames a second", steps, "frames_per_s"),
