@@ -36,7 +36,6 @@ from cli.command_line import (
     FlagParser,
     UsageError,
     at_least,
-    code_of_interruption,
     exit_code_of,
     file_path,
     fraction_or_one,
@@ -47,6 +46,7 @@ from cli.command_line import (
 )
 from cli.device import PRECISIONS, fast_precision, pick_device
 from cli.shortages import is_out_of_memory
+from cli.signals import code_of_interruption
 from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts

@@ -1,12 +1,11 @@
-"""What every command here does alike: flags, their types, output, one-line errors, exit codes.
+"""What the four commands share: flags and their types, output, one-line errors, exit codes.
 
     parser = FlagParser(__file__, usage="%(prog)s CHECKPOINT [flags]")
     flags = parser.parse_args(argv)
     return exit_code_of(lambda: work(flags), expected=(OSError,), debug=flags.debug)
 
-A mistake ends in one line that starts with `!` and says what to do, and in a code: 1 for what
-failed, 2 for flags that make no sense, 128 + signal for an interruption. A traceback is printed
-with --debug alone.
+An error ends a command with one line that starts with `!` and contains the remedy, and with a code:
+1 for a failure, 2 for wrong flags, 128 + signal for an interruption. --debug prints a traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +33,9 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from cli.shortages import first_line, shortage
+from cli.signals import code_of_interruption, signals_interrupt
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 OPEN_FILES = 1024  # descriptors that serve every command well
 HELP_WIDTH = 80  # columns of a terminal
 RED = "\033[31m"
@@ -53,9 +52,9 @@ class UsageError(ValueError):
 class FlagParser(argparse.ArgumentParser):
     """Flags by group, as wide as the terminal; multi-word ones are accepted with `-` and with `_`.
 
-    From the docstring of a door, the file `path`, the first line and the commands below it stand
-    above the flags, and what follows a line `Exit code` below them. It is read from the file, as
-    `python -OO` keeps no docstrings.
+    The help begins with the first two paragraphs of the docstring of `path`, the command's file,
+    and ends with its paragraph about exit codes. The docstring is read from the file because
+    `python -OO` removes docstrings.
     """
 
     def __init__(self, path: str, usage: str) -> None:
@@ -136,7 +135,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def has_default(action: argparse.Action) -> bool:
-    """Whether a flag's default is worth telling."""
+    """Whether the help shows a flag's default."""
     default = action.default
     return (
         bool(action.option_strings) and default is not False and default not in (None, "", SUPPRESS)
@@ -147,16 +146,16 @@ class Several(argparse.Action):
     """Action of a flag that takes several values and may stand several times: all count."""
 
     def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Add values to those that an earlier one gave."""
+        """Add the values to those of earlier flags."""
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
 
 
 class Once(argparse.Action):
-    """Action of a flag whose earlier value must not be lost to a later one, as argparse has it."""
+    """Action of a flag that must not be given twice with two values; argparse takes the last."""
 
     def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Take the value, or raise ArgumentError where it is not that of an earlier one."""
+        """Store the value; raises ArgumentError where an earlier one was another."""
         before = getattr(namespace, self.dest)
         if isinstance(before, (str, list)) and before != values:
             raise argparse.ArgumentError(self, "is given twice, with other values; give it once")
@@ -247,7 +246,7 @@ def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print and flush. A reader that has gone, as of `| head`, costs the line and not the work."""
+    """Print and flush. Where the reader has closed the pipe (`| head`), the line is lost."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -257,7 +256,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print what a command was asked for: unlike with `say`, a full disk is an error.
+    """Print the result of a command: other than with `say`, a full disk is an error.
 
     Raises:
         OSError: standard output cannot take it.
@@ -271,14 +270,14 @@ def print_result(text: str) -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Send what is still written, and what is held back, nowhere: else the exit fails over it."""
+    """Redirect a stream to nowhere, with its buffer: else the exit of Python fails on it."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
-    """Text on one line without control, direction and surrogate characters: these as escapes."""
-    if text.isprintable():  # nearly always, and thirty times as fast
+    """Text on one line, with control, direction and surrogate characters as escapes."""
+    if text.isprintable():  # nearly always, and 30 times as fast
         return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -305,7 +304,7 @@ def figure(value: float | None, form: str = ".4g") -> str:
 
 
 def problem(text: str) -> None:
-    """Say on standard error what went wrong or was refused."""
+    """Print on standard error what failed or was refused."""
     mark = f"{RED}!{PLAIN}" if has_colour(sys.stderr) else "!"
     say(f"{mark} {text}", sys.stderr)
 
@@ -320,9 +319,9 @@ def has_colour(stream: TextIO | None) -> bool:
 
 
 def report_import_errors() -> None:
-    """In a door before its imports, which take seconds: Ctrl-C and failures in one line.
+    """Before the imports of a command, which take seconds: Ctrl-C and failures give one line.
 
-    Only for a process of its own: it sets the process's SIGINT, until `begin_work`, and excepthook.
+    Sets the excepthook of the process and, until `begin_work`, its handler of SIGINT.
     """
     sys.excepthook = _tell_failed_start
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
@@ -339,7 +338,7 @@ def _tell_failed_start(
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Which one, and how it comes."""
+    """The message for a package that is not installed."""
     return (
         f"the package {error.name!r} is not installed for {sys.executable}; use the environment "
         "that has it (`. .venv/bin/activate`), or `pip install -r requirements.txt`"
@@ -347,15 +346,16 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def _leave_imports(*_: object) -> None:
-    # No exception: an import that is broken off so can blame the package.
+    # Not an exception: an import that it interrupts may report a broken package.
     os.write(2, b"! interrupted before anything was done; the same command starts again\n")
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(128 + signal.SIGINT)
 
 
 def begin_work() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt, as is usual; enough files may be open.
+    """Let Ctrl-C raise KeyboardInterrupt from here on, and allow enough open files.
 
-    Bars start no thread: one that finds no memory in its first lines is waited for without end.
+    Progress bars get no monitor thread: Python waits forever for a thread that fails at its start
+    for want of memory.
     """
     from tqdm import tqdm  # not above: `report_import_errors` runs where no package is
 
@@ -363,7 +363,7 @@ def begin_work() -> None:
     if signal.getsignal(signal.SIGINT) is _leave_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < OPEN_FILES:  # of what a shell gives (`ulimit -Sn`) a process may take more
+    if 0 <= soft < OPEN_FILES:  # a process may raise the soft limit of its shell (`ulimit -Sn`)
         wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
@@ -392,7 +392,7 @@ REMEDIES = {
 
 
 def in_words(error: BaseException) -> str:
-    """An error's message; of the system's errors path, reason and remedy."""
+    """The message of an error; for an error of the system its path, reason and remedy."""
     if ";" not in str(error) and (said := shortage(error)) is not None:
         return said
     if not isinstance(error, OSError) or error.errno is None:
@@ -414,11 +414,12 @@ def exit_code_of(
     explain: Callable[[BaseException], str] | None = None,
     report: Callable[[int, str], int] | None = None,
 ) -> int:
-    """Run a command's work; an error becomes one line and a code, `failed` but for wrong usage.
+    """Run a command's work and return its exit code; an error becomes one line and a code.
 
-    `expected` errors carry their own remedy; `explain` words the others, by default with their type
-    and how to see where they arose. `report` is given code and line, and returns the code; by
-    default it prints the line.
+    The code is `failed`, or 2 for wrong usage. The message of an `expected` error contains its own
+    remedy; `explain` makes the message of another, by default with its type and how to find the
+    place. `report` is called with code and line and returns the code; without it the line is
+    printed.
     """
     begin_work()
     try:
@@ -430,7 +431,7 @@ def exit_code_of(
         code, message = code_of_interruption(error), interrupted
     except SystemExit:
         raise
-    except BaseException as error:  # a library written in Rust panics with one that is no Exception
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if debug:
             traceback.print_exc()
         code = failed
@@ -441,68 +442,18 @@ def exit_code_of(
     return code
 
 
-class SignalInterrupt(KeyboardInterrupt):
-    """SIGTERM, or the SIGHUP of a terminal that closed; its only argument is the number."""
-
-
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Around a command: these signals end it as Ctrl-C does, so that nothing half-made is left."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise SignalInterrupt(number)
-
-    usual = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in usual:  # others are ignored on purpose, as by nohup
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in usual:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Let signals that interrupt take effect at the block's end.
-
-    Around an import, as libraries swallow whatever is raised within theirs, and around a fork. A
-    signal mask would not do: another thread, such as a progress bar's, would take the signal and
-    raise it here all the same.
-    """
-    waiting: list[int] = []
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if callable(handler := signal.getsignal(number)):
-                before[number] = handler
-                signal.signal(number, lambda received, _: waiting.append(received))
-    try:
-        yield
-    finally:
-        for deferred, handler in before.items():
-            signal.signal(deferred, handler)
-    if waiting:
-        before[waiting[0]](waiting[0], None)
-
-
-def code_of_interruption(error: KeyboardInterrupt) -> int:
-    """128 + the signal's number: 130 for Ctrl-C."""
-    return 128 + int(error.args[0]) if isinstance(error, SignalInterrupt) else EXIT_INTERRUPTED
-
-
 @contextlib.contextmanager
 def tolerate_broken_streams() -> Iterator[None]:
-    """Around a command: what cannot be printed, or no longer be written, does not end it."""
+    """Let no text that cannot be encoded, and no closed or broken stream, end a command."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # a stream was closed: else a checkpoint takes its number, and what is printed there
+        pass  # a closed stream: else a checkpoint would get its number, and printed text
     os.close(descriptor)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # as Python has it then; libraries count on a file
+        if getattr(sys, name) is None:  # Python's value for a closed one; libraries need a file
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the process's end
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
     for stream in streams:
-        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+        stream.reconfigure(errors="backslashreplace")  # a file name need not be text
     try:
         yield
     finally:
@@ -514,7 +465,7 @@ def tolerate_broken_streams() -> Iterator[None]:
 
 
 def unexpected(error: BaseException, where: str = "--debug shows where") -> str:
-    """An error that no one foresaw, in one line."""
+    """The message of an unexpected error, in one line."""
     if (said := known_cause(error)) is not None:
         return said
     told = f"{type(error).__name__}: {first_line(error) or 'no message'}"
@@ -522,7 +473,7 @@ def unexpected(error: BaseException, where: str = "--debug shows where") -> str:
 
 
 def known_cause(error: BaseException) -> str | None:
-    """What ended a command, where that is the machine it runs on; None: perhaps the program."""
+    """The message of an error of this machine or its set-up; None: perhaps one of the program."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     is_of_system = isinstance(error, OSError) and error.errno is not None
@@ -530,6 +481,6 @@ def known_cause(error: BaseException) -> str | None:
 
 
 def raise_known_cause(error: BaseException) -> None:
-    """In a handler that blames a file or a flag: raise an error again that the machine made."""
+    """In a handler that blames a file or a flag: raise an error of the machine again."""
     if known_cause(error) is not None:
         raise error

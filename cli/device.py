@@ -24,9 +24,9 @@ LARGE_SECONDS = 1.0  # with one thread: then it is matrix products, which gain b
 
 
 def pick_device(wanted: str | None, local_rank: int | None = None) -> torch.device:
-    """The device asked for, or the best present; an absent one is an error and no fall back.
+    """The requested device, or the best present one; an absent one is an error.
 
-    With a local rank, the process takes the CUDA device of that number for itself.
+    With a local rank, the process takes the CUDA device of that number.
 
     Raises:
         UsageError: no such device here.
@@ -66,7 +66,7 @@ def tune_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ):
-        # glibc keeps what is freed: fetching a step's pages anew took a tenth of its time.
+        # glibc keeps freed memory: to fetch its pages again took a tenth of a step.
         trim_threshold, mmap_threshold = -1, -3  # as in <malloc.h>
         with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
@@ -85,7 +85,7 @@ def fast_precision(device: torch.device) -> str:
 
 
 def _time_of_product(dtype: torch.dtype | None, size: int = 384) -> float:
-    """Seconds of a matrix product on the CPU, the least of a few: others may disturb one.
+    """Seconds of a matrix product on the CPU, the least of six: other processes may disturb one.
 
     A CPU without instructions for bf16 converts and takes several times as long as in float32,
     one that has them (AVX512_BF16, AMX, Arm's BF16) a third.
@@ -100,16 +100,16 @@ def _time_of_product(dtype: torch.dtype | None, size: int = 384) -> float:
 
 
 def faster_thread_count(work: Callable[[], object]) -> tuple[int, dict[int, float]]:
-    """One thread or as many as torch takes by itself: what does `work` sooner, and seconds of each.
+    """One thread or torch's default number, whichever does `work` faster; and the seconds of each.
 
     Threads that share a core with another busy process wait for each other at every small
-    operation, so one thread can be many times as fast as two. Leaves the number set.
+    operation, so one thread can be many times as fast as two. The faster number stays set.
     """
     most, times = torch.get_num_threads(), dict[int, float]()
     for count in (1, most):
         torch.set_num_threads(count)
         started = time.perf_counter()
-        work()  # the first has buffers to make
+        work()  # the first call also creates buffers
         times[count] = time.perf_counter() - started
         if times[count] > LARGE_SECONDS:
             break

@@ -6,7 +6,7 @@
     sync_folder(path.parent)
 
 CIFS, NFS, Lustre, FUSE and shared folders refuse calls that only make a write safer: such a
-refusal is told once and the work goes on. What says that data was not written is raised.
+refusal is reported once and the work goes on. An error that means lost data is raised.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _told: set[str] = set()
 
 
 def tell_once(text: str) -> None:
-    """Say a thing once in a process."""
+    """Report a text on standard error once in a process."""
     if text not in _told:
         _told.add(text)
         problem(text)
@@ -43,7 +43,7 @@ def tell_once(text: str) -> None:
 def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> Path:
     """Write a hidden file beside `path`, to be renamed to it; returns its path.
 
-    `durable` waits for the disk: a name must never point at data that a power cut takes.
+    `durable` waits for the disk: else a power cut could leave the name without the data.
 
     Raises:
         OSError: nothing is left of it.
@@ -56,7 +56,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
             if durable:
                 sync(file)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         raise
     return temporary
@@ -64,7 +64,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give errors of the system that lack a path this one: those of writes and syncs do."""
+    """Add a path to system errors without one, such as those of writes and syncs."""
     try:
         yield
     except OSError as error:
@@ -85,7 +85,7 @@ def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
 
 
 def sync(file: BinaryIO) -> None:
-    """Have the disk hold what was written to a regular file, where the file system can say so."""
+    """Wait until the disk has the content of a regular file, where the file system offers that."""
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -98,7 +98,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive power loss, where the file system can."""
+    """Make renames in a folder survive a power cut, where the file system offers that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -115,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename over a file that may be there. Of two names both files are whole at any moment.
+    """Rename a file, replacing one of the new name. Each file is whole at any moment.
 
     Raises:
         OSError: `target` is as it was, and `source` is gone.
@@ -139,7 +139,7 @@ def _replace_by_two_renames(source: Path, target: Path, refusal: OSError) -> Non
     try:
         os.rename(target, aside)
     except OSError:
-        raise refusal from None  # it was no matter of the file that was there
+        raise refusal from None  # the existing file was not the reason
     try:
         os.rename(source, target)
     except OSError:
@@ -153,7 +153,7 @@ def _replace_by_two_renames(source: Path, target: Path, refusal: OSError) -> Non
 
 
 def restore_replaced(folder: Path, begin: str) -> None:
-    """Give files whose name begins so their names back, where a crash fell between two renames."""
+    """Give files set aside before a crash their names back; `begin` is how the names begin."""
     for aside in folder.glob(f".{begin}*{ASIDE_SUFFIX}"):
         target = folder / aside.name[1 : -len(ASIDE_SUFFIX)]
         if os.path.lexists(target):
@@ -163,7 +163,7 @@ def restore_replaced(folder: Path, begin: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file that is not needed; where that cannot be, say so and go on."""
+    """Remove a file that is not needed; report it and go on where that fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -171,7 +171,7 @@ def remove(path: Path) -> None:
 
 
 def free_space(folder: Path) -> int | None:
-    """Bytes that are free, or None: some network folders do not say."""
+    """Free bytes of a folder's disk, or None: some network folders do not know."""
     try:
         disk = shutil.disk_usage(folder)
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Which of some files a text file names, a name a line.
+"""The files that a text file names, one a line.
 
     numbers = listed_files(["toks/a.npq", "toks/#9 Dream.npq"], "val.txt")
 
-A line is a base name, a path, or the end of a path: as many folders before a name as tell it from
-others. A line that begins with # is a comment, unless a file is called so.
+A line is a base name, a path, or the end of a path: a name with as many of its folders as make it
+unique. A line that begins with # is a comment, unless a file has this name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def listed_files(paths: Sequence[str], file_list: str | os.PathLike[str]) -> lis
 
     Raises:
         OSError: the list cannot be read.
-        ValueError: it is no text, or lines fit no file, or several.
+        ValueError: it is not text, or lines fit no file, or several.
     """
     names = _Names(paths)
     listed: set[int] = set()
@@ -74,10 +74,10 @@ def lines_of(file_list: str | os.PathLike[str]) -> list[str]:
 
 
 class _Names:
-    """Files by what a line may call them.
+    """Files by the names that a line may use for them.
 
-    Names are compared in the composed form of Unicode (NFC): a list and a disk may differ in that
-    where nobody sees it. Of two files that do, an exact path means the one that it spells.
+    Names are compared in the composed form of Unicode (NFC): a list and a disk may use different
+    forms that look alike. Where two files differ only in that, an exact path selects its own.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ class _Names:
                     self.by_end.setdefault(end, set()).add(i)
 
     def meant_by(self, line: str) -> list[int]:
-        """Files that fit a line: as it stands, or without blanks around it, or as from Windows."""
+        """Numbers of the files that fit a line: as written, stripped, or with \\ as separator."""
         for text in (line, line.strip()):
             for spelling in (text, text.replace("\\", "/")):
                 if files := self._called(spelling):

@@ -1,12 +1,12 @@
-"""The files that the words of a command name: folders, globs and files, by one set of rules.
+"""The files that a command's arguments name: folders, globs and files, by one set of rules.
 
     found = search(["music", "more/*"], Wanted({".wav", ".flac"}, unreadable={".m4a"}))
     for file in found.files: file.path, file.root
     print(*found.lines(), sep="\\n")             # passed over: 3 .jpg, 1 .txt
 
-A folder is searched with all that is below it, a suffix counts in upper case too, and each file
-counts once, whatever ways lead to it. Links are followed, but not to a folder above the link. Names
-with a leading dot are left out, as by a shell. What cannot be read is noted and ends nothing.
+A folder is searched recursively, a suffix also counts in upper case, and each file counts once,
+whatever paths lead to it. Links are followed, but not to a folder above the link. Names with a
+leading dot are left out, as by a shell. What cannot be read is noted and ends nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_RIGHT = "get the right to read it, or take it out"
 
 
 class NothingFoundError(FileNotFoundError):
-    """A word leads to no file that could be used; says which word and why."""
+    """An argument leads to no usable file; the message contains the argument and the reason."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,24 @@ class Wanted:
     """Which files a search is for."""
 
     suffixes: Collection[str]  # lower case, with the dot
-    unreadable: Collection[str] = ()  # of the same kind of content, but in a form none can read
-    recognises: Callable[[str], bool] = lambda _: True  # a file named with another suffix
-    is_left_out: Callable[[str], bool] = lambda _: False  # by name, though its suffix fits
+    unreadable: Collection[str] = ()  # suffixes of the same kind of content in unreadable formats
+    recognises: Callable[[str], bool] = lambda _: True  # accepts a named file of another suffix
+    is_left_out: Callable[[str], bool] = lambda _: False  # rejects by name, though the suffix fits
     folder_is_left_out: Callable[[str, Iterable[str]], bool] = lambda *_: False  # path, names in it
 
 
 class FoundFile(NamedTuple):
-    """A file to use, and the folder that was searched: where a mirrored tree begins."""
+    """A file to use, and the searched folder, where a mirrored tree begins."""
 
     path: str
     root: str
 
 
 def search(words: Iterable[str | os.PathLike[str]], wanted: Wanted) -> Found:
-    """Search what each word names.
+    """Search the files, folders and globs that the words name.
 
     Raises:
-        NothingFoundError: a word leads to nothing, or all together to nothing of use.
+        NothingFoundError: a word leads to nothing, or all together to no usable file.
     """
     found, names = Found(wanted), [os.fspath(word) for word in words]
     for name in names:
@@ -67,7 +67,7 @@ def search(words: Iterable[str | os.PathLike[str]], wanted: Wanted) -> Found:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that fit a glob, sorted, of whatever kind.
+    """The paths that fit a glob, sorted, of files and folders alike.
 
     Raises:
         NothingFoundError: there is none, or a folder on the way cannot be read.
@@ -122,10 +122,10 @@ class Found:
     # --- words -----------------------------------------------------------------------------------
 
     def add(self, word: str) -> None:
-        """Search what one more word names.
+        """Search the file, folder or glob of one more word.
 
         Raises:
-            NothingFoundError: there is nothing, or nothing in it: perhaps a disk is not mounted.
+            NothingFoundError: it does not exist or is empty: perhaps a disk is not mounted.
         """
         before, self.matches = self.met, []
         path = os.path.expanduser(word)
@@ -145,7 +145,7 @@ class Found:
             raise NothingFoundError(f"{word!r}: {why}")
 
     def _no_such(self, pattern: str) -> str:
-        """That nothing fits; where brackets are letters of a name that exists, how to write it."""
+        """Why nothing fits; where brackets belong to the name of a file, how to write them."""
         parts = pattern.split("/")
         marked = [i for i, part in enumerate(parts) if "[" in part][:MOST_BRACKETS]
         for count in range(len(marked), 0, -1):
@@ -161,8 +161,8 @@ class Found:
     def _expand(self, pattern: str) -> tuple[str, list[str]]:
         """The folder before the first part with a wildcard, and the paths that fit, sorted.
 
-        Like `glob.glob`, which passes over folders that it may not read without a word, and does
-        not come back from two circles of links.
+        Like `glob.glob`, which silently skips folders that it may not read, and does not end where
+        links form two circles.
         """
         parts = [part for part in pattern.split("/") if part]
         first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
@@ -202,15 +202,19 @@ class Found:
     # --- folders ---------------------------------------------------------------------------------
 
     def _walk(self, top: str) -> Iterator[tuple[str, str, list[os.DirEntry[str]]]]:
-        """A folder and all below it, each once: its path, its place, what is in it.
+        """A folder and all below it, each once: its path, its place, its entries.
 
-        What links lead to comes last, so that a folder keeps the name of its place where it has
-        one below `top`.
+        The targets of links come last, so that a folder that is also below `top` itself gets its
+        path there.
         """
         seen: set[tuple[int, int]] = set()
         folders, links = [(top, os.path.realpath(top))], deque[str]()
         while folders or links:
-            folder, place = folders.pop() if folders else _with_place(links.popleft())
+            if folders:
+                folder, place = folders.pop()
+            else:
+                folder = links.popleft()
+                place = os.path.realpath(folder)
             status = self._status(folder)
             if status is None or (status.st_dev, status.st_ino) in seen:
                 continue
@@ -246,8 +250,8 @@ class Found:
         return is_left_out
 
     def _take_folder(self, top: str) -> None:
-        """Note all that is in a folder."""
-        self.left_out.pop(_place(top), None)  # where an earlier word led past it
+        """Note everything in a folder."""
+        self.left_out.pop(_place(top), None)  # where an earlier word left it out
         for _, place, entries in self._walk(top):
             for entry in entries:
                 if _is_regular(entry):
@@ -293,7 +297,7 @@ class Found:
             self.matches.append((is_link, path, place))
 
     def _status(self, path: str) -> os.stat_result | None:
-        """Of what a path leads to; None where that is nothing, or refused as it cannot be told."""
+        """Status of a path's target; None where there is none, or where it is refused."""
         try:
             return os.stat(path)
         except OSError as error:
@@ -307,7 +311,7 @@ class Found:
 
 
 def real_paths(paths: Iterable[str]) -> Iterator[str]:
-    """os.path.realpath of each; of a folder only once, which makes it five times as fast."""
+    """os.path.realpath of each; once for each folder, which makes it five times as fast."""
     real_folders: dict[str, str] = {}
     for path in paths:
         folder, name = os.path.split(path)
@@ -327,12 +331,8 @@ def _place(path: str) -> str:
     return os.path.join(os.path.realpath(folder or "."), name)
 
 
-def _with_place(link: str) -> tuple[str, str]:
-    return link, os.path.realpath(link)
-
-
 def _is_regular(entry: os.DirEntry[str]) -> bool:
-    """Whether a name in a folder is a regular file; most file systems tell without a call."""
+    """Whether an entry of a folder is a regular file; most file systems need no call for that."""
     try:
         return entry.is_file(follow_symlinks=False)
     except OSError:
@@ -340,7 +340,7 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
 
 
 def _leads_up(link: str) -> bool:
-    """Whether a link leads to a folder that it lies in: to follow it is to go round."""
+    """Whether a link leads to a folder that contains it: following it would never end."""
     target, place = os.path.realpath(link), os.path.realpath(os.path.dirname(link) or ".")
     return os.path.join(place, "").startswith(os.path.join(target, ""))
 

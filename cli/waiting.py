@@ -1,10 +1,10 @@
-"""Waits that serve signals, say what they wait for, and end.
+"""Waits that react to signals, report what they wait for, and end.
 
     scan = in_thread(lambda: scan_corpus(paths, on_file=seen.append))
     corpus = wait_for(scan, lambda: (len(seen), seen[-1]))
 
-A disk or a network folder can take minutes, or never answer, and a thread that it holds cannot be
-ended. So what may block is done in a thread of its own, which does not hold up the process's end.
+A disk or a network folder can take minutes, or never answer, and a thread that waits for it cannot
+be ended. So work that may block is done in a thread that does not delay the end of the process.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import TypeVar
 
 from cli.command_line import problem
 
-FIRST_WORD = 30.0  # seconds without a sign of progress until a line says so; then twice as long ...
+FIRST_WORD = 30.0  # seconds without progress until the first line about it; then twice as long ...
 PATIENCE = 600.0  # ... and until the wait ends: a file server that restarts needs some minutes
-TICK = 0.2  # seconds between two looks at signals
+TICK = 0.2  # seconds between two checks of signals
 T = TypeVar("T")
-Sign = tuple[object, str]  # what changes as the work goes on; what it is at
+Sign = tuple[object, str]  # a value that changes as the work goes on; the place of the work
 
 
 class NoAnswerError(RuntimeError):
-    """Something was waited for in vain; says what, how long, and what to do."""
+    """A wait without an answer; the message contains the place, the time and the remedy."""
 
 
 def in_thread(work: Callable[[], T], name: str = "working") -> Future[T]:
-    """Begin work in a thread that the end of the process does not wait for."""
+    """Start work in a thread that does not delay the end of the process."""
     future: Future[T] = Future()
     threading.Thread(target=carry_out, args=(future, work), name=name, daemon=True).start()
     return future
 
 
 def carry_out(future: Future[T], work: Callable[[], T]) -> None:
-    """Do work that nobody has cancelled; its result or its error goes to the future."""
+    """Do work unless it was cancelled, and set the future's result or exception."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -53,10 +53,10 @@ def wait_for(
     tell: Callable[[str], None] = problem,
     patience: float | None = None,
 ) -> T:
-    """The result of work that a thread does; what it raised is raised here.
+    """The result of a thread's work; its exception is raised here.
 
-    `meanwhile` is called every TICK seconds and ends the wait by raising. As long as the first part
-    of `sign` changes the work goes on, however slowly.
+    `meanwhile` is called every TICK seconds and ends the wait by raising. The wait goes on as long
+    as the first part of `sign` changes.
 
     Raises:
         NoAnswerError: `patience` seconds without a change, or PATIENCE. The thread is left alone.
@@ -67,7 +67,7 @@ def wait_for(
         wait([future], timeout=TICK)
         meanwhile()
         (mark, place), now = sign(), time.monotonic()
-        # Of a long gap this process was stopped itself, which is no fault of what it waits for.
+        # A long gap means that this process itself was stopped; most of it does not count.
         waited, looked = waited + min(now - looked, 10 * TICK), now
         if mark != seen:
             seen, waited, word = mark, 0.0, FIRST_WORD

@@ -25,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.command_line import raise_known_cause, signals_deferred
+from cli.command_line import raise_known_cause
 from cli.disk import replace
+from cli.signals import signals_deferred
 from sound.npq_format import FRAME_RATE_TOLERANCE
 from sound.origin import CodecId, are_different
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from cli.command_line import in_words, signals_deferred
+from cli.command_line import in_words
 from cli.shortages import first_line, is_out_of_memory
+from cli.signals import signals_deferred
 from doctor.reading.summary import Problem, Unreadable
 from run_folder.checkpoint import CheckpointError
 
