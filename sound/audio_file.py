@@ -1,4 +1,4 @@
-"""Audio files as waveforms: whole, to the true end of every stream in them, or refused by name.
+"""Audio files as waveforms: read to the true end of every stream in them, or refused by name.
 
     waveform, rate = read_audio("song.flac")              # [1, N] float32
     waveform = resample(waveform, rate, 44_100)
@@ -42,20 +42,18 @@ if TYPE_CHECKING:
     Waveform = np.ndarray[Any, np.dtype[np.float32]]
 
 READ_BLOCK = 1 << 18  # audio samples a channel: a downmix never holds all of a stereo file
-PEAK_LIMIT = (
-    4.0  # 12 dB over full scale: a float file beyond it holds other units, or a stray value
-)
+PEAK_LIMIT = 4.0  # 12 dB over full scale: a float file beyond it has other units, or stray values
 SILENCE = 1e-4  # half of peak to peak, -80 dBFS: below it there is only dither
-CANCELLED = 0.01  # share of the channels' energy in their mean, below which it is not their music
-# Bytes of an audio sample, of what has a fixed number of them.
+CANCELLED = 0.01  # share of the channels' energy below which their mean is not their music
+# Bytes of an audio sample, where they are fixed.
 SAMPLE_BYTES = {"PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3}
 SAMPLE_BYTES |= {"PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
-# Packed in blocks of varying length, which nothing here counts.
+# Packed in blocks of varying length, which are not counted here.
 UNCOUNTED = ("ALAC", "DWVW", "DPCM")
 
 
 class AudioError(ValueError):
-    """An audio file cannot be used: says which, what was expected and found, and what to do."""
+    """An audio file cannot be used; the message has the path, expected, found, and the remedy."""
 
     def __init__(
         self,
@@ -69,20 +67,20 @@ class AudioError(ValueError):
 
 
 class SilentError(AudioError):
-    """An audio file holds nothing but silence."""
+    """An audio file contains only silence."""
 
 
 def read_audio(path: str | os.PathLike[str], *, stereo: bool = False) -> tuple[Waveform, int]:
     """Read all of a file: a float32 waveform [1, N], the mean of its channels, and its rate in Hz.
 
-    With `stereo` the waveform is [2, N]; a mono file then gives two equal channels. Streams that
-    stand one behind the other are joined. Memory: the waveform twice, and a compressed file once.
+    With `stereo` the waveform is [2, N]; a mono file then gives two equal channels. Successive
+    streams of a file are joined. Memory: twice the waveform, and once a compressed file.
 
     Raises:
         SilentError: no channel is louder than SILENCE.
         AudioError: no audio of a known kind, cut off, damaged, empty, of several rates, with
-            samples that are not finite or beyond PEAK_LIMIT, `stereo` of more than two channels, or
-            without `stereo` channels that cancel each other.
+            samples that are not finite or beyond PEAK_LIMIT, more than two channels with `stereo`,
+            or channels that cancel each other without `stereo`.
     """
     levels, blocks, rates = _Levels(), [], []
     try:
@@ -116,7 +114,7 @@ def find_streams(file: BinaryIO) -> list[Stream]:
     """Every stream of an audio file, in order. Compressed files are read into memory.
 
     Raises:
-        DamagedError: of no known kind, cut short, or with bytes that nothing accounts for.
+        DamagedError: of no known kind, cut short, or with unexplained bytes.
         OSError: it cannot be read.
     """
     start, size = 0, file.seek(0, 2)
@@ -146,7 +144,7 @@ def starts_as_audio(path: str | os.PathLike[str]) -> bool:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but no pipe, which would be waited for."""
+    """Open a regular file; to open a pipe would wait for its writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -160,7 +158,7 @@ def _opened(path: str | os.PathLike[str], stream: Stream) -> Iterator[soundfile.
         with soundfile.SoundFile(os.fsencode(path)) as sound:  # a name need not be text
             yield sound
         return
-    # Not a BytesIO: Ctrl-C within a callback from C would be lost.
+    # Not a BytesIO: Ctrl-C in one of its callbacks from C would be lost.
     with open(os.memfd_create("audio"), "wb") as file:
         file.write(stream.content)
         file.truncate(max(file.tell(), stream.claimed_bytes))
@@ -170,10 +168,10 @@ def _opened(path: str | os.PathLike[str], stream: Stream) -> Iterator[soundfile.
 
 
 def _blocks(sound: soundfile.SoundFile, stream: Stream) -> Iterator[Waveform]:
-    """Blocks [n, C] of a stream, without what its encoder added.
+    """Blocks [n, C] of a stream, without the samples that its encoder added.
 
     Raises:
-        DamagedError: not as many samples as there are to come, or not those that were encoded.
+        DamagedError: another number of samples than expected, or other ones than were encoded.
     """
     subtype, expected = sound.subtype, stream.samples
     if subtype.startswith(UNCOUNTED):
@@ -208,14 +206,14 @@ def _as_integers(block: Waveform, width: int) -> bytes:
 
 
 def _as_channels(block: Waveform, stereo: bool) -> Waveform:
-    """Of [n, C] the mean of the channels, [n, 1], or [n, 2]."""
+    """A block [n, C] as the mean of its channels, [n, 1], or as stereo, [n, 2]."""
     if not stereo:
         return block.mean(axis=1, keepdims=True)
     return np.repeat(block, 2, axis=1) if block.shape[1] == 1 else block
 
 
 class _Levels:
-    """How loud a file is, from its blocks of samples [n, C]."""
+    """Levels of a file, from its blocks of samples [n, C]."""
 
     def __init__(self) -> None:
         self.samples = 0  # per channel
@@ -246,7 +244,7 @@ class _Levels:
         self.samples += len(block)
 
     def check(self, path: str | os.PathLike[str], rate: int, *, stereo: bool) -> None:
-        """Raise AudioError where coding would make noise, or nothing, of it."""
+        """Raise AudioError where its codes would be noise or silence."""
         if self.odd:
             first = self.first_odd / rate
             found = f"{self.odd:,} that are NaN or infinity, the first at {first:.3f} s"
@@ -268,7 +266,7 @@ class _Levels:
 def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
     """Resample [C, N] from `rate` to `new_rate` Hz with soxr, band-limited, phase-linear.
 
-    What is shorter than one new sample is held for one: no sound comes to nothing.
+    Sound shorter than one new sample becomes one sample, so that the result is never empty.
     """
     if rate == new_rate:
         return waveform

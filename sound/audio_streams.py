@@ -2,8 +2,8 @@
 
     flac_streams(Path("song.flac").read_bytes())       # [Stream]; raises DamagedError
 
-libsndfile reads no more samples than a header lets it expect, and the first stream alone. Here
-chunks, frames and pages are counted, and no header's word is taken. MPEG is in mpeg_streams.py.
+libsndfile reads at most the samples that a header promises, and only the first stream. Here chunks,
+frames and pages are counted, and no header is trusted. MPEG is in mpeg_streams.py.
 
 Layouts: RIFF with EBU Tech 3306 (RF64), AIFF-C, CAF, AU, Wave64; RFC 9639 (FLAC); RFC 3533 (Ogg).
 """
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-PADDING = 4096  # zero bytes that may stand behind the sound, to the end of a disk's sector
+PADDING = 4096  # zero bytes that may follow the sound, to the end of a disk's sector
 
 
 class DamagedError(ValueError):
-    """A file is cut short, damaged or of an unknown kind: what was expected, what was found."""
+    """A file is cut short, damaged or of an unknown kind; with what was expected and found."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"expected {expected}, found: {found}")
@@ -33,13 +33,13 @@ class Stream:
     """One stream of sound, in a form that libsndfile reads to its end."""
 
     content: bytes | None = None  # None: the file as it is
-    samples: int | None = None  # per channel, that decoding must give; None: as libsndfile counts
-    audio_bytes: int | None = None  # of uncompressed sound, in place of `samples`
-    block_align: int = 0  # bytes of a sample of all channels, where the file says so
-    delay: int = 0  # samples in front that the encoder put there
-    padding: int = 0  # samples that it put at the end
+    samples: int | None = None  # per channel, expected from the decoder; None: libsndfile's count
+    audio_bytes: int | None = None  # of uncompressed sound, instead of `samples`
+    block_align: int = 0  # bytes of one sample of all channels, where the file contains it
+    delay: int = 0  # samples that the encoder added in front
+    padding: int = 0  # samples that it added at the end
     md5: bytes = b""  # of the samples as little-endian integers; empty where unknown
-    claimed_bytes: int = 0  # size that libsndfile must see: it guesses the length of an mp3 by it
+    claimed_bytes: int = 0  # size shown to libsndfile, which guesses the length of an mp3 from it
 
 
 def read_at(file: BinaryIO, position: int, count: int) -> bytes:
@@ -69,9 +69,9 @@ def tag_length(data: bytes, pos: int) -> int:
 
 
 def check_end(rest: bytes, size: int) -> None:
-    """Raise DamagedError where `size` bytes behind the sound are more than tags and padding.
+    """Raise DamagedError where the `size` bytes behind the sound are more than tags and padding.
 
-    `rest` holds as many of them as a tag may have.
+    `rest` contains the first of them, as many as a tag may have.
     """
     pos = 0
     while pos < len(rest) and (length := tag_length(rest, pos)):
@@ -152,7 +152,7 @@ def _chunk_at(file: BinaryIO, layout: _Layout, pos: int) -> tuple[bytes, int, in
 
 
 def _is_open(file: BinaryIO, layout: _Layout, body: int, length: int, rest: int) -> bool:
-    """Whether the size of a chunk of sound says that its writer, into a pipe, did not know it."""
+    """Whether the size of a chunk of sound means "unknown", as of a writer into a pipe."""
     if length <= layout.before < rest:
         return length < 0 or not _chunk_at(file, layout, body + length)
     is_mark = 0x7FFF_F000 <= length <= 0x8000_0000 or 0xFFFF_F000 <= length <= 0xFFFF_FFFF
@@ -160,7 +160,7 @@ def _is_open(file: BinaryIO, layout: _Layout, body: int, length: int, rest: int)
 
 
 def _closed(file: BinaryIO, layout: _Layout, body: int, size: int) -> bytes:
-    """A file whose chunk of sound reaches to its end, with the length that libsndfile asks for."""
+    """The file with the true length in its chunk of sound, which reaches to the end."""
     data = bytearray(read_at(file, 0, size))
     struct.pack_into(layout.size, data, body - struct.calcsize(layout.size), size - body)
     return bytes(data)
@@ -180,7 +180,7 @@ def au_stream(head: bytes, size: int) -> Stream:
 
 
 def cut_short(promised: str, found: str) -> DamagedError:
-    """The error of a file with less sound than its header says."""
+    """The error of a file with less sound than its header promises."""
     return DamagedError(f"{promised}, as its header says", f"an end after {found}")
 
 
@@ -188,7 +188,7 @@ def cut_short(promised: str, found: str) -> DamagedError:
 
 
 def flac_streams(data: bytes) -> Iterator[Stream]:
-    """Of .flac files, one behind the other."""
+    """The streams of one or several successive .flac files."""
     starts = [m.start() for m in re.finditer(rb"fLaC[\x00\x80]\x00\x00\x22", data)]
     if not starts:
         raise DamagedError("a FLAC header", "none")
@@ -197,7 +197,7 @@ def flac_streams(data: bytes) -> Iterator[Stream]:
 
 
 def _flac_stream(data: bytes) -> Stream:
-    """Of one .flac, with the sum of its frames in its header."""
+    """The stream of one .flac, with its counted samples in the header."""
     pos, is_last = 4, False
     while not is_last and pos + 4 <= len(data):
         is_last = data[pos] >= 0x80
@@ -219,7 +219,7 @@ def _flac_stream(data: bytes) -> Stream:
 
 
 def _flac_frames(data: bytes, pos: int) -> Iterator[tuple[int, int]]:
-    """Place and samples per channel of each frame, in order; ends where the next one is missing."""
+    """Position and samples per channel of each frame, up to the first missing one."""
     mark = data[pos : pos + 2]
     frames = samples = 0
     while pos >= 0 and mark in (b"\xff\xf8", b"\xff\xf9"):
@@ -231,7 +231,7 @@ def _flac_frames(data: bytes, pos: int) -> Iterator[tuple[int, int]]:
 
 
 def _flac_header(head: bytes) -> tuple[int, int] | None:
-    """Number and samples per channel of a frame, from its first 16 bytes; None if it is none."""
+    """Number and samples per channel of a frame, from its first 16 bytes; None for other bytes."""
     size, rate, pos = head[2] >> 4, head[2] & 15, 5
     if len(head) < 8 or size == 0 or rate == 15 or head[3] & 1:
         return None
@@ -251,7 +251,7 @@ def _flac_header(head: bytes) -> tuple[int, int] | None:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """A CRC, highest bit first; 0 of data with its own CRC behind it."""
+    """A CRC, highest bit first; 0 for data followed by its own CRC."""
     crc, top = 0, 1 << bits - 1
     for byte in data:
         crc ^= byte << bits - 8
@@ -276,7 +276,7 @@ class _Page(NamedTuple):
 
 
 def ogg_streams(data: bytes) -> Iterator[Stream]:
-    """Of an .ogg or .opus: chained streams, one behind the other."""
+    """The successive streams of an .ogg or .opus file."""
     pos, start, before = 0, -1, _Page(0, 0, 0, -1, 0)
     while data.startswith(b"OggS", pos):
         page, stop = _ogg_page(data, pos)

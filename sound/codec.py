@@ -5,8 +5,8 @@
     waveform = codec.decode(codes)
 
 B = batch, C = audio channels, N = audio samples, T = frames, K = codebooks. torch and dac are
-imported where they are used: both take seconds to import. The
-codec is that of Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN".
+imported where they are used, as both imports take seconds. The codec is that of Kumar et al. 2023,
+"High-Fidelity Audio Compression with Improved RVQGAN".
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ OFFICIAL_WEIGHTS = {  # name -> file in the cache of `python -m dac download`, w
 
 
 class CodecError(Exception):
-    """No codec: its weights are missing, refused or not DAC's, or the device is absent."""
+    """No codec: its weights are missing, refused or not of DAC, or the device is absent."""
 
 
 def find_weights(name: str) -> Path:
     """Path of a codec's weights: an official model (downloaded if need be), `demo`, or a path.
 
     Raises:
-        CodecError: no such name or file, or an official file is neither in the cache nor to be had.
+        CodecError: no such name or file, or an official file that cannot be downloaded.
     """
     if name == "demo":
         return DEMO_WEIGHTS
@@ -70,11 +70,11 @@ def find_weights(name: str) -> Path:
 
 
 def codec_id(name: str) -> CodecId:
-    """Name a codec by its weights too; as `find_weights`, and reads the file once."""
+    """Identify a codec by its name and the SHA-256 of its weights; errors as of `find_weights`."""
     path = find_weights(name)
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            digest = hashlib.sha256()
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
@@ -83,7 +83,7 @@ def codec_id(name: str) -> CodecId:
 
 
 def not_the_trainings(name: str, trained: CodecId | None) -> str:
-    """What to say where a codec is not the one of the training data; "" where it is, or unknown."""
+    """The warning where a codec is not that of the training data; "" where it is, or unknown."""
     if trained is None or not are_different(asked := codec_id(name), trained):
         return ""
     return f"codec {asked} is not {trained} of the training data: expect noise"
@@ -110,9 +110,9 @@ def _download(address: str, path: Path) -> None:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read {"state_dict", "metadata"} of a DAC, running nothing that the file brings along.
+    """Read {"state_dict", "metadata"} of a DAC without running code from the file.
 
-    Never through `DAC.load`: it tries torch.package first, and opening one runs the code inside.
+    Not by `DAC.load`: it tries torch.package first, and to open one runs the code inside.
 
     Raises:
         CodecError: a torch.package, a pickle that holds more than tensors, or no DAC weights.
@@ -205,8 +205,8 @@ class Codec:
 
     A long waveform is coded in chunks, each with `context` frames of its neighbours on both sides,
     which are cut off again. The context covers the receptive field and chunks start on frame
-    borders, so the result is that of coding the whole at once, up to float rounding, at the file's
-    ends too. (dac's own `compress` turns every layer's padding off and differs at the ends.)
+    borders, so the result equals that of the whole waveform at once up to float rounding, also at
+    its ends. (dac's own `compress` turns the padding of all layers off and differs at the ends.)
     """
 
     def __init__(self, model: Any) -> None:
@@ -226,7 +226,7 @@ class Codec:
     def mismatch(
         self, vocab_sizes: Sequence[int], side_codebooks: int, frame_rate: float
     ) -> tuple[str, str] | None:
-        """What the codec has and what codes need, in words, where it cannot decode them."""
+        """What the codec has and what the codes need, in words; None where it can decode them."""
         has = self.num_codebooks, self.codebook_size, self.frame_rate
         mid = len(vocab_sizes) - side_codebooks
         needs = max(mid, side_codebooks), max(vocab_sizes), frame_rate
@@ -245,9 +245,9 @@ class Codec:
     ) -> torch.Tensor:
         """Codes [B, T, K] of a waveform [B, N], or [T, K] of [N]; int64, on the CPU.
 
-        The waveform is float32 at `sample_rate`, its last frame is filled up with zeros: T is
-        ceil(N / hop_length). `codebooks` keeps the first so many. Memory beside the waveform and
-        the codes: one chunk's activations.
+        The waveform is float32 at `sample_rate`, its last frame is padded with zeros: T is
+        ceil(N / hop_length). `codebooks` is the number of first codebooks to keep. Memory in
+        addition to waveform and codes: the activations of one chunk.
 
         Raises:
             ValueError: no audio, or more codebooks than the codec has.
@@ -335,8 +335,8 @@ class Codec:
     def _chunks(self, frames: int, chunk_frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield frames [first, last) to keep, of frames [start, stop) to code.
 
-        All windows are equally long, the first and last too: a short one may get a convolution
-        kernel that rounds otherwise, which flips a code where two entries are as good as level.
+        All windows have one length, also the first and the last: a shorter one may get another
+        convolution kernel, whose rounding can change a code where two entries are nearly equal.
         """
         window = chunk_frames + 2 * self.context
         for first in range(0, frames, chunk_frames):

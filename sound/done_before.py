@@ -1,9 +1,9 @@
-"""What encode_npq.py has done before, told by the records that lie beside its targets.
+"""What encode_npq.py has done before, by the records beside its targets.
 
     judge = Judge(flags)
     todo, done, unknown = sort_out(jobs, judge)
 
-What was made with another codec or other flags is never done, and stays until --overwrite.
+A target made with another codec or other flags does not count as done, and stays until --overwrite.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cli.command_line import UsageError
 from sound import npq_format as npq
 from sound.codec import codec_id
 from sound.origin import CodecId, Records
 
-ENCODER = 1  # goes up when the same audio, codec and flags give something else than before
+ENCODER = 1  # to be raised when the same audio, codec and flags give other codes than before
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Job:
 
     source: Path
     target: Path
-    why: str = ""  # that a target of before is made again
+    why: str = ""  # why an existing target is made again
 
 
 class Verdict(enum.Enum):
-    """What is to be done where there is a target."""
+    """What to do about an existing target."""
 
     DONE = "made of this source, with this codec and these settings"
     AGAIN = "is made again"
@@ -46,25 +46,25 @@ class Verdict(enum.Enum):
 
 
 class Judge:
-    """Tells what is done from what is not, by the records that lie beside the targets."""
+    """Judges existing targets by the records beside them."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags, self.records = flags, Records()
 
     @cached_property
     def codec(self) -> CodecId:
-        """The codec asked for; looked for when there is something to compare or to make."""
+        """The requested codec; its weights are read when they are first needed."""
         return codec_id(self.flags.codec)
 
     def settings(self, codebooks: int, most: int) -> dict[str, Any]:
-        """Everything beside codec and source that decides what is written."""
+        """All settings that decide the content of a target, beside codec and source."""
         if self.flags.decode:
             return {"decoder": ENCODER}
         sides = {"side_codebooks": self.flags.side_codebooks, "loudness": self.flags.loudness}
         return {"encoder": ENCODER, "codebooks": codebooks, "of": most, **sides}
 
     def verdict(self, job: Job) -> tuple[Verdict, str]:
-        """Of a job whose target is there, and why."""
+        """The verdict on a job whose target exists, and its reason."""
         try:
             header = None if self.flags.decode else npq.read_header(job.target)
             record, source = self.records.find(job.target), job.source.stat()
@@ -90,10 +90,10 @@ class Judge:
     def _of_unknown(
         self, job: Job, header: npq.NpqHeader | None, source: os.stat_result
     ) -> tuple[Verdict, str]:
-        """Of a target without a record: of another program, or of before there were records."""
+        """The verdict on a target without a record: of another program or an older version."""
         is_older = job.target.stat().st_mtime_ns < source.st_mtime_ns
         if header is None:
-            return (Verdict.AGAIN if is_older else Verdict.UNKNOWN), ""  # decode refuses the first
+            return (Verdict.AGAIN if is_older else Verdict.UNKNOWN), ""  # `decode` refuses AGAIN
         side = header.side_codebooks
         mid = header.num_codebooks - side
         if side != self.flags.side_codebooks or mid != (self.flags.codebooks or mid):
@@ -103,16 +103,8 @@ class Judge:
         return Verdict.UNKNOWN, ""
 
 
-class Sorted(NamedTuple):
-    """What is to be done, and how much need not be."""
-
-    todo: list[Job]
-    done: int
-    unknown: int
-
-
-def sort_out(jobs: Sequence[Job], judge: Judge) -> Sorted:
-    """Tell the jobs that are left to do from those that are done, or may be.
+def sort_out(jobs: Sequence[Job], judge: Judge) -> tuple[list[Job], int, int]:
+    """The jobs to do, and the numbers of those that are done and those of unknown origin.
 
     Raises:
         UsageError: targets that were made otherwise, and --overwrite is not given.
@@ -135,4 +127,4 @@ def sort_out(jobs: Sequence[Job], judge: Judge) -> Sorted:
             f"{len(others)} of {len(jobs)} targets were made otherwise: {', '.join(others[:3])}"
             f"{more}; use another --out-dir, or --overwrite to replace them"
         )
-    return Sorted(todo, counts[Verdict.DONE], counts[Verdict.UNKNOWN])
+    return todo, counts[Verdict.DONE], counts[Verdict.UNKNOWN]

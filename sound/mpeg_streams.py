@@ -2,8 +2,8 @@
 
     mpeg_streams(Path("song.mp3").read_bytes())         # [Stream]; raises DamagedError
 
-Such a file has no header of its own: its length, and what an encoder added to the sound, stand in a
-Xing, LAME or VBRI tag or nowhere; and files that were put together play on.
+Such a file has no header: only a Xing, LAME or VBRI tag contains its length and the samples that
+the encoder added. Files that were put together play one after the other.
 
 Layouts: ISO/IEC 11172-3 and 13818-3, MPEG 2.5, and the tags as their encoders write them.
 """
@@ -46,7 +46,7 @@ class _Kind(NamedTuple):
 
 
 def _mpeg_frame(data: bytes, pos: int) -> tuple[_Kind, int] | None:
-    """Kind and bytes of the frame that begins at `pos`; None where none does. No free format."""
+    """Kind and bytes of the frame at `pos`; None where there is none. No free format."""
     head = data[pos : pos + 4]
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
@@ -62,7 +62,7 @@ def _mpeg_frame(data: bytes, pos: int) -> tuple[_Kind, int] | None:
 
 
 def _is_chain(data: bytes, pos: int, count: int = 3) -> bool:
-    """Whether so many frames of one kind stand one behind the other, or fewer up to the end."""
+    """Whether `count` frames of one kind follow each other at `pos`, or fewer up to the end."""
     kinds: set[_Kind] = set()
     for _ in range(count):
         frame = _mpeg_frame(data, pos)
@@ -74,21 +74,21 @@ def _is_chain(data: bytes, pos: int, count: int = 3) -> bool:
 
 
 def _next_chain(data: bytes, pos: int, stop: int) -> int:
-    """Where in [pos, stop) frames begin again, or `stop`."""
+    """Position in [pos, stop) where frames begin again, or `stop`."""
     places = (m.start() for m in re.compile(rb"\xff[\xe2-\xff]").finditer(data, pos, stop))
     return next((place for place in places if _is_chain(data, place)), stop)
 
 
 class _Tag(NamedTuple):
-    """What a Xing, LAME or VBRI tag, in a frame of its own, tells of the frames behind it."""
+    """Content of a Xing, LAME or VBRI tag, a frame that describes those behind it."""
 
-    frames: int = 0  # 0: not told
-    delay: int = 0  # samples that the encoder put in front
+    frames: int = 0  # 0: unknown
+    delay: int = 0  # samples that the encoder added in front
     padding: int = 0  # and at the end
 
 
 def _tag_in(frame: bytes, kind: _Kind) -> _Tag | None:
-    """The tag that a frame holds in place of sound."""
+    """The tag that a frame contains instead of sound, or None."""
     if frame[36:40] == b"VBRI" and kind.layer == 3:
         return _Tag(int.from_bytes(frame[50:54], "big"))
     side = {(1, 2): 32, (1, 1): 17, (2, 2): 17, (2, 1): 9}[kind.version, kind.channels]
@@ -112,7 +112,7 @@ class _Run:
         self.frames: list[bytes] = []
 
     def is_whole(self) -> bool:
-        """Whether the tag tells of just these frames; raises DamagedError where it has more."""
+        """Whether the tag counts exactly these frames; raises DamagedError where it counts more."""
         promised, found = self.tag.frames, len(self.frames)
         if promised > found + XING_SLACK:
             length = self.kind.samples / self.kind.rate
@@ -120,7 +120,7 @@ class _Run:
         return 0 < promised == found
 
     def stream(self) -> Stream:
-        """Without the samples that the encoder added, where the tag tells."""
+        """The stream, with the samples that the encoder added as far as the tag contains them."""
         tag, has_gaps = self.tag, self.tag.delay or self.tag.padding
         return Stream(
             b"".join(self.frames),
@@ -132,7 +132,7 @@ class _Run:
 
 
 def mpeg_streams(data: bytes) -> list[Stream]:
-    """Of an .mp3, or of several one behind the other, each with a tag or without."""
+    """The streams of one or several successive .mp3 files, each with a tag or without."""
     runs: list[_Run] = []
     strange: list[tuple[int, int]] = []  # where bytes that are neither frame nor tag begin and end
     pos = 0
@@ -165,7 +165,8 @@ def _check_strange(
 ) -> None:
     """Refuse a last frame that is cut off, and bytes that may have been sound.
 
-    Where tags confirm every frame, more may stand before or between files, but not at the end.
+    Where tags confirm every frame, more bytes are allowed before and between files, but not at the
+    end.
     """
     for start, stop in strange:
         is_last, is_first = stop == len(data), start == 0
