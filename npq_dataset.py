@@ -285,6 +285,11 @@ class WindowDataset(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return int(self.last_window[-1])
 
+    @property
+    def frames(self) -> int:
+        """Frames of music in the spans that the windows are cut from."""
+        return int((self.spans.stop - self.spans.start).sum())
+
     def locate(
         self, numbers: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -21,7 +21,7 @@ def plan(flags: argparse.Namespace, explicit: dict[str, Any], console: Console) 
     console.lines(ready.plan.memory_lines(is_new=ready.checkpoint is None))
     console.lines(ready.plan.time_lines())
     if ready.data:
-        console.lines(ready.plan.run_lines(windows))
+        console.lines(ready.plan.run_lines(windows, ready.data.train.frames))
     lines, problem = ready.plan.disk_lines(windows)
     console.lines(lines)
     if problem is not None:

@@ -145,6 +145,12 @@ def orthogonalized(
     return (x.mT if is_tall else x).to(stack.dtype, memory_format=torch.contiguous_format)
 
 
+def muon_flops(model: nn.Module, steps: int = 5) -> float:
+    """Floating-point operations that `orthogonalized` takes in an optimizer step."""
+    shapes = [sorted(p.shape) for n, p in model.named_parameters() if is_hidden_matrix(n, p)]
+    return float(sum(steps * (4 * m * m * n + 2 * m**3) for m, n in shapes))
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the hidden matrices, AdamW for all else, behind one state and one state_dict.
 

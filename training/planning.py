@@ -39,6 +39,7 @@ from training.memory_prediction import (
     gib,
     predict_memory,
 )
+from training.optimizer import muon_flops
 from training.parallel import World
 
 DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
@@ -165,9 +166,10 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of an optimizer step: products and attention, forward and backward."""
+        """Of an optimizer step: products and attention, forward and backward, and Muon's."""
         ctx = self.flags.ctx
-        return float(self.model.flops_per_frame(ctx) * self.windows_per_step * ctx)
+        batches = float(self.model.flops_per_frame(ctx) * self.windows_per_step * ctx)
+        return batches + (muon_flops(self.model) if self.flags.optim == "muon" else 0.0)
 
     @functools.cached_property
     def step_seconds(self) -> tuple[float, str]:
@@ -206,7 +208,7 @@ class Plan:
             f"{config.pattern}: {self.model.num_parameters() / 1e6:.2f} M parameters",
             f"step     {self.windows_per_step} windows of {flags.ctx} frames (batch {flags.batch} "
             f"x accum {flags.accum}), {self.flops / 1e12:.3g} TFLOP: products and attention, "
-            "forward and backward",
+            f"forward and backward{', and Muon' if flags.optim == 'muon' else ''}",
         ]
 
     def memory_lines(self, *, is_new: bool = True) -> list[str]:
@@ -231,14 +233,17 @@ class Plan:
             f"time     {seconds:.3g} s a step, {how}" if seconds else f"time     unknown: {how}"
         ]
 
-    def run_lines(self, windows: int) -> list[str]:
-        """Steps and hours of training."""
+    def run_lines(self, windows: int, frames: int) -> list[str]:
+        """Steps, passes and hours of training on so many frames of music."""
         (seconds, _), (per_epoch, total) = self.step_seconds, self.steps(windows)
         hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
+        passes = total * self.windows_per_step * self.flags.ctx / frames
+        codes = frames * self.config.num_codebooks
         in_all = f", {total * seconds / 3600:.3g} hours of training steps" if seconds else ""
         return [
             f"epoch    {windows} windows, {per_epoch} steps{hours}",
-            f"run      {total:.0f} steps{in_all}",
+            f"run      {total:.0f} steps, {passes:.3g} passes over the music{in_all}; "
+            f"{codes / self.model.num_parameters():.2g} codes a parameter",
         ]
 
     def disk_lines(self, windows: int) -> tuple[list[str], str | None]:

@@ -293,7 +293,7 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
     config = model.config
     precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
     flops = model.flops_per_frame(flags.ctx)
-    codes = run.train_frames * config.num_codebooks
+    codes = run.train_windows.frames * config.num_codebooks
     passes_a_step = run.passes_per_epoch / run.steps_per_epoch
     run.console.detail(f"vocab    {list(config.vocab_sizes)}")
     run.console.detail(

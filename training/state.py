@@ -142,13 +142,7 @@ class TrainingRun:
     @property
     def passes_per_epoch(self) -> float:
         """How often an epoch reads each training frame, on the average."""
-        return self.order.num_windows * self.flags.ctx / self.train_frames
-
-    @property
-    def train_frames(self) -> int:
-        """Frames of music to train on."""
-        spans = self.train_windows.spans
-        return int((spans.stop - spans.start).sum())
+        return self.order.num_windows * self.flags.ctx / self.train_windows.frames
 
     def memory_gib(self) -> float:
         """The most so far: of tensors on CUDA, elsewhere of this process in host memory."""

@@ -15,6 +15,7 @@ import torch
 from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import TINY, make_run, rows, train
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import sample_rvq
 import train_rvq
@@ -31,6 +32,7 @@ from training.optimizer import (
     MuonWithAdamW,
     StackedMuon,
     build_optimizer,
+    muon_flops,
     muon_groups,
     parameter_groups,
     state_tensors,
@@ -403,3 +405,13 @@ def test_a_run_of_flags_that_are_gone_goes_on_and_says_so(tunes, tmp_path, monke
     capsys.readouterr()
     make_run(*flags, tmp_path / "cut")
     assert "no such flag" not in capsys.readouterr().out
+
+
+def test_the_plan_counts_the_products_that_muon_takes():
+    model = make_model("depth")
+    optimizer = build_optimizer(model, optim="muon", lr=1e-3, weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == muon_flops(model) > 0

@@ -182,7 +182,13 @@ def test_plan_prints_all_of_it_and_touches_nothing(tunes, tmp_path):
     assert seconds == pytest.approx(tflop / (0.001 * 0.35), rel=0.02)
     windows, steps = map(int, re.search(r"epoch +(\d+) windows, (\d+) steps", said).groups())
     assert steps == windows // 36
-    total, hours = re.search(r"run +(\d+) steps, ([\d.]+) hours", said).groups()
+    of_run = r"run +(\d+) steps, ([\d.]+) passes over the music, ([\d.]+) hours"
+    total, passes, hours = re.search(of_run, said).groups()
+    frames = 4 * 300 * 0.95
+    assert float(passes) == pytest.approx(10 * steps * 36 * 32 / frames, rel=0.05)
+    parameters = 1e6 * float(re.search(r"([\d.]+) M parameters", said)[1])
+    codes = float(re.search(r"([\d.]+) codes a parameter", said)[1])
+    assert codes == pytest.approx(frames * 4 / parameters, rel=0.1)
     assert int(total) == 10 * steps
     assert float(hours) == pytest.approx(10 * steps * seconds / 3600, rel=0.02)
     assert not (tmp_path / "run").exists()
