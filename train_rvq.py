@@ -1,19 +1,19 @@
 r"""Train a causal transformer on the codes of a neural audio codec, kept in .npq files.
 
-    python train_rvq.py --data "npq_out/*.npq"     # a new run, or its next part
+    python train_rvq.py --data "npq_out/*.npq"     # starts a run, or resumes it
     python train_rvq.py --data "npq_out/*.npq" --resume OLDER.pt
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
     python train_rvq.py --data demo_codes --device cpu --d_model 64 --layers 2 \
         --heads 2 --ctx 64 --batch 4 --accum 1 --max-steps 30 \
         --save_dir smoke_ckpts
 
-Exit code: 0 done, 1 failed, 2 wrong usage, 3 stopped by the guard; after saving 129, 130 or 143 for
-a terminal that closed, Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped by the guard. SIGHUP (closed terminal),
+Ctrl-C and SIGTERM save first and exit with 129, 130 and 143.
 
 The file reads from top to bottom: flags, one step, compiling, evaluation, the loop, the end of an
-epoch, and `main`; what it calls stands in training/. It can be killed at any moment; the same
-command goes on from the last checkpoint and, on a CPU, ends in the very weights of an uninterrupted
-run.
+epoch, and `main`; the functions it calls are in training/. A run can be killed at any moment: the
+same command resumes from the last checkpoint and, on a CPU, ends with exactly the weights of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -78,14 +78,17 @@ from training.state import Stopped, TrainingRun
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, by group; run_folder/flags.py declares them."""
+    """Build the parser with all flags that run_folder/flags.py declares, by group."""
     parser = FlagParser(__file__, usage="%(prog)s --data GLOB [GLOB ...] [flags]")
     flags_of_runs.add_to(parser)
     return parser
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """All flags, and apart from them the ones that were given."""
+    """Parse the command line; return all flags, and separately those that the user gave.
+
+    Exits with code 2 where flags contradict each other.
+    """
     parser = build_parser()
     flags = parser.parse_args(argv)
     unset = object()
@@ -95,15 +98,21 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
     if flags.resume and flags.no_resume:
         parser.error("--resume and --no-resume contradict each other; give one")
     if flags.resume and flags.init_from:
-        parser.error("--resume goes on with a run and --init-from starts one; give one")
+        parser.error("--resume continues a run and --init-from starts a new one; give one")
     if is_shared(flags.resume or ""):
-        parser.error(f"--resume {flags.resume}: weights alone begin a new run; use --init-from")
+        parser.error(
+            f"--resume {flags.resume}: expected a .pt checkpoint, found weights alone; use "
+            "--init-from to start a new run from them"
+        )
     if flags.eta_min > flags.lr:
         parser.error(
             f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it, or raise --lr"
         )
     if "accum" in explicit and flags.batch == "auto":
-        parser.error("--accum: --batch auto sets it; leave it out, or give --effective-batch")
+        parser.error(
+            "--accum: --batch auto chooses it; leave it out, or set the product by "
+            "--effective-batch"
+        )
     if set(flags.tag) & set('/\\*?[]" ') or not flags.tag.isprintable() or len(flags.tag) > 100:
         parser.error(
             f"--tag: expected at most 100 letters, digits, '.', '-' and '_', found {flags.tag!r}"
@@ -113,23 +122,26 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
 
 # --- one step ------------------------------------------------------------------------------------
 
-SMALLEST_SCALE = 1.0  # of fp16 losses; below it gradients vanish
+MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow even at this loss scale cannot be trained on
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did. Losses in nats per code, grad norm before clipping."""
+    """The result of one optimizer step: losses in nats per code, gradient norm before clipping."""
 
     loss: float
-    ce: list[float]
+    ce: list[float]  # [K]
     grad_norm: float
     lr: float
-    refused: str | None  # why, if the guard refused it
-    is_overflow: bool = False  # of fp16, which the scaler mends
+    refused: str | None  # reason of a refusal, None for a step that was taken
+    is_overflow: bool = False  # fp16 gradients overflowed; the scaler lowers the loss scale
 
 
 def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
-    """One optimizer step over `accum` micro-batches, or its refusal, which changes nothing."""
+    """Take one optimizer step over `accum` micro-batches of codes [B, ctx, K].
+
+    A step that the guard refuses changes neither weights nor optimizer nor EMA.
+    """
     state, p = run.state, run.state.progress
     loss, *ce, grad_norm = backward(run, batches).tolist()  # the one host sync of a step
     overflow = state.scaler.is_enabled() and not math.isfinite(grad_norm)
@@ -147,7 +159,7 @@ def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
     else:
         state.guard.refuse(in_a_row=not overflow)
         p.epoch_refused += 1
-    state.scaler.update()  # halves the scale after an overflow; nothing without a scaler
+    state.scaler.update()  # halves the loss scale after an overflow; does nothing if disabled
     state.optimizer.zero_grad(set_to_none=True)
     state.policy.attempt()
     p.position += run.windows_per_step
@@ -156,9 +168,10 @@ def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
 
 
 def backward(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
-    """Gradients of `accum` micro-batches; returns [objective, ce of each codebook, grad norm].
+    """Compute the gradients of `accum` micro-batches, shared out over all processes.
 
-    The micro-batches are those of all processes, and so is what is returned; it is on the device.
+    Returns [objective, ce of each codebook, gradient norm] over all processes as one float32
+    tensor [2 + K] on the device.
     """
     state = run.state
     loss_and_ce = run.world.sum(accumulate(run, batches))
@@ -168,9 +181,10 @@ def backward(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
 
 
 def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
-    """Gradients of this process's micro-batches of a step; its share of [objective, ce].
+    """Accumulate the gradients of this process's micro-batches of one step.
 
-    Everything stays on the device. Codes arrive as 16-bit integers and are widened there.
+    Returns this process's summand of [objective, ce of each codebook], float32 [1 + K] on the
+    device. The codes arrive as 16-bit integers and are widened to int64 on the device.
     """
     flags, p, world = run.flags, run.state.progress, run.world
     loss_and_ce = torch.zeros(1 + len(run.weights), device=run.device)
@@ -191,15 +205,15 @@ def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
 
 
 def noise_seed(seed: int, epoch: int, position: int) -> int:
-    """Of dropout and drawn frames in the micro-batch that begins at a window of the epoch.
+    """Return the random seed of the micro-batch that begins at window `position` of an epoch.
 
-    So they depend on the run's place alone: not on its restarts, nor on the number of processes.
+    Dropout and the drawn frames then depend neither on restarts nor on the number of processes.
     """
     return int(np.random.SeedSequence((seed, epoch, position)).generate_state(1, np.uint64)[0])
 
 
 def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
-    """Clip, step the optimizer, move the EMA."""
+    """Clip the gradients, step the optimizer at learning rate `lr`, update the EMA."""
     state = run.state
     if 0 < run.flags.grad_clip < grad_norm:
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
@@ -214,14 +228,14 @@ def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
 
 
 def prepare_losses(run: TrainingRun) -> None:
-    """Compile the losses if --compile says so, or on CUDA; average gradients over all processes."""
+    """Compile the losses with --compile, or by default on CUDA; then wrap them for DDP."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
         compile_losses(run)
     run.losses = run.world.averaging(run.losses)
 
 
 def compile_losses(run: TrainingRun) -> None:
-    """Switch to compiled losses after one trial step; if that fails, report it and stay eager."""
+    """Compile the losses and try them on one micro-batch; if that fails, report it, stay eager."""
     state, failure = run.state, None
     eager, scaler = run.losses, state.scaler
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
@@ -252,7 +266,7 @@ def compile_losses(run: TrainingRun) -> None:
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the validation windows, EMA weights, nats per code; NaN where there are none."""
+    """Mean losses of the EMA weights over the validation windows, nats per code; NaN if none."""
 
     val: float  # plain cross-entropy, mean over codebooks
     val_obj: float  # the training objective
@@ -261,7 +275,7 @@ class Validation:
 
 @torch.inference_mode()
 def evaluate(run: TrainingRun) -> Validation | None:
-    """Validate the EMA weights, eagerly; None if a signal interrupted it."""
+    """Validate the EMA weights, without torch.compile; return None if a signal interrupted it."""
     flags, model, world = run.flags, run.state.ema.model, run.world
     k = len(run.weights)
     total = torch.zeros(k + 1, device=run.device)
@@ -274,9 +288,10 @@ def evaluate(run: TrainingRun) -> Validation | None:
         codes = next_codes(run, batches, 1)
         if codes is None:
             return None
-        whole = codes[0].to(run.device).long()
         with run.autocast():
-            losses = model.losses(whole, flags.label_smoothing, run.weights)
+            losses = model.losses(
+                codes[0].to(run.device).long(), flags.label_smoothing, run.weights
+            )
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
     objective, *ce = (total / count if count else total * math.nan).tolist()
@@ -287,7 +302,7 @@ def evaluate(run: TrainingRun) -> Validation | None:
 
 
 def train(run: TrainingRun) -> int:
-    """Epochs until the run is finished, or stopped by a signal or by the guard; the exit code.
+    """Train until the run is finished, or stopped by a signal or the guard; return the exit code.
 
     After a rollback the next epoch may be an earlier one.
     """
@@ -295,8 +310,8 @@ def train(run: TrainingRun) -> int:
     run.loader.meanwhile = lambda: while_waiting(run)
     if run.is_finished() and p.validated_step == p.step:
         run.console.line(
-            f"Nothing to do: the run was finished at step {p.step}; a larger --epochs, "
-            "--max-steps, --max-seconds or --patience goes on."
+            f"Nothing to do: the run was finished at step {p.step}. To continue it, give a larger "
+            "--epochs, --max-steps, --max-seconds or --patience."
         )
         return EXIT_DONE
     while True:
@@ -310,7 +325,10 @@ def train(run: TrainingRun) -> int:
 
 
 def take_steps(run: TrainingRun) -> bool:
-    """Step until the epoch, the run or the time ends or validation is due; True at epoch's end."""
+    """Take steps until the epoch or the run ends, or validation is due; True at the epoch's end.
+
+    A signal or the guard ends it too, always between two steps.
+    """
     p, policy = run.state.progress, run.state.policy
     batches, end = start_epoch_batches(run)
     while p.position + run.windows_per_step <= end:
@@ -319,7 +337,7 @@ def take_steps(run: TrainingRun) -> bool:
         if validation_due(run, complete=False):
             break
         keep, cools = policy.keep_due(p.step, p.schedule_steps), cooldown_begins(run)
-        if keep or cools:  # a run can be extended from the archive of before its cooldown
+        if keep or cools:  # the archive from before the cooldown lets a run be extended later
             reason = saving.save(run, ring=keep, archive=cools, may_fail=not cools)
             if reason is not None:
                 rollback.roll_back(run, reason)
@@ -347,9 +365,10 @@ def take_steps(run: TrainingRun) -> bool:
 
 
 def sync_control(run: TrainingRun, seconds: float = 0.0) -> float:
-    """Exchange what the shared state does not contain: signals, and clocks, where rank 0's counts.
+    """Give all processes the same signals and clock, so that all of them decide alike.
 
-    Returns rank 0's seconds. Every process decides by the result, so all do the same.
+    A signal counts whichever process received it; the clock is rank 0's. Returns rank 0's
+    `seconds`, the duration of the step just taken.
     """
     stop, world, every = run.stop, run.world, run.flags.save_every_minutes
     due = 0 < every < (time.perf_counter() - run.last_save) / 60
@@ -357,13 +376,13 @@ def sync_control(run: TrainingRun, seconds: float = 0.0) -> float:
         stop.record(0, due)
         return seconds
     clock = (float(due), seconds) if world.is_first else (0.0, 0.0)
-    signal_number, asked, due, seconds = world.largest(*stop.news(), *clock)
-    stop.record(int(signal_number), bool(asked or due))
+    signal_number, save_signal, due, seconds = world.largest(*stop.news(), *clock)
+    stop.record(int(signal_number), bool(save_signal or due))
     return seconds
 
 
 def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
-    """The epoch's micro-batches from the present position on, and the epoch's number of windows."""
+    """Return the epoch's remaining micro-batches and the position at which the epoch ends."""
     p, order = run.state.progress, run.order
     order.epoch, order.start = p.epoch, p.position
     done, end = p.position // run.windows_per_step, order.end()
@@ -373,10 +392,10 @@ def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
 
 
 def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
-    """This process's next micro-batches; None after a signal to stop.
+    """Read this process's next `count` micro-batches; return None after a signal to stop.
 
-    Waiting happens here, between steps and in all processes at once: within a step the state is
-    incomplete and a signal could not be served.
+    The program waits for data only here, between two steps: within a step the state is incomplete,
+    so a signal could not save it.
     """
     try:
         codes = list(itertools.islice(batches, count))
@@ -387,21 +406,24 @@ def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[
 
 
 def while_waiting(run: TrainingRun) -> None:
-    """Serve signals several times a second while data is waited for.
+    """Respond to signals while waiting for data; called several times a second.
 
-    One of many processes cannot save or stop alone; `sync_control` informs the others.
+    Raises:
+        Stopped: a signal to stop came. A signal to save is served here only without other
+            processes; with them, `sync_control` sends it to all after the wait.
     """
     if run.stop.signal is not None or run.stop.received is not None:
         raise Stopped
     if run.world.size == 1:
         saving.check_save(run)
         if run.stop.save:
-            with torch.inference_mode(False):  # else copies made in a validation stay read-only
+            # Buffers that the saver allocates in inference mode (validation) would stay read-only.
+            with torch.inference_mode(False):
                 saving.save(run)
 
 
 def report_step(run: TrainingRun, stats: StepStats) -> None:
-    """Move the bar; every --log-lr-steps a console line and a metrics row."""
+    """Advance the progress bar; every --log-lr-steps write a console line and a metrics row."""
     p, flags = run.state.progress, run.flags
     frames_per_s = p.log_steps * run.windows_per_step * flags.ctx / max(p.log_seconds, 1e-9)
     run.console.advance(stats.loss, stats.lr, frames_per_s, run.seconds_left())
@@ -421,13 +443,16 @@ def report_step(run: TrainingRun, stats: StepStats) -> None:
     )
     total = 0 if flags.max_seconds else run.planned_steps
     run.console.line(step_line(row, total, run.seconds_left()))
-    if (told := run.pace.note(frames_per_s, p.log_seconds, run.device.type)) is not None:
-        run.console.problem(told)
+    if (warning := run.pace.note(frames_per_s, p.log_seconds, run.device.type)) is not None:
+        run.console.problem(warning)
     p.log_loss, p.log_steps, p.log_seconds = 0.0, 0, 0.0
 
 
 def handle_refusal(run: TrainingRun, stats: StepStats) -> bool:
-    """Log a refused step with its windows, and roll back if that is due; True after a rollback."""
+    """Log a refused step with its windows; roll back if the policy requires it.
+
+    Returns True after a rollback, where the caller must start the epoch's batches anew.
+    """
     p, state = run.state.progress, run.state
     used = run.order.permutation(p.epoch)[p.position - run.windows_per_step : p.position]
     run.metrics.write(
@@ -442,7 +467,7 @@ def handle_refusal(run: TrainingRun, stats: StepStats) -> bool:
     )
     run.console.problem(f"step {p.step + 1} refused, nothing changed: {stats.refused}")
     if stats.is_overflow:
-        if state.scaler.get_scale() < SMALLEST_SCALE:
+        if state.scaler.get_scale() < MIN_LOSS_SCALE:
             saving.save(run)
             saving.finish_save(run)
             run.guard_stop = (
@@ -462,7 +487,11 @@ def handle_refusal(run: TrainingRun, stats: StepStats) -> bool:
 
 
 def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
-    """Validate if due, report, keep `latest`, `best` and archives; False when a signal cut in."""
+    """Validate if it is due, report it, and save `latest`, `best` and archives.
+
+    Called after the last step of an epoch (`complete`) or where the steps stopped within one.
+    Returns False if a signal interrupted the validation.
+    """
     p, flags = run.state.progress, run.flags
     started = time.perf_counter()
     epoch = p.epoch + 1
@@ -472,8 +501,8 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
         result = evaluate(run)
         if result is None:
             return False
-        saving.check_save(run, wait=True)  # if it fails, the best value is not what it was
-    # Checked after everything slow, and before the epoch counts: an unsound one is repeated.
+        saving.check_save(run, wait=True)  # if it failed, best_val goes back to what is on disk
+    # The check comes before the epoch is counted, so that an unsound epoch is repeated.
     if (reason := saving.unsound(run)) is not None:
         saving.quarantine(run, reason)
         rollback.roll_back(run, reason)
@@ -498,7 +527,7 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
 
 
 def validation_due(run: TrainingRun, *, complete: bool) -> bool:
-    """Whether to validate now: by training seconds with --val-every-seconds, else by epochs."""
+    """Return whether to validate now: by training seconds with --val-every-seconds, else epochs."""
     p, flags = run.state.progress, run.flags
     if every := flags.val_every_seconds:
         return p.seconds // every > p.validated_seconds // every
@@ -508,7 +537,10 @@ def validation_due(run: TrainingRun, *, complete: bool) -> bool:
 def report_epoch(
     run: TrainingRun, result: Validation, *, is_best: bool, evaluation_seconds: float
 ) -> None:
-    """Console summary and metrics row of an epoch, or of its part when the run ends within it."""
+    """Print the summary of an epoch and write its metrics row.
+
+    The epoch may be incomplete. `evaluation_seconds` is the duration of the validation.
+    """
     p = run.state.progress
     steps = max(p.epoch_steps, 1)
     frames = p.epoch_steps * run.windows_per_step * run.flags.ctx
@@ -530,11 +562,11 @@ def report_epoch(
     wall = p.epoch_seconds + evaluation_seconds
     for line in epoch_lines(row, wall, elapsed, is_best=is_best):
         run.console.line(line)
-    tell_trouble(run)
+    report_trouble(run)
 
 
-def tell_trouble(run: TrainingRun) -> None:
-    """Print a plateau, overfitting or a val above guessing, once for each time that it comes."""
+def report_trouble(run: TrainingRun) -> None:
+    """Warn of a plateau, overfitting or a val above guessing, once until the diagnosis changes."""
     if not run.world.is_first:
         return
     trouble = trouble_of(RunMetrics(read_metrics(run.files.metrics)))
@@ -547,7 +579,7 @@ def tell_trouble(run: TrainingRun) -> None:
 
 
 def train_or_save(run: TrainingRun) -> int:
-    """`train`; if it fails between two steps, what was reached is saved first."""
+    """Run `train`; if it fails between two steps, save the state before raising the error."""
     try:
         return train(run)
     except Exception as error:
@@ -565,16 +597,16 @@ EXPECTED = (CheckpointError, BadFilesError, NpqError, ParallelError, NoAnswerErr
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train; errors become one message and an exit code."""
+    """Run the command; turn an error into one message and an exit code."""
     return exit_code_of(lambda: join_and_train(argv), expected=EXPECTED, debug=False)
 
 
 def join_and_train(argv: list[str] | None) -> int:
-    """Join the other processes, parse, train; a failure is reported once for all of them."""
+    """Join the other processes, parse the flags and train; report a failure once for all ranks."""
     world = join()
     with world.print_once():
         flags, explicit = parse_flags(argv)
-    before = "interrupted before a step was taken; no checkpoint was changed, and the same command "
+    before = "interrupted before the first step; no checkpoint was changed, and the same command "
     return exit_code_of(
         lambda: train_as_one(flags, explicit, world),
         expected=EXPECTED,
@@ -586,7 +618,10 @@ def join_and_train(argv: list[str] | None) -> int:
 
 
 def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
-    """Set up and train; rank 0 holds the folder and the console for all."""
+    """Set up and train, or print the plan; rank 0 alone locks the folder and writes to the console.
+
+    Returns the exit code.
+    """
     console = Console(quiet=flags.quiet and not flags.plan, silent=not world.is_first)
     if flags.quiet:
         warnings.filterwarnings("ignore")
@@ -602,17 +637,20 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
 
 
 def explain(error: BaseException, flags: argparse.Namespace) -> str:
-    """The message of an error that the program did not raise itself."""
+    """Return the message for an error that is none of EXPECTED: its cause and a remedy."""
     if is_out_of_memory(error):
-        smaller = "lower --batch, --ctx, --d_model or --layers; --plan tells what fits"
+        smaller = "lower --batch, --ctx, --d_model or --layers; --plan prints what fits"
         return f"{shortage(error)}; {smaller}"
     if torch.distributed.is_initialized() and is_loss_of_peer(error):
         return f"another process of the run died ({error}); torchrun names it below"
-    return known_cause(error) or unexpected(error, where_it_arose(error, flags))
+    return known_cause(error) or unexpected(error, write_traceback(error, flags))
 
 
-def where_it_arose(error: BaseException, flags: argparse.Namespace) -> str:
-    """Write the traceback beside the run: a failure after days cannot be repeated at will."""
+def write_traceback(error: BaseException, flags: argparse.Namespace) -> str:
+    """Write the traceback to a file in the run's folder; return where to find it.
+
+    A failure after days of training cannot be repeated just to see its traceback.
+    """
     path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
     try:
         if not path.parent.is_dir() or flags.plan:
@@ -624,10 +662,10 @@ def where_it_arose(error: BaseException, flags: argparse.Namespace) -> str:
 
 
 def report_once(world: World, code: int, message: str) -> int:
-    """Print why the run failed, once for all processes; returns the exit code of all."""
-    told = world.first_failure(code)
-    if told is not None:
-        return told
+    """Print why the run failed if this process failed first; return the exit code of them all."""
+    code_of_first = world.first_failure(code)
+    if code_of_first is not None:
+        return code_of_first
     problem(message if world.is_first else f"{world.name}: {message}")
     return code
 

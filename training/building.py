@@ -1,4 +1,4 @@
-"""From flags and an architecture to what trains: model, optimizer, scaler, EMA, guard.
+"""Builds what trains from flags and an architecture: model, optimizer, scaler, EMA, guard.
 
 config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes)
 state = first_state(flags, config, initial, amp_dtype, device, world)
@@ -33,7 +33,15 @@ def pick_architecture(
     vocab_sizes: tuple[int, ...],
     world: World = ALONE,
 ) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """Architecture of checkpoint, --init-from or flags, in that order; the parts of --init-from."""
+    """Take the architecture from the checkpoint, else from --init-from's file, else from the flags.
+
+    With --ignore-arch the flags always win. `source` is the checkpoint's path, `vocab_sizes` [K]
+    are those of the data. Returns the architecture and the content of --init-from's file, or None.
+
+    Raises:
+        CheckpointError: the saved architecture is unknown, or does not fit the data.
+        UsageError: the flags describe no valid architecture.
+    """
     initial = None
     if checkpoint is None and flags.init_from:
         if world.is_first:
@@ -45,8 +53,8 @@ def pick_architecture(
             config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{source or flags.init_from}: its architecture is none of this version ({error}); "
-                "use the program that wrote it"
+                f"{source or flags.init_from}: this version cannot build its architecture "
+                f"({error}); use the version that wrote it"
             ) from error
     else:
         sizes = {"d_model": flags.d_model, "layers": flags.layers, "heads": flags.heads}
@@ -60,14 +68,14 @@ def pick_architecture(
     if not fits:
         remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
         raise CheckpointError(
-            f"{source or flags.init_from}: a model of vocab sizes {list(config.vocab_sizes)}, the "
-            f"data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
+            f"{source or flags.init_from}: the model has vocab sizes {list(config.vocab_sizes)}, "
+            f"the data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
         )
     return config, initial
 
 
 def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
-    """A model with fresh weights, set to train as the flags say."""
+    """Build a model with fresh weights and the training options of the flags."""
     return CodesTransformer(
         config,
         grad_checkpoint=flags.grad_checkpoint,
@@ -84,7 +92,7 @@ def first_state(
     device: torch.device,
     world: World,
 ) -> TrainState:
-    """State with fresh weights, or with the EMA weights of --init-from's file."""
+    """Build the state of a new run: fresh weights, or the EMA weights of --init-from's file."""
     torch.manual_seed(flags.seed)
     model = new_model(flags, config).to(device)
     if initial is not None:
@@ -98,7 +106,7 @@ def build_state(
     amp_dtype: torch.dtype | None,
     device: torch.device,
 ) -> TrainState:
-    """Optimizer, scaler, EMA and guard around a model."""
+    """Build optimizer, gradient scaler, EMA and guard around a model."""
     optimizer = build_optimizer(
         model,
         optim=flags.optim,
@@ -115,7 +123,13 @@ def build_state(
 
 
 def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[float]:
-    """Loss weight of each codebook, mean 1. `auto` rises linearly with k; else a comma list."""
+    """Return the loss weight of each codebook [K], scaled to a mean of 1.
+
+    `choice` is a comma-separated list of K numbers, or `auto`: 1 + alpha * k / (K - 1).
+
+    Raises:
+        UsageError: the list has not K numbers, or numbers that cannot be weights.
+    """
     k = num_codebooks
     if choice == "auto":
         weights = [1 + alpha * i / max(k - 1, 1) for i in range(k)]
@@ -135,21 +149,21 @@ def codebook_weights(choice: str, alpha: float, num_codebooks: int) -> list[floa
 
 
 def plan_of(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> Plan:
-    """The plan of a run on a device, present or not."""
+    """Return the plan of a run on a device, which need not be present."""
     return Plan(flags, config, device, pick_amp_dtype(flags, device), new_state)
 
 
 def new_state(flags: argparse.Namespace, config: ModelConfig) -> TrainState:
-    """State with fresh weights on torch's default device."""
+    """Build a state with fresh weights on torch's default device, without mixed precision."""
     return build_state(flags, new_model(flags, config), None, torch.device("cpu"))
 
 
 def settle_amp_dtype(
     flags: argparse.Namespace, device: torch.device, world: World, *, resumed: bool
 ) -> None:
-    """Write into the flags what `auto` is, so that a resumed run computes as it did.
+    """Replace --amp-dtype auto by the device's choice, so that a resume keeps the precision.
 
-    Runs that were saved with `auto` itself took bf16 on every CPU.
+    Checkpoints of older versions contain `auto` itself, which meant bf16 on every CPU.
     """
     if flags.amp and flags.amp_dtype == "auto":
         was_bf16 = resumed and device.type == "cpu"
@@ -157,7 +171,7 @@ def settle_amp_dtype(
 
 
 def pick_amp_dtype(flags: argparse.Namespace, device: torch.device) -> torch.dtype | None:
-    """Dtype of mixed precision; None without."""
+    """Return the dtype of mixed precision, or None for --no-amp and where float32 is fastest."""
     if not flags.amp:
         return None
     return PRECISIONS[fast_precision(device) if flags.amp_dtype == "auto" else flags.amp_dtype]

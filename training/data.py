@@ -1,4 +1,4 @@
-"""From files to windows to micro-batches on their way: scanned, split, indexed, read ahead.
+"""From .npq files to micro-batches: scans and splits the files, indexes windows, reads ahead.
 
 data = open_data(flags, console)
 loader = build_loader(flags, data.train, order, console, device, world)
@@ -20,7 +20,7 @@ from training.parallel import EveryNth, World
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """The scanned files of a run and their training and validation windows."""
 
     corpus: Corpus
     train: WindowDataset
@@ -29,7 +29,12 @@ class Data(NamedTuple):
 
 
 def open_data(flags: argparse.Namespace, console: Console) -> Data:
-    """Scan, split and index the files; UsageError where --val-list does not fit them."""
+    """Scan, split and index the files of --data, and print a summary.
+
+    Raises:
+        UsageError: --val-list cannot be read, or does not fit the files.
+        BadFilesError, NpqError, NoAnswerError: files of --data are bad or cannot be read.
+    """
     corpus = scan(
         flags.data,
         tell=console.line,
@@ -37,7 +42,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
         codebooks=flags.codebooks,
         skip_bad=flags.skip_bad_files,
         checked_file=os.path.join(flags.save_dir, ".checked_files.json")
-        if os.path.isdir(flags.save_dir)  # --plan makes none
+        if os.path.isdir(flags.save_dir)  # --plan does not create it
         else None,
     )
     split = {"ctx": flags.ctx, "val_split": flags.val_split, "val_list": flags.val_list}
@@ -54,7 +59,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
     train_windows = WindowDataset(
         corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
     )
-    # Validation windows do not overlap: each frame counts once, and the same ones in each epoch.
+    # Validation windows do not overlap and have no jitter: each frame counts once in every epoch.
     val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
     for line in corpus.summary.lines():
         console.line(line)
@@ -64,7 +69,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
         f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
         f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
     )
-    # Without `jitter`: with it and without, a window has the same number and about the same place.
+    # `jitter` is left out: it changes neither the numbers of windows nor, by much, their places.
     facts = {
         "files": corpus.fingerprint(),
         "split": train.fingerprint() + val.fingerprint(),
@@ -80,7 +85,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
 
 
 def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
-    """Size of the data for a report or a model card: files, hours of either side."""
+    """Return the number of files and the hours of training and validation data."""
     hours = 3600 * corpus.frame_rate
     return {
         "files": len(corpus.files),
@@ -97,9 +102,9 @@ def build_loader(
     device: torch.device,
     world: World,
 ) -> Loader:
-    """Reads this process's micro-batches, in the epoch's order."""
+    """Build the loader of this process's share of the micro-batches, in the epoch's order."""
 
-    def tell_too(text: str) -> None:
+    def report_with_rank(text: str) -> None:
         problem(f"{world.name}: {text}")
 
     return Loader(
@@ -108,5 +113,5 @@ def build_loader(
         threads=flags.num_workers,
         ahead=flags.prefetch,
         pinned=device.type == "cuda",
-        tell=console.problem if world.is_first else tell_too,
+        tell=console.problem if world.is_first else report_with_rank,
     )

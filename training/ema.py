@@ -1,8 +1,8 @@
-"""Averaged weights: what is evaluated, sampled and shared.
+"""Exponential moving average (EMA) of the weights, which is evaluated, sampled and shared.
 
 ema = Ema(model, decay=0.999)
 optimizer.step(); ema.update(step)  # steps count from 1
-ema.model                           # a model of its own, in eval mode
+ema.model                           # a separate model, in eval mode
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 class Ema(Generic[M]):
     """Exponential moving average of a model's weights, kept as a second model.
 
-    A model of its own is evaluated as it stands: nothing is swapped into the trained weights, so
-    nothing can be left swapped when an evaluation is interrupted. It costs the same memory.
+    Evaluation uses the second model directly. Averages are never swapped into the trained model, so
+    an interrupted evaluation cannot leave them there. The memory cost is the same.
     """
 
     def __init__(self, model: M, decay: float) -> None:
@@ -31,7 +31,7 @@ class Ema(Generic[M]):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the trained weights after the step-th optimizer step (counted from 1).
+        """Update the average after optimizer step number `step`, counted from 1.
 
         The decay warms up as (1 + step) / (10 + step), so that a short run is not an average over
         its random start (Abadi et al., TensorFlow's ExponentialMovingAverage, `num_updates`).
@@ -40,5 +40,5 @@ class Ema(Generic[M]):
         torch._foreach_lerp_(self.averaged, self.trained, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's own names."""
+        """Return the averaged weights under the names of the model's state_dict."""
         return dict(self.model.state_dict())

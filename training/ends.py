@@ -1,4 +1,4 @@
-"""How a run ends: finished, interrupted, stopped by the guard, or failed. Each prints how to go on.
+"""How a run ends: finished, interrupted, stopped by the guard, or failed; each prints what to do.
 
 return ends.finished(run)     # the exit code
 """
@@ -21,7 +21,7 @@ EXIT_GUARD = 3  # stopped by the guard
 
 
 def interrupted(run: TrainingRun) -> int:
-    """Save after a signal, print how to go on; returns 128 + the signal's number."""
+    """Save after a signal and print how to resume; return 128 + the signal's number."""
     signal_number = run.stop.signal or signal.SIGTERM
     where = f"saved {run.files.latest} at step {run.state.progress.step}"
     if saving.save(run) is not None:
@@ -39,22 +39,22 @@ def interrupted(run: TrainingRun) -> int:
 
 
 def stopped_by_guard(run: TrainingRun) -> int:
-    """Leave `latest` at the last sound save, print what to look at; returns EXIT_GUARD."""
+    """Print what to look at and leave `latest` at the last sound save; return EXIT_GUARD."""
     saving.check_save(run, wait=True)
     run.metrics.write("end", step=run.state.progress.step, reason=run.guard_stop)
     update_page(run)
     run.console.problem(
         f"Stopped by the guard at step {run.state.progress.step}: {run.guard_stop}. "
-        f"{run.files.latest_in_words()}. See what happened with\n"
+        f"{run.files.latest_in_words()}. To see what happened, run\n"
         f"  python ckpt_doctor.py {run.files.folder}\n"
-        f"and the refused windows in {run.files.metrics}. The same command goes on from there, "
-        f"with lr scaled by {run.state.progress.lr_scale:g}, and --lr sets another peak."
+        f"and look at the refused windows in {run.files.metrics}. The same command goes on from "
+        f"`latest` with lr scaled by {run.state.progress.lr_scale:g}; --lr sets another peak."
     )
     return EXIT_GUARD
 
 
 def finished(run: TrainingRun) -> int:
-    """Wait for the last save, print what the run has left; returns EXIT_DONE."""
+    """Wait for the last save, remove the step checkpoints, print the result; return EXIT_DONE."""
     p = run.state.progress
     saving.finish_save(run)
     if run.world.is_first:
@@ -64,20 +64,23 @@ def finished(run: TrainingRun) -> int:
     best = "nothing validated"
     if p.best_epoch:
         best = f"best val {number(p.best_val)} of epoch {p.best_epoch} in {run.files.best}"
-    patience = f"--patience {run.flags.patience or 0:g} is over"
+    patience = f"no better val within --patience {run.flags.patience or 0:g}"
     why = f" ({patience})" if run.is_out_of_patience() else ""
     run.console.line(f"Done at step {p.step}{why}: {best}, last state in {run.files.latest}")
     return EXIT_DONE
 
 
 def failed(run: TrainingRun, error: Exception) -> int | None:
-    """Save what was reached, if it is whole; the exit code if a signal was why, else None."""
+    """Save the state after an error, unless the error came within a step.
+
+    Returns the exit code if a signal was the cause, else None: the caller raises the error again.
+    """
     run.console.end_epoch()
     if not run.world.continue_alone():
         return None
     run.stop.record(run.stop.received or 0, False)
     if run.stop.signal is not None and run.between_steps:
-        return interrupted(run)  # the signal went to every process, and ended others before
+        return interrupted(run)  # every process got the signal, and the others ended first
     if run.between_steps and run.failed_saves < saving.MAX_FAILED_SAVES:
         save_first(run)
     if is_out_of_memory(error):
@@ -89,14 +92,14 @@ def failed(run: TrainingRun, error: Exception) -> int | None:
 
 
 def close(run: TrainingRun) -> None:
-    """Wait for a save in flight, close the metrics."""
+    """Wait for a save in progress and close the metrics."""
     with contextlib.suppress(OSError, NoAnswerError):
         saving.check_save(run, wait=True)
     run.metrics.close()
 
 
 def save_first(run: TrainingRun) -> None:
-    """Save before a failure ends the run; an error of this save does not hide the first one."""
+    """Save before an error ends the run; an error of this save is printed and not raised."""
     run.console.problem(f"failed at step {run.state.progress.step}; saving first")
     run.loader.give_back()
     try:
@@ -104,20 +107,22 @@ def save_first(run: TrainingRun) -> None:
         saving.finish_save(run)
     except (OSError, NoAnswerError):
         pass  # reported by `check_save`
-    except Exception as error:  # what was short for a step may be short for the copy to save
-        run.console.problem(f"that failed too ({in_words(error)}); {run.files.latest_in_words()}")
+    except Exception as error:  # memory that was too little for a step may be for the copy too
+        run.console.problem(
+            f"this save failed too ({in_words(error)}); {run.files.latest_in_words()}"
+        )
 
 
 def tell_out_of_memory(run: TrainingRun) -> None:
-    """Print flags that take less memory; the caller raises the error on."""
+    """Print flags that take less memory; the caller raises the error."""
     lines = plan_of(run.flags, run.state.model.config, run.device).advice()
     run.console.problem(
-        "\n  ".join(["out of memory; the same step in less, by prediction:", *lines])
+        "\n  ".join(["out of memory; these flags are predicted to take less:", *lines])
     )
 
 
 def update_page(run: TrainingRun) -> None:
-    """Write the run's page anew. Training never stops for it: failures in a row are one line."""
+    """Write the run's HTML page again; a failure is printed once and never stops training."""
     if not run.flags.report or not run.world.is_first:
         return
     try:

@@ -1,4 +1,4 @@
-"""The guard: refuses a step whose loss or gradient norm is not of the run's recent past.
+"""The guard: refuses a step whose loss or gradient norm is far above the run's recent values.
 
 reason = guard.judge(loss, grad_norm, ce)  # None: the step is taken
 if reason is None:
@@ -15,37 +15,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WARM_UP = 32  # accepted steps before the statistical limits are used
-LOSS_SIGMA_FLOOR = 0.04  # of the mean: six of these let a loss rise by 24 %
-NORM_SIGMA_FLOOR = 0.5  # of log grad norm: six of these let it rise to 20 times
+LOSS_SIGMA_FLOOR = 0.04  # share of the mean loss; at factor 6 the loss may rise by 24 %
+NORM_SIGMA_FLOOR = 0.5  # nats of log grad norm; at factor 6 the norm may rise to 20 times
 CE_MARGIN = 1.0  # nats above guessing, ln V, that a codebook's cross-entropy may reach in a step
-LASTING_CE_MARGIN = 0.1  # nats above guessing that its average may reach
-CE_AVERAGE = 1 / 32  # weight of a step in that average
+LASTING_CE_MARGIN = 0.1  # nats above guessing that its moving average may reach
+CE_AVERAGE = 1 / 32  # weight of one step in that moving average
 
 
 class Guard:
-    """Refuses a step whose loss or gradient norm does not belong to the run's recent past.
+    """Refuses a step whose loss or gradient norm is far above the run's recent values.
 
     A step is refused when its loss or gradient norm is not finite; when a codebook's cross-entropy
     exceeds ln V + 1; or when the loss, or the logarithm of the gradient norm, lies more than
-    `factor` standard deviations above the mean of the last `memory` accepted steps. It compares
-    first and adds afterwards, and only accepted steps are added, so neither a spike nor a NaN can
-    widen its limits. The deviations have floors, lest a calm stretch make it refuse everything.
-    After a change of level for a known reason, such as other flags, call `forget`.
+    `factor` standard deviations above the mean of the last `memory` accepted steps. A step is
+    compared before it is added, and only accepted steps are added, so neither a spike nor a NaN can
+    widen the limits. The standard deviations have a minimum; otherwise the guard would refuse
+    ordinary steps after a calm stretch. Call `forget` after a known change of level, such as other
+    flags.
     """
 
     def __init__(
         self, vocab_sizes: Sequence[int], *, factor: float = 6.0, memory: int = 128
     ) -> None:
         self.factor, self.memory = factor, memory
-        self.guessing = [math.log(v) for v in vocab_sizes]  # ce [K] of an even guess
+        self.guessing = [math.log(v) for v in vocab_sizes]  # [K], ce of a uniform prediction, nats
         self.losses: deque[float] = deque(maxlen=memory)
         self.log_norms: deque[float] = deque(maxlen=memory)
         self.refused_in_a_row = 0
         self.refused = 0
-        self.recent_ce: list[float] = []  # [K], averaged over the last accepted steps
+        self.recent_ce: list[float] = []  # [K], moving average over accepted steps
 
     def judge(self, loss: float, grad_norm: float, ce: Sequence[float]) -> str | None:
-        """Why a step must be refused, or None; ce [K] in nats, grad norm before clipping."""
+        """Return why a step must be refused, or None to take it.
+
+        `loss` and `ce` [K] are in nats per code, `grad_norm` is the norm before clipping.
+        """
         if not math.isfinite(loss) or not all(map(math.isfinite, ce)):
             return "loss is not finite"
         if not math.isfinite(grad_norm):
@@ -53,19 +57,23 @@ class Guard:
         for k, (value, guess) in enumerate(zip(ce, self.guessing, strict=True)):
             if value > guess + CE_MARGIN:
                 return (
-                    f"cross-entropy of codebook {k} is {value:.3f}, over ln V + 1 = {guess + 1:.3f}"
+                    f"cross-entropy of codebook {k} is {value:.3f}, above ln V + 1 = "
+                    f"{guess + 1:.3f}"
                 )
         if self.factor and len(self.losses) >= WARM_UP:
             limit = _limit(self.losses, self.factor, LOSS_SIGMA_FLOOR * _mean(self.losses))
             if loss > limit:
-                return f"loss {loss:.4f} is over {limit:.4f}, {self.factor:g} sigma above its mean"
+                return f"loss {loss:.4f} is above {limit:.4f}, {self.factor:g} sigma over its mean"
             limit = math.exp(_limit(self.log_norms, self.factor, NORM_SIGMA_FLOOR))
             if grad_norm > limit:
-                return f"gradient norm {grad_norm:.3f} is over {limit:.3f}, {self.factor:g} sigma"
+                return (
+                    f"gradient norm {grad_norm:.3f} is above {limit:.3f}, {self.factor:g} sigma "
+                    "over its mean"
+                )
         return None
 
     def accept(self, loss: float, grad_norm: float, ce: Sequence[float] = ()) -> None:
-        """Add an accepted step to the past; ce [K] in nats."""
+        """Add an accepted step to the recent values; `ce` [K] in nats per code."""
         self.losses.append(loss)
         self.log_norms.append(math.log(max(grad_norm, 1e-12)))
         self.refused_in_a_row = 0
@@ -73,26 +81,29 @@ class Guard:
         self.recent_ce = [a + CE_AVERAGE * (x - a) for a, x in zip(past, ce, strict=True)]
 
     def refuse(self, *, in_a_row: bool = True) -> None:
-        """Count a refused step; an fp16 overflow is no sign of trouble and not counted in a row."""
+        """Count a refused step; with `in_a_row` also as one of the refusals in a row.
+
+        An fp16 overflow is ordinary and does not count as one in a row.
+        """
         self.refused += 1
         self.refused_in_a_row += in_a_row
 
     def worse_than_guessing(self) -> str | None:
-        """Which codebook's cross-entropy has lately averaged over ln V + 0.1, or None."""
+        """Return which codebook's moving average of cross-entropy exceeds ln V + 0.1, or None."""
         for k, (value, guess) in enumerate(zip(self.recent_ce, self.guessing, strict=False)):
             if value > guess + LASTING_CE_MARGIN:
                 return f"cross-entropy of codebook {k} averages {value:.3f}, ln V is {guess:.3f}"
         return None
 
     def forget(self) -> None:
-        """Start to learn the run's level anew."""
+        """Drop the recent values, so that the limits are learned again."""
         self.losses.clear()
         self.log_norms.clear()
         self.recent_ce = []
         self.refused_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """Return the state as plain lists and numbers."""
         return {
             "losses": list(self.losses),
             "log_norms": list(self.log_norms),
@@ -102,7 +113,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result; `factor` and `memory` stay as constructed."""
+        """Restore the result of `state_dict`; `factor` and `memory` stay as constructed."""
         self.losses = deque(state["losses"], maxlen=self.memory)
         self.log_norms = deque(state["log_norms"], maxlen=self.memory)
         self.refused_in_a_row, self.refused = state["refused_in_a_row"], state["refused"]
@@ -110,7 +121,7 @@ class Guard:
 
 
 def _limit(past: deque[float], factor: float, sigma_floor: float) -> float:
-    """`factor` standard deviations, each `sigma_floor` at least, above the mean of the past."""
+    """Return mean + `factor` * max(standard deviation, `sigma_floor`) of the past values."""
     centre = _mean(past)
     sigma = math.dist(past, [centre] * len(past)) / math.sqrt(len(past))  # no Python loop
     return centre + factor * max(sigma, sigma_floor)

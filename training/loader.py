@@ -1,12 +1,13 @@
-"""Micro-batches read in threads: ahead of their use, in order, and never waited for without an end.
+"""Reads micro-batches in threads, in order and ahead of their use; no wait lasts for ever.
 
     loader = Loader(windows, order, threads=2, ahead=6)
-    for codes in loader: ...                          # [B, ctx, K], as the order says
+    for codes in loader: ...                          # [B, ctx, K] int16, in the order's order
     for codes in loader.read(val_windows, numbers): ...
 
-Threads and no processes: reading a window takes 10 us of Python, and what takes long, the disk,
-holds no interpreter lock. So nothing has to travel through sockets, shared memory or semaphores,
-which can be full, missing or left locked by a process that died; an error arrives as it was raised.
+Threads are enough, processes are not needed: reading a window takes 10 us of Python, and the slow
+part, the disk, runs without the interpreter lock. Threads need no sockets, shared memory or
+semaphores, which can be full, missing or left locked by a process that died, and errors arrive
+unchanged.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from cli.waiting import carry_out, in_thread, wait_for
 from npq_dataset import Corpus, WindowDataset, find_npq_files, scan_corpus
 
 T = TypeVar("T")
-RESERVE = 8  # descriptors; a save takes three at once
+RESERVE = 8  # file descriptors kept back for a save, which takes three at once
 Jobs = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class Loader:
-    """Reads windows with `threads` threads, each up to `ahead` micro-batches before their use.
+    """Reads windows in `threads` threads, up to `threads * ahead` micro-batches before their use.
 
-    `meanwhile` is called several times a second while one is waited for, and may end that by
-    raising; `tell` receives the message of a long wait.
+    `order` yields the window numbers [B] of each micro-batch; `pinned` page-locks the batches for
+    CUDA. While a batch is awaited, `meanwhile` is called several times a second and may raise to
+    end the wait; `tell` receives a message when the wait is long.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Loader:
         tell: Callable[[str], None] = problem,
     ) -> None:
         self.windows, self.order = windows, order
-        self.ahead = threads * ahead  # none without threads: one reads each when it is asked for
+        self.ahead = threads * ahead  # with threads=0, one thread reads each batch on demand
         self.pinned, self.tell = pinned, tell
         self.meanwhile: Callable[[], None] = lambda: None
         self.reserve = [os.open(os.devnull, os.O_RDONLY) for _ in range(RESERVE)]
@@ -67,11 +69,11 @@ class Loader:
     def read(
         self, windows: WindowDataset, batches: Iterable[np.ndarray[Any, Any]]
     ) -> Iterator[Tensor]:
-        """Batches of windows [B, ctx, K], in turn.
+        """Yield the windows of each of `batches` (arrays of window numbers) as [B, ctx, K].
 
         Raises:
-            NpqError, OSError: of the file that cannot be read.
-            NoAnswerError: a read did not return.
+            NpqError, OSError: a file cannot be read.
+            NoAnswerError: a read did not return in time.
         """
         begun: collections.deque[Future[Tensor]] = collections.deque()
         rest = iter(batches)
@@ -88,19 +90,19 @@ class Loader:
                 future.cancel()
 
     def give_back(self) -> None:
-        """After a failure: free descriptors for a save, which may be what is short."""
+        """Close the reserved file descriptors after a failure, so that a save can open files."""
         self.windows.open_files.close()
         while self.reserve:
             os.close(self.reserve.pop())
 
     def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Hand work to the threads."""
+        """Give `work` to the reading threads; the future receives its result or error."""
         future: Future[T] = Future()
         self.jobs.put(functools.partial(carry_out, future, work))
         return future
 
     def result(self, future: Future[T], windows: WindowDataset) -> T:
-        """Of work that reads these windows."""
+        """Wait for work that reads these windows; return its result or raise its error."""
         return wait_for(
             future,
             windows.open_files.sign,
@@ -110,10 +112,11 @@ class Loader:
 
 
 def scan(patterns: Sequence[str], *, tell: Callable[[str], None] = say, **options: Any) -> Corpus:
-    """Find and scan files as `find_npq_files` and `scan_corpus` do, whose options it takes.
+    """Find files by glob patterns and scan them; `options` are those of `scan_corpus`.
 
     Raises:
-        NoAnswerError: a file or folder cannot be read and does not fail either.
+        NoAnswerError: reading a file or folder neither succeeds nor fails in time.
+        BadFilesError, NpqError, OSError: see `find_npq_files` and `scan_corpus`.
     """
     at = "the data"
 
@@ -130,7 +133,7 @@ def scan(patterns: Sequence[str], *, tell: Callable[[str], None] = say, **option
 def _work(jobs: Jobs) -> None:
     while (job := jobs.get()) is not None:
         job()
-        del job  # else the last batch stays in memory while the thread waits
+        del job  # otherwise the last batch stays in memory while the thread waits
 
 
 def _dismiss(jobs: Jobs, count: int, reserve: list[int]) -> None:

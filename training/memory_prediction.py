@@ -1,12 +1,12 @@
-"""Peak memory of a run's optimizer steps by part, on a device that need not be here.
+"""Predicts the peak memory of a run's optimizer steps by part, for a device that may be absent.
 
     step = Step(build, shape=(6, 512, 9), label_smoothing=0.05, accum=6, amp_dtype=torch.bfloat16)
     memory = predict_memory(step, "cuda")
     print(gib(memory.total), memory.parts["activations"], memory.fits(24 * GIB))
 
-Memory is not reckoned by formulas: the run's own model, optimizer and EMA take a step on tensors
-that have shapes and no bytes (FakeTensorMode), and what would be alive at each moment is added up
-(MemTracker). No GPU is needed, a large model takes seconds, and what the code does is what counts.
+There are no formulas: the run's own model, optimizer and EMA take a step on tensors that have
+shapes and no memory (FakeTensorMode), and MemTracker sums the tensors alive at each moment. So the
+prediction follows the code, needs no GPU, and takes seconds for a large model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from training.ema import Ema
 from training.objective import Objective
 
 GIB = 2**30
-# Estimates: of a GPU's memory what driver and libraries take, of the host's Python with PyTorch.
+# Estimates: CUDA driver and libraries in GPU memory; Python with PyTorch in host memory.
 FIXED = {"cuda": ("CUDA context (estimate)", GIB // 2), "cpu": ("Python (estimate)", GIB // 3)}
-KEPT = "kept by glibc (estimate)"  # on a CPU, of freed blocks: a third of the tensors, as measured
-MARGIN = 0.1  # of the memory stays free: for what lies between tensors, and libraries' work space
+KEPT = "kept by glibc (estimate)"  # freed blocks on a CPU; measured: a third of the tensors' bytes
+MARGIN = 0.1  # share of the memory left free for fragmentation and the libraries' work space
 LOSS = "logits and loss"
-PARTS = {  # what MemTracker calls them
+PARTS = {  # MemTracker's kinds of tensors -> names in the table
     _MemRefType.PARAM: "weights",
     _MemRefType.BUFFER: "weights",
     _MemRefType.GRAD: "gradients",
@@ -50,7 +50,7 @@ PARTS = {  # what MemTracker calls them
 
 
 class Trained(Protocol):
-    """What a step works on."""
+    """The objects that an optimizer step changes."""
 
     model: CodesTransformer
     ema: Ema[CodesTransformer]
@@ -59,51 +59,51 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step of a run: what it trains, and on how much."""
+    """An optimizer step: how to build what it trains, and the size of its micro-batches."""
 
-    build: Callable[[], Trained]  # on torch's default device
+    build: Callable[[], Trained]  # makes its tensors on torch's default device
     shape: tuple[int, int, int]  # [B, T, K] of a micro-batch
     label_smoothing: float
-    accum: int  # micro-batches
+    accum: int  # micro-batches in the step
     amp_dtype: torch.dtype | None  # None: no mixed precision
 
     def objective(self, model: CodesTransformer) -> Objective:
-        """Of even weights, on torch's default device."""
+        """Return the objective with equal codebook weights, on torch's default device."""
         return Objective(model, self.label_smoothing, torch.ones(self.shape[2]))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device at the moment of a step that takes most, by part."""
+    """Predicted bytes on the device at the peak of a step, by part."""
 
     parts: dict[str, int]
-    checkpoint: int  # bytes of one on the disk, and of the copy in host memory that it is made from
+    checkpoint: int  # bytes of a checkpoint on disk, and of its copy in host memory during a save
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Total predicted bytes."""
         return sum(self.parts.values())
 
     def fits(self, room: float) -> bool:
-        """Into `room` bytes, with MARGIN of them left."""
+        """Return whether the total fits into `room` bytes and leaves the share MARGIN free."""
         return self.total <= (1 - MARGIN) * room
 
     def lines(self) -> list[str]:
-        """A table."""
+        """Return the table of parts and total, a line each."""
         rows = [(name, size) for name, size in self.parts.items() if size]
         return [f"{n:<26}{gib(size):>10}" for n, size in [*rows, ("total", self.total)]]
 
 
 def gib(size: float) -> str:
-    """`4.91 GiB`."""
+    """Format a number of bytes as `4.91 GiB`."""
     return f"{size / GIB:.2f} GiB"
 
 
 def predict_memory(step: Step, device: str) -> Memory:
-    """Peak memory of the steps of a run with the kernels of a device type, `cpu` or `cuda`."""
+    """Predict the peak memory of a run's steps on device type `cpu` or `cuda`."""
     tracker = _Tracker()
     with warnings.catch_warnings(), _FakeMode(), tracker:
-        warnings.simplefilter("ignore")  # of torch, about copies of tensors without bytes
+        warnings.simplefilter("ignore")  # torch warns of copies of tensors without memory
         trained = step.build()
         _take_step(trained, step, device, tracker)
         (peak,) = tracker.get_tracker_snapshot("peak").values()
@@ -122,20 +122,20 @@ def predict_memory(step: Step, device: str) -> Memory:
 
 
 def _take_step(trained: Trained, step: Step, device: str, tracker: _Tracker) -> None:
-    """The update first: it makes the optimizer's state, which later micro-batches find there."""
+    """Take an update and then a micro-batch, so that the optimizer's state exists during it."""
     tracker.track_external(*trained.ema.averaged)
     micro_batch = step.objective(trained.model)  # MemTracker learns the parameters from a module
     last = trained.model.depth or trained.model.norm
     last.register_forward_hook(lambda *_: setattr(tracker, "in_loss", True))
     if device != "cpu":
-        _take_foreach(trained.optimizer)
-        _recompute_elsewhere(trained.model, device)
+        _use_foreach(trained.optimizer)
+        _recompute_on(trained.model, device)
     for p in trained.model.parameters():
         p.grad = torch.empty_like(p)
         tracker.mark(p.grad, _MemRefType.GRAD)
     trained.optimizer.step()
     trained.ema.update(1)
-    if step.accum == 1:  # else gradients of earlier micro-batches lie there
+    if step.accum == 1:  # with more, the last micro-batch finds the gradients of the earlier ones
         trained.optimizer.zero_grad(set_to_none=True)
     codes = torch.zeros(step.shape, dtype=torch.int64)
     with _kernels_of(device):
@@ -145,8 +145,8 @@ def _take_step(trained: Trained, step: Step, device: str, tracker: _Tracker) -> 
         objective.backward()
 
 
-def _take_foreach(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's choice on a GPU where it is not fused; on a CPU it takes one tensor at a time."""
+def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
+    """Let AdamW use its multi-tensor kernels, its default on a GPU if it is not fused."""
     for group in optimizer.param_groups:
         if "foreach" in group and not group["fused"]:
             group["foreach"] = True
@@ -154,11 +154,11 @@ def _take_foreach(optimizer: torch.optim.Optimizer) -> None:
 
 class _FakeMode(FakeTensorMode):
     def __deepcopy__(self, _: Any) -> _FakeMode:
-        return self  # the EMA is a deep copy of the model; its tensors belong to this mode too
+        return self  # the EMA deep-copies the model, and its tensors must belong to this mode too
 
 
 class _Tracker(MemTracker):
-    """MemTracker that keeps apart what is made between the last block and backward."""
+    """A MemTracker that counts tensors made between the last block and backward as LOSS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,14 +169,14 @@ class _Tracker(MemTracker):
         super()._track(LOSS if self.in_loss else kind, tensor)  # type: ignore[arg-type]
 
     def _update_peak_stats(self, _: Any) -> None:
-        # MemTracker's own keeps a peak for each module too, which takes most of its time.
+        # MemTracker's own method also keeps a peak per module, which takes most of its time.
         for device, now in self._curr_mem_snap.items():
             if now["Total"] > self._peak_mem.get(device, 0):
                 self._peak_mem[device] = now["Total"]
                 self._peak_mem_snap[device] = dict(now)
 
     def mark(self, tensor: Tensor, kind: Any) -> None:
-        """Count a tensor that exists as another kind."""
+        """Count an existing tensor as kind `kind` from now on."""
         self._update_and_maybe_create_winfos(tensor, kind)
 
 
@@ -185,13 +185,13 @@ class _Tracker(MemTracker):
 
 @contextlib.contextmanager
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision of CPU tensors that stand for tensors of a device; none without a dtype."""
+    """Apply mixed precision to CPU tensors that stand for tensors of `device`; None: do nothing."""
     if dtype is None:
         yield
         return
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     with torch.autocast("cpu", dtype):
-        torch.set_autocast_enabled(device, True)  # torch.autocast refuses a device not here
+        torch.set_autocast_enabled(device, True)  # torch.autocast refuses an absent device
         torch.set_autocast_dtype(device, dtype)
         try:
             yield
@@ -202,33 +202,33 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
-    """Forward and backward passes of CPU tensors as on a device of this type."""
+    """Make forward and backward passes of CPU tensors keep what they would keep on `device`."""
     if device == "cpu":
         yield
         return
-    with patch.object(FakeTensor, "device", _device_said_to_be(device)), _Elsewhere(device):
+    with patch.object(FakeTensor, "device", _pretended_device(device)), _CudaKernels(device):
         yield
 
 
-def _device_said_to_be(device: str) -> property:
-    """What code outside of PyTorch reads as the `device` of tensors that lie on the CPU.
+def _pretended_device(device: str) -> property:
+    """Return a `device` property that reports `device` to all code outside of PyTorch.
 
-    PyTorch without CUDA can compute nothing on that device, not even shapes. With this the model
-    and its losses choose as they would there.
+    PyTorch itself must see the CPU: without CUDA it cannot even compute shapes for that device. The
+    model and its losses see `device`, and take the branches that they would take there.
     """
-    said, real = torch.device(device), vars(FakeTensor)["device"]
+    pretended, real = torch.device(device), vars(FakeTensor)["device"]
 
     def device_of(tensor: FakeTensor) -> torch.device:
-        asker = sys._getframe(1).f_globals["__name__"]
-        return real.fget(tensor) if asker.startswith("torch.") else said
+        caller = sys._getframe(1).f_globals["__name__"]
+        return real.fget(tensor) if caller.startswith("torch.") else pretended
 
     return property(device_of)
 
 
-class _Elsewhere(TorchFunctionMode):
-    """Takes CUDA's kernels for those that keep something else for backward than the CPU's.
+class _CudaKernels(TorchFunctionMode):
+    """Replaces the CPU kernels that keep other tensors for backward than CUDA's by CUDA's.
 
-    Products and most element-wise kernels keep the same on both.
+    Matrix products and most element-wise kernels keep the same tensors on both.
     """
 
     def __init__(self, device: str) -> None:
@@ -242,18 +242,18 @@ class _Elsewhere(TorchFunctionMode):
         return _CUDA_KERNELS.get(func, func)(*args, **kwargs)
 
 
-def _recompute_elsewhere(model: CodesTransformer, device: str) -> None:
-    """Backward runs blocks again (--grad-checkpoint), and autograd leaves all modes before it."""
+def _recompute_on(model: CodesTransformer, device: str) -> None:
+    """Enter `_CudaKernels` in each block: --grad-checkpoint recomputes blocks outside all modes."""
 
-    def there(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def with_kernels(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*args: Any) -> Tensor:
-            with _Elsewhere(device):
+            with _CudaKernels(device):
                 return forward(*args)
 
         return run
 
     for block in model.blocks:
-        block.forward = there(block.forward)
+        block.forward = with_kernels(block.forward)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -266,7 +266,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 _CUDA_KERNELS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
-    # It keeps its input and a number a row, as the kernel of layer_norm does everywhere.
+    # CUDA's rms_norm keeps its input and one number a row, as layer_norm does on every device.
     F.rms_norm: lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps),
     F.dropout: lambda x, p, training, **_: (
         torch.native_dropout(x, p, True)[0] if p and training else x

@@ -1,4 +1,4 @@
-"""What training minimises, as one module: torch.compile and DDP wrap it as it stands.
+"""The training objective as one module, which torch.compile and DDP wrap directly.
 
 objective = Objective(model, label_smoothing=0.05, weights=torch.ones(9))
 objective(codes).objective.backward()  # codes [B, T, K]
@@ -13,7 +13,7 @@ from model import CodesTransformer
 
 
 class Objective(nn.Module):
-    """A model with its label smoothing and the weights [K] of its codebooks."""
+    """A model with its label smoothing and the loss weights [K] of its codebooks."""
 
     weights: Tensor
 
@@ -23,5 +23,5 @@ class Objective(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, codes: Tensor) -> Losses:
-        """Losses of codes [B, T, K] int64."""
+        """Return the losses of codes [B, T, K] int64, in nats per code."""
         return self.model.losses(codes, self.label_smoothing, self.weights)

@@ -1,13 +1,13 @@
-"""Many processes, one run: joining, agreeing, the same state everywhere, averaged gradients.
+"""Data-parallel training: join the processes, share decisions and state, average gradients.
 
     torchrun --nproc_per_node=4 train_rvq.py --data "npq_out/*.npq" --accum 8
 
-    world = join()                                 # one process without torchrun: the rest is free
+    world = join()                                 # without torchrun: one process, no exchange
     losses = world.averaging(objective)            # its backward averages the gradients (DDP)
 
-Every process runs the same program and takes the same decisions. What is not a function of the
-shared state (signals, clocks, files) is settled by `largest`, `first` or `from_first`. Rank 0 alone
-touches the run's files. Messages about the run go through gloo, gradients on CUDA through NCCL.
+Every process runs the same program and takes the same decisions. What the shared state does not
+determine (signals, clocks, files) goes through `largest`, `first` or `from_first`. Rank 0 alone
+touches the run's files. These exchanges use gloo; gradients on CUDA use NCCL.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ from torch.nn.parallel import DistributedDataParallel
 from cli.shortages import first_line
 from cli.waiting import in_thread, wait_for
 
-# Others wait so long while rank 0 draws a sample or saves. A process that dies is noticed at once,
-# one that hangs after this.
+# Ranks wait this long for one another: rank 0 may be drawing a sample or saving. A process that
+# dies is noticed at once, one that hangs only after this time.
 TIMEOUT = datetime.timedelta(hours=1)
-LAUNCH = "start many processes by torchrun, or one without WORLD_SIZE"
+LAUNCH = "start several processes with torchrun, or one without WORLD_SIZE"
 T = TypeVar("T")
 
 
 class ParallelError(RuntimeError):
-    """The processes do not fit together; the message names which one, in what, and the remedy."""
+    """The processes cannot form one run; the message names the process, the cause and a remedy."""
 
 
 @dataclass
 class World:
-    """The processes of a run and this one's place among them; alone unless `join` finds others."""
+    """The processes of a run and the rank of this one; by default a single process."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among the processes of this machine
+    local_rank: int = 0  # rank among the processes of this machine
     store: Store | None = field(default=None, repr=False)  # outlives a process that dies
     module: DistributedDataParallel | None = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process owns the files and the console."""
+        """Whether this process is rank 0, which owns the files and the console."""
         return self.rank == 0
 
     @property
     def name(self) -> str:
-        """`rank 3 on node2`."""
+        """The name of this process in messages, as `rank 3 on node2`."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
     # --- agreeing --------------------------------------------------------------------------------
 
     def largest(self, *numbers: float) -> list[float]:
-        """The largest that any process gives of each number; one exchange between CPUs."""
+        """Return the elementwise maximum of `numbers` over all processes; one exchange by gloo."""
         if self.size == 1:
             return list(numbers)
         all_numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -76,7 +76,7 @@ class World:
         return all_numbers.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank; values must be picklable."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -84,11 +84,11 @@ class World:
         return values
 
     def first(self, value: T | None) -> T | None:
-        """The value of the lowest rank that has one."""
+        """Return the value of the lowest rank whose value is not None, or None."""
         return next((v for v in self.gather(value) if v is not None), None)
 
     def from_first(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value in every process."""
         if self.size == 1:
             return value
         values = [value]
@@ -97,9 +97,9 @@ class World:
 
     @contextlib.contextmanager
     def rank0_first(self) -> Iterator[None]:
-        """Rank 0 first, then the first process of each other machine, then the rest.
+        """Run the block in rank 0, then in one process of each other machine, then in the rest.
 
-        What the first of a machine reads and remembers, the others need not.
+        The first process of a machine fills caches on disk and in memory that the others use.
         """
         turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
@@ -114,19 +114,19 @@ class World:
         Raises:
             ParallelError: names the first process that differs from rank 0, and in what.
         """
-        told = self.gather((self.name, dict(facts)))
-        for name, theirs in told[1:]:
-            differing = [n for n in facts if theirs[n] != told[0][1][n]]
+        (name0, facts0), *others = self.gather((self.name, dict(facts)))
+        for name, theirs in others:
+            differing = [n for n in facts if theirs[n] != facts0[n]]
             if differing:
-                listed = ", ".join(f"{n} {theirs[n]}, not {told[0][1][n]}" for n in differing)
-                raise ParallelError(f"{name} differs from {told[0][0]}: {listed}; {remedy}")
+                listed = ", ".join(f"{n} {theirs[n]}, not {facts0[n]}" for n in differing)
+                raise ParallelError(f"{name} differs from {name0}: {listed}; {remedy}")
 
     # --- failing ---------------------------------------------------------------------------------
 
     def first_failure(self, code: int) -> int | None:
-        """None for the process that fails first, which must report it; for others its exit code.
+        """Return None in the process that fails first, which must report it; its code in the rest.
 
-        Those that wait for a process that has failed fail too, and have nothing to add.
+        Processes that wait for a failed one fail too; their errors are only a consequence.
         """
         if self.store is None:
             return None
@@ -140,42 +140,48 @@ class World:
 
     @contextlib.contextmanager
     def print_once(self) -> Iterator[None]:
-        """Around what may print and exit: where every process would, the first to do so prints."""
+        """Let only one process print where all would print the same and exit (help, usage errors).
+
+        Output of the block is held back, and printed by the first process that exits.
+        """
         if self.size == 1:
             yield
             return
-        said = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 yield
         except SystemExit as error:
             code = int(error.code or 0)
-            told = self.first_failure(code)
-            if told is None:
-                print(said.getvalue(), end="", file=sys.stderr, flush=True)
-            raise SystemExit(code if told is None else told) from None
+            code_of_first = self.first_failure(code)
+            if code_of_first is None:
+                print(output.getvalue(), end="", file=sys.stderr, flush=True)
+            raise SystemExit(code if code_of_first is None else code_of_first) from None
 
     def continue_alone(self) -> bool:
-        """After a failure: go on as one process if this is the one that holds the files."""
+        """After a failure, make rank 0 a world of its own, so that it can save; True in rank 0."""
         if self.is_first:
             self.size, self.module = 1, None
         return self.is_first
 
     def wait(self) -> None:
-        """Until all have come to their end; an earlier one would pass for a failure."""
-        with contextlib.suppress(RuntimeError):  # another was faster
+        """Wait until every process is done; one that exits earlier would look like a failure."""
+        with contextlib.suppress(RuntimeError):  # another process has left already
             self.largest(0)
 
     # --- the state -------------------------------------------------------------------------------
 
     def share(self, checkpoint: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Rank 0's checkpoint; elsewhere weights and moments are shapes alone, for `scatter`."""
+        """Return rank 0's checkpoint, or None if it has none.
+
+        In other ranks its floating-point tensors are on the meta device: `scatter` sends them.
+        """
         outline = self.from_first(_outline(checkpoint) if self.size > 1 else None)
         return checkpoint if self.is_first else outline
 
     @torch.no_grad()
     def scatter(self, own: Tensor, saved: Tensor) -> None:
-        """Copy rank 0's saved tensor into each process's own."""
+        """Copy rank 0's `saved` tensor into `own` of every process, in place."""
         if self.is_first:
             own.copy_(saved)
         if self.size > 1:
@@ -184,7 +190,10 @@ class World:
     def scatter_moments(
         self, saved: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer
     ) -> dict[int, dict[str, Any]]:
-        """A saved optimizer state, by index of the parameter, as each process holds it."""
+        """Send rank 0's saved optimizer state, by index of the parameter, to every process.
+
+        Moments arrive on the device and with the dtype of their parameter.
+        """
         if self.size == 1:
             return saved
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -200,14 +209,15 @@ class World:
     # --- gradients -------------------------------------------------------------------------------
 
     def averaging(self, objective: nn.Module) -> nn.Module:
-        """A module of codes [B, T, K] -> losses, with a backward that averages its gradients.
+        """Wrap a module in DistributedDataParallel, whose backward averages the gradients.
 
-        By DistributedDataParallel (Li et al. 2020, "PyTorch Distributed").
+        Returns it unchanged for one process (Li et al. 2020, "PyTorch Distributed").
         """
         if self.size == 1:
             return objective
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the old name; torch 2.13 renamed it
+            # torch 2.13 renamed broadcast_buffers to forward_sync_buffers and warns of the old name.
+            warnings.simplefilter("ignore", FutureWarning)
             self.module = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -215,12 +225,12 @@ class World:
 
     @contextlib.contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: the step's last exchanges gradients."""
+        """Wrap forward and backward of a micro-batch: only the step's last exchanges gradients."""
         with contextlib.nullcontext() if self.module is None or last else self.module.no_sync():
             yield
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place, on the tensor's device; no host sync."""
+        """Sum a tensor over the processes, in place, on its device, without a host sync."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -230,10 +240,11 @@ ALONE = World()
 
 
 def join() -> World:
-    """The world that torchrun started this process in; one process without it.
+    """Join the processes that torchrun started; without torchrun, return a world of one process.
 
     Raises:
-        ParallelError: the other processes cannot be reached.
+        ParallelError: torchrun's variables are wrong, or the other processes cannot be reached.
+        NoAnswerError: the others did not come within two hours.
     """
     size = _from_torchrun("WORLD_SIZE", "1")
     if size == 1:
@@ -244,16 +255,16 @@ def join() -> World:
             f"expected 0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0, found {rank}, {size} and "
             f"{local_rank}; {LAUNCH}"
         )
-    # In a thread, as the call serves no signals for an hour.
+    # In a thread: the call can block for an hour, in which the process would ignore signals.
     joining = in_thread(lambda: _meet(rank, size), "joining")
     sign = (0, f"rank {rank} waits for the others of {size} processes")
-    patience = 2 * TIMEOUT.total_seconds()  # its own ends sooner
+    patience = 2 * TIMEOUT.total_seconds()  # the call's own timeout ends sooner
     store = wait_for(joining, lambda: sign, patience=patience)
     return World(rank, size, local_rank, PrefixStore("failure", store))
 
 
 def _from_torchrun(name: str, default: str) -> int:
-    """A whole number of the environment."""
+    """Read a whole number from an environment variable that torchrun sets."""
     text = os.environ.get(name) or default
     try:
         return int(text)
@@ -262,10 +273,10 @@ def _from_torchrun(name: str, default: str) -> int:
 
 
 def _meet(rank: int, size: int) -> Store:
-    """Join the other processes; the store that they share."""
+    """Join the other processes and return the store that they share."""
     try:
         shared, *_ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-        # torchrun keeps one store over its restarts, and in it addresses of processes that died.
+        # torchrun keeps its store over restarts, with the addresses of processes that died.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"attempt {attempt}", shared)
         dist.init_process_group(
@@ -279,25 +290,26 @@ def _meet(rank: int, size: int) -> Store:
 
 
 def is_loss_of_peer(error: BaseException) -> bool:
-    """Whether an error means no more than that another process has died."""
-    said = str(error).lower()
+    """Return whether an error means only that another process has died."""
+    text = str(error).lower()
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    return network or any(w in said for w in ("closed by peer", "connection reset", "gloo"))
+    return network or any(w in text for w in ("closed by peer", "connection reset", "gloo"))
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: an orderly exit waits for threads that a dead disk may hold.
+    """End this process at once with an exit code, after flushing its output.
 
-    And of many processes gloo's threads may abort it.
+    An orderly exit would wait for threads that a dead disk may block, and gloo's threads may abort
+    it where there are several processes.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             stream.flush()
     os._exit(code)
 
 
 class EveryNth(Generic[T]):
-    """This process's micro-batches of an order that all processes share."""
+    """Yields this process's micro-batches of an order that all processes share: every size-th."""
 
     def __init__(self, order: Iterable[T], world: World) -> None:
         self.order, self.world = order, world
@@ -307,7 +319,7 @@ class EveryNth(Generic[T]):
 
 
 def _outline(value: Any) -> Any:
-    """Nested containers with every array of floats as its shape: a tensor on meta."""
+    """Copy nested containers with every floating-point tensor replaced by one on meta."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
         return value.to("meta")
     if isinstance(value, dict):

@@ -1,11 +1,11 @@
-r"""What a run will take, before it begins: memory by part, hours, checkpoints on the disk.
+r"""Predicts what a run will need: memory by part, hours of training, disk for checkpoints.
 
     plan = Plan(flags, config, torch.device("cuda"), torch.bfloat16, build)
     print(plan.predict().parts, plan.predict(batch=2).total / GIB)
     print(*plan.memory_lines(), sep="\n")
 
-A plan is made of a run's own flags; memory_prediction.py has it take a step without bytes. What
-`--plan` prints stands in the methods named `..._lines`.
+A plan is built from a run's own flags, and memory_prediction.py predicts the memory. `--plan`
+prints the results of the methods named `..._lines`.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from training.memory_prediction import (
 from training.optimizer import muon_flops
 from training.parallel import World
 
-DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto: that of the other defaults
+DEFAULT_EFFECTIVE_BATCH = 36  # windows in a step under --batch auto; default --batch x --accum
 
 
 class PlanError(UsageError):
-    """The request fits into no memory, or divides into no whole step."""
+    """No micro-batch fits into memory, or --effective-batch is not --batch x a whole --accum."""
 
 
 @dataclass
 class Plan:
-    """What the steps and checkpoints of a run will take, by its flags; its device may be absent.
+    """Predicts memory, time and disk of a run from its flags; its device may be absent.
 
-    `build` makes what a step works on, of flags and architecture, on torch's default device.
+    `build` makes model, EMA and optimizer from flags and architecture on torch's default device.
     """
 
     flags: argparse.Namespace
@@ -61,12 +61,12 @@ class Plan:
     device: torch.device
     amp_dtype: torch.dtype | None
     build: Callable[[argparse.Namespace, ModelConfig], Trained]
-    predicted: dict[Any, Memory] = dataclasses.field(default_factory=dict)  # by what was changed
+    predicted: dict[Any, Memory] = dataclasses.field(default_factory=dict)  # cache of `predict`
 
     # --- memory ----------------------------------------------------------------------------------
 
     def predict(self, **changes: Any) -> Memory:
-        """Memory of a step with these flags, or with a few of them changed."""
+        """Predict the memory of a step with the plan's flags, of which `changes` replace some."""
         changes = {"batch": self.flags.batch, "accum": self.flags.accum, **changes}
         key = tuple(sorted(changes.items()))
         if key not in self.predicted:
@@ -86,16 +86,16 @@ class Plan:
         )
 
     def room(self) -> float | None:
-        """Bytes that the process may take: --memory-gb, or what is free; None: unknown."""
+        """Return the bytes the process may use: --memory-gb, or what is free; None if unknown."""
         if self.flags.memory_gb:
             return float(self.flags.memory_gb * GIB)
         return free_memory(self.device)
 
     def settle_batch(self, explicit: dict[str, Any], world: World) -> list[str]:
-        """Make numbers of --batch auto and --effective-batch; lines to print, if memory chose.
+        """Set --batch and --accum from --batch auto and --effective-batch; return lines to print.
 
         Raises:
-            PlanError: nothing fits, or the numbers do not divide.
+            PlanError: nothing fits, or --effective-batch does not divide.
         """
         flags, lines = self.flags, []
         effective = flags.effective_batch
@@ -110,22 +110,25 @@ class Plan:
                 flags.accum = max(1, effective // flags.batch)
             if flags.batch * flags.accum != effective:
                 raise PlanError(
-                    f"--effective-batch {effective} is not --batch {flags.batch} x a whole "
-                    f"--accum; --batch can be one of {divisors(effective)}"
+                    f"--effective-batch {effective}: expected a multiple of --batch, found --batch "
+                    f"{flags.batch} x --accum {flags.accum}; --batch can be one of "
+                    f"{divisors(effective)}"
                 )
         return lines
 
     def _most_that_fit(self, effective: int, world: World) -> tuple[int, str]:
         room = self.room()
         if room is None:
-            raise PlanError(f"--batch auto: {self.device} is not here; say its --memory-gb")
+            raise PlanError(
+                f"--batch auto: this machine has no {self.device}; give its memory by --memory-gb"
+            )
         batches = [b for b in divisors(effective) if effective // b % world.size == 0]
         found = world.from_first(largest_batch(batches, effective, self.predict, room))
         if found is None:
             least = self.predict(batch=1, accum=effective).total
             raise PlanError(
-                f"--batch auto: one window takes {gib(least)}, and {gib(room)} less {MARGIN:.0%} "
-                "are there; --plan --batch 1 says what to change"
+                f"--batch auto: one window takes {gib(least)}, but {gib(room)} less {MARGIN:.0%} "
+                "are available; --plan --batch 1 prints what to change"
             )
         batch, memory = found
         return batch, (
@@ -134,9 +137,10 @@ class Plan:
         )
 
     def advice(self, layers: int | None = None) -> list[str]:
-        """Flags that take less memory, each with how much; a smaller model only of `layers`.
+        """Return flags that take less memory, a line each with the memory they take.
 
-        Never raises: it is called while another error is handled.
+        With `layers`, the layers of the model, a smaller model may be among them. Never raises: it
+        is called while another error is handled.
         """
         flags = self.flags
         try:
@@ -148,48 +152,51 @@ class Plan:
                 layers=layers,
                 room=self.room() or math.inf,
             )
-        except Exception:  # no memory is left for it either
+        except Exception:  # for example, no memory is left for the prediction either
             return ["half of --batch with twice --accum, or --grad-checkpoint"]
 
     # --- time ------------------------------------------------------------------------------------
 
     @functools.cached_property
     def model(self) -> CodesTransformer:
-        """Without weights."""
+        """The run's model on the meta device, without weights."""
         with torch.device("meta"):
             return self.build(self.flags, self.config).model
 
     @property
     def windows_per_step(self) -> int:
-        """Windows that an optimizer step uses."""
+        """Windows in an optimizer step."""
         return int(self.flags.batch * self.flags.accum)
 
     @property
     def flops(self) -> float:
-        """Of an optimizer step: products and attention, forward and backward, and Muon's."""
+        """Floating-point operations of an optimizer step, over all processes.
+
+        They are matrix products and attention, forward and backward, and Muon's products.
+        """
         ctx = self.flags.ctx
         batches = float(self.model.flops_per_frame(ctx) * self.windows_per_step * ctx)
         return batches + (muon_flops(self.model) if self.flags.optim == "muon" else 0.0)
 
     @functools.cached_property
     def step_seconds(self) -> tuple[float, str]:
-        """Of an optimizer step, and how it is known; 0 and why not."""
+        """Seconds of an optimizer step and how they were found; 0 and the reason if unknown."""
         flags, device = self.flags, self.device
         if rate := flags.device_tflops:
             at = f"at {rate:g} TFLOP/s x {flags.mfu:g} MFU (--device-tflops, --mfu)"
             return self.flops / (rate * flags.mfu * 1e12), at
         free = free_memory(device)
         if free is None:
-            return 0.0, f"{device} is not here; give --device-tflops"
+            return 0.0, f"this machine has no {device}; give --device-tflops"
         if self.predict().total > free:
-            return 0.0, f"a step does not fit into the {gib(free)} that are free here"
+            return 0.0, f"a step does not fit into the {gib(free)} that are free"
         compiled = flags.compile or (flags.compile is None and device.type == "cuda")
         mode = flags.compile_mode if compiled else None
         seconds = time_step(self._step(flags, self.config), device, compile_mode=mode)
         return seconds, f"measured on {device} with random codes"
 
     def steps(self, windows: int) -> tuple[int, float]:
-        """In an epoch of so many training windows, and in all."""
+        """Return the optimizer steps of an epoch of `windows` training windows, and of the run."""
         flags = self.flags
         per_epoch = windows // self.windows_per_step
         total = min(flags.epochs * per_epoch, flags.max_steps or math.inf)
@@ -201,7 +208,7 @@ class Plan:
     # --- lines to print --------------------------------------------------------------------------
 
     def step_lines(self) -> list[str]:
-        """Parameters and FLOPs."""
+        """Return lines on the model's parameters and the step's FLOPs."""
         config, flags = self.config, self.flags
         return [
             f"model    {config.d_model} wide, {config.layers} layers, {config.heads} heads, "
@@ -212,13 +219,16 @@ class Plan:
         ]
 
     def memory_lines(self, *, is_new: bool = True) -> list[str]:
-        """Memory by part, and what to change where it does not fit; of a new run the model too."""
+        """Return lines on memory by part and, if it does not fit, on flags that take less.
+
+        For a new run (`is_new`) these may include a smaller model.
+        """
         memory, room = self.predict(), self.room()
         where = f"memory   at a step's peak on {self.device.type}, predicted, without --compile:"
         lines = memory.lines()
         left = f"{MARGIN:.0%} of it left free"
         if room is None:
-            lines.append(f"{self.device} is not here: --memory-gb says what it has to fit into")
+            lines.append(f"this machine has no {self.device}: give its memory by --memory-gb")
         elif memory.fits(room):
             lines.append(f"fits into {gib(room)} with {left}")
         else:
@@ -227,14 +237,17 @@ class Plan:
         return [where, *(f"         {line}" for line in lines)]
 
     def time_lines(self) -> list[str]:
-        """Of a step."""
+        """Return a line on the seconds of a step."""
         seconds, how = self.step_seconds
         return [
             f"time     {seconds:.3g} s a step, {how}" if seconds else f"time     unknown: {how}"
         ]
 
     def run_lines(self, windows: int, frames: int) -> list[str]:
-        """Steps, passes and hours of training on so many frames of music."""
+        """Return lines on steps, passes and hours of an epoch and of the run.
+
+        An epoch has `windows` windows; the music to train on has `frames` frames.
+        """
         (seconds, _), (per_epoch, total) = self.step_seconds, self.steps(windows)
         hours = f", {per_epoch * seconds / 3600:.3g} hours" if seconds else ""
         passes = total * self.windows_per_step * self.flags.ctx / frames
@@ -247,7 +260,7 @@ class Plan:
         ]
 
     def disk_lines(self, windows: int) -> tuple[list[str], str | None]:
-        """What checkpoints take and what is free; apart from it, that it is too little."""
+        """Return lines on the disk space of checkpoints, and a warning if too little is free."""
         flags, size = self.flags, self.predict().checkpoint
         epochs = int(flags.epochs)
         if windows:
@@ -272,22 +285,25 @@ class Plan:
         if free is None:
             return lines, None
         if free < least * size:
-            return lines, "too little disk: saves will fail; free some, or another --save_dir"
+            return lines, (
+                "too little disk space: saves will fail; free some, or give another --save_dir"
+            )
         if free < most * size:
             fits = (free // size - least) // 2
             lines.append(
-                f"         old archives will go when it is full; --keep-archived {fits} fits"
+                "         old archives will be removed when the disk is full; --keep-archived "
+                f"{fits} fits"
             )
         return lines, None
 
 
 # --- what fits, and what to change ---------------------------------------------------------------
 
-Predict = Callable[..., Memory]  # of flags that differ from the run's
+Predict = Callable[..., Memory]  # `Plan.predict`
 
 
 def divisors(n: int) -> list[int]:
-    """Of n, in rising order."""
+    """Return the divisors of n in rising order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
@@ -295,10 +311,10 @@ def divisors(n: int) -> list[int]:
 def largest_batch(
     batches: Sequence[int], effective: int, predict: Predict, room: float, **changes: Any
 ) -> tuple[int, Memory] | None:
-    """The last of some rising micro-batches of a step of `effective` windows that fits, or None.
+    """Find the largest of some micro-batches, in rising order, that fits into `room` bytes.
 
-    Returns it with its prediction, under `changes` of other flags. Memory rises with the
-    micro-batch, so halving the candidates finds it.
+    A step has `effective` windows; `changes` are other flags to predict with. Returns the
+    micro-batch and its prediction, or None. Memory rises with the micro-batch, so bisection works.
     """
     low, high, found = 0, len(batches), None
     while low < high:
@@ -321,10 +337,10 @@ def what_to_change(
     layers: int | None,
     room: float,
 ) -> list[str]:
-    """Flags to copy that make the same step fit, each with what it takes.
+    """Return flags that make the step fit into `room` bytes, a line each with the memory they take.
 
-    First with all that stays equal but the time; a smaller model, of half of `layers` or less, only
-    where nothing else is enough, and not where `layers` is None.
+    First come flags that change only the speed. A model of half of `layers` or fewer comes only if
+    those are not enough, and never if `layers` is None.
     """
     effective = batch * accum
     batches = [b for b in divisors(effective) if b < batch]
@@ -357,10 +373,10 @@ def _option(memory: Memory, **flags: Any) -> str:
 def time_step(
     step: Step, device: torch.device, *, compile_mode: str | None, seconds: float = 20.0
 ) -> float:
-    """Seconds of an optimizer step on random codes, from a few micro-batches on the device itself.
+    """Measure the seconds of an optimizer step on random codes, from a few micro-batches.
 
-    One comes before the clock starts; then three, or as many as `seconds` allow, at least one.
-    Without a compile mode nothing is compiled.
+    One micro-batch and update warm up; then three, or as many as `seconds` allow, at least one, are
+    timed. `compile_mode` None means without torch.compile.
     """
     with device:
         trained, codes = step.build(), torch.randint(2, step.shape)
@@ -398,11 +414,11 @@ def _mean_seconds(work: Callable[[], None], times: int, limit: float) -> float:
 def checkpoints_kept(
     epochs: int, *, validations: float, archive_every: int, keep_archived: int
 ) -> tuple[int, int]:
-    """Files of different content that a run holds at once: without archives, and at most.
+    """Return how many files of different content a run keeps: without archives, and at most.
 
-    `latest`, `previous`, `best`, the ring and the one being written cannot go. Every archive may be
-    of another moment; `best` is a link to the newest of the best ones. Without hard links there
-    are more.
+    `latest`, `previous`, `best`, the ring and the file being written always stay. Each archive may
+    be of another step; `best` and its newest archive are one file. On a file system without hard
+    links there are more files.
     """
     without = 4 + RING_SIZE
     epoch_archives = epochs // archive_every if archive_every else 0
@@ -412,7 +428,10 @@ def checkpoints_kept(
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that this process may take on a device, with what it has; None: it is not here."""
+    """Return the bytes this process may use on a device, including those it uses already.
+
+    Returns None if this machine has no such device, or for a device other than CUDA and CPU.
+    """
     if device.type == "cuda" and torch.cuda.is_available():
         own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
         return float(torch.cuda.mem_get_info(device)[0] + own)

@@ -187,7 +187,7 @@ def with_names(**names: str) -> Callable[[], None]:
     return lambda: os.environ.update(names)
 
 
-LAUNCHED = "start many processes by torchrun, or one without WORLD_SIZE"
+LAUNCHED = "start several processes with torchrun, or one without WORLD_SIZE"
 TOGETHER = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SURROUNDINGS = [
     ("train", in_removed_folder, 0, ""),

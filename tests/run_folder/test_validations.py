@@ -85,7 +85,7 @@ def test_patience_ends_a_run_that_learns_nothing_and_says_why(tmp_path: Any) -> 
     passes = rows(tmp_path / "run", "start")[0]["passes_a_step"] * (end["step"] - best["step"])
     a_validation = passes / (validated[-1]["epoch"] - best["epoch"])
     assert 6 <= passes < 6 + a_validation
-    assert f"Done at step {end['step']} (--patience 6 is over): best val" in said
+    assert f"Done at step {end['step']} (no better val within --patience 6): best val" in said
     code, again = run_trainer(*flags)
     assert code == 0
     assert "--max-seconds or --patience goes on" in again
