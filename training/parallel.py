@@ -216,7 +216,7 @@ class World:
         if self.size == 1:
             return objective
         with warnings.catch_warnings():
-            # torch 2.13 renamed broadcast_buffers to forward_sync_buffers and warns of the old name.
+            # torch 2.13 renamed broadcast_buffers to forward_sync_buffers and warns of it.
             warnings.simplefilter("ignore", FutureWarning)
             self.module = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -1,10 +1,10 @@
-"""What a start takes from an earlier one: its checkpoint, its flags, its data.
+"""What a start takes from an earlier one: the checkpoint, the flags, the identity of the data.
 
     checkpoint, source = find_checkpoint(flags, console, world)   # None for a new run
     flags = settle_flags(flags, explicit, checkpoint, console)
 
-A resumed run keeps its saved flags, and over them those that were given; a banner lists each that
-differs. Its architecture stays, and its data must be what it was.
+A resumed run uses its saved flags, except where the command gives others; a banner lists each
+difference. The architecture stays, and the data must be the same.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from training.state import TrainState
 def find_checkpoint(
     flags: argparse.Namespace, console: Console, world: World, *, dry: bool = False
 ) -> tuple[dict[str, Any] | None, str]:
-    """The checkpoint to resume from and where it came from, or None for a new run.
+    """Return the checkpoint to resume from and its path, or (None, "") for a new run.
 
-    Rank 0 reads it for all. With `dry` a damaged `latest` stays where it is, without a message.
+    Rank 0 reads it for all processes. With `dry` a damaged `latest` is neither renamed nor
+    reported.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be loaded, or several runs match.
     """
     found = read_checkpoint(flags, console, dry=dry) if world.is_first else (None, "")
     return world.share(found[0]), world.from_first(found[1])
@@ -37,7 +41,7 @@ def find_checkpoint(
 def read_checkpoint(
     flags: argparse.Namespace, console: Console, *, dry: bool
 ) -> tuple[dict[str, Any] | None, str]:
-    """The same, from this machine's disk."""
+    """Read the checkpoint to resume from this machine's disk; see `find_checkpoint`."""
     if flags.resume:
         return load_checkpoint(flags.resume), flags.resume
     files = None if flags.no_resume else find_run(flags.save_dir, flags.tag, flags.codebooks)
@@ -55,7 +59,7 @@ def settle_flags(
     checkpoint: dict[str, Any] | None,
     console: Console,
 ) -> argparse.Namespace:
-    """Flags of the run, new or resumed, with a number for --step."""
+    """Return the flags of a new or resumed run; an unset --step becomes ctx // 2."""
     if checkpoint is not None:
         flags = merge_flags(flags, explicit, checkpoint, console)
     flags.step = flags.step or max(1, flags.ctx // 2)
@@ -68,9 +72,9 @@ def merge_flags(
     checkpoint: dict[str, Any],
     console: Console,
 ) -> argparse.Namespace:
-    """Flags of a resumed run: the saved ones, over them the ones given; prints a banner."""
+    """Merge the saved flags of a resumed run with those that were given; print the differences."""
     saved, progress = saved_flags(checkpoint), checkpoint["progress"]
-    # What `auto` is was settled at the first start: another number would be another run.
+    # The first start replaced `auto` by a value, which a resume must keep to train alike.
     explicit = {n: v for n, v in explicit.items() if v != "auto" or not FLAGS[n].is_settled}
     kept = names("run", "architecture", "machine")
     merged = {**vars(flags), **{n: saved[n] for n in kept if n in saved}, **explicit}
@@ -79,18 +83,25 @@ def merge_flags(
         f"best val {number(progress['best_val'])} (saved {checkpoint.get('saved_at', '?')})"
     )
     if explicit.get("init_from"):
-        console.line("  --init-from is left unread: weights are the run's own (or --no-resume)")
+        console.line(
+            "  --init-from is ignored: the run goes on with its own weights; --no-resume starts a "
+            "new one"
+        )
     for name in gone_flags(saved):
         flag = f"{spelled(name)} {saved[name]}"
-        console.line(f"  {flag} of the saved run: this version has no such flag, goes on without")
+        console.line(f"  {flag} of the saved run: this version has no such flag and ignores it")
     for name in kept:
-        if name not in explicit or name not in saved or saved[name] == (asked := explicit[name]):
+        if name not in explicit or name not in saved or saved[name] == (given := explicit[name]):
             continue
         keeps = FLAGS[name].scope == "architecture" and not flags.ignore_arch
         if keeps:
             merged[name] = saved[name]
-        winner = "the saved architecture stays (--ignore-arch to insist)" if keeps else "asked wins"
-        console.line(f"  {spelled(name)}: saved {saved[name]}, asked {asked}; {winner}")
+        winner = (
+            "the saved value stays (--ignore-arch overrides it)"
+            if keeps
+            else "the given value is used"
+        )
+        console.line(f"  {spelled(name)}: saved {saved[name]}, given {given}; {winner}")
         if FLAGS[name].is_budget and merged["schedule"] == "cosine":
             console.line(
                 f"  the lr schedule still spans {schedule_words(progress, saved)} and stays at "
@@ -100,7 +111,7 @@ def merge_flags(
 
 
 def forget_another_level(flags: argparse.Namespace, guard: Guard, saved: dict[str, Any]) -> None:
-    """Let the guard learn anew where flags move loss or gradient norm to another level."""
+    """Reset the guard's recent values if a changed flag moves loss or gradient norm."""
     now = vars(flags)
     level = [name for name, flag in FLAGS.items() if flag.moves_loss]
     moved = any(now[name] != saved.get(name, now[name]) for name in level)
@@ -116,11 +127,15 @@ def settle_data_change(
     source: str,
     console: Console,
 ) -> None:
-    """Refuse to resume on other windows, or with --allow-data-change begin the epoch anew."""
+    """Compare the `found` data with the `saved`; with --allow-data-change restart the epoch.
+
+    Raises:
+        CheckpointError: the windows or the codec differ from the saved run's.
+    """
     if said := another_codec(saved, found):
         raise CheckpointError(f"{source}: {said}; name its own data, or start anew (--no-resume)")
     found["codec"] = found["codec"] or saved.get("codec")
-    identity = found.keys() - {"size", "codec"}  # which follow from the files
+    identity = found.keys() - {"size", "codec"}  # these two follow from the files
     changed = sorted(name for name in identity if saved.get(name) != found[name])
     if not changed:
         return
@@ -128,10 +143,10 @@ def settle_data_change(
     if not flags.allow_data_change:
         raise CheckpointError(
             f"{source}: the data is not the data of the saved run ({said}); restore data and "
-            "flags, or pass --allow-data-change to go on with what is there now, from the start of "
+            "flags, or give --allow-data-change to go on with the present data, from the start of "
             "this epoch"
         )
-    console.problem(f"the data changed ({said}); epoch {state.progress.epoch + 1} starts anew")
+    console.problem(f"the data changed ({said}); epoch {state.progress.epoch + 1} starts again")
     state.guard.forget()
     state.policy.forget_windows()
     state.progress.begin_epoch()

@@ -1,11 +1,11 @@
-"""When a run goes back to an older state, to which, and what it then leaves out: decisions alone.
+"""Decides when a run rolls back, to which state, and which windows it leaves out afterwards.
 
     policy.refuse(windows)                                # of the step that the guard refused
     trouble = policy.trouble(guard.refused_in_a_row)      # not None: roll back, or stop
     if policy.may_roll_back(step):
         policy.candidates(step, available)                # steps of states to try, best first
 
-rollback.py carries them out.
+rollback.py carries out these decisions.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-REFUSED_IN_A_ROW = 10  # a rollback after so many refused steps
-REFUSED_LATELY, LATELY = 10, 1000  # or after so many of the last so many steps, taken or refused
-ROLLBACK_STEPS = 100  # a state so much older than the event has not seen what led to it
+REFUSED_IN_A_ROW = 10  # refused steps in a row that cause a rollback
+REFUSED_LATELY, LATELY = 10, 1000  # or 10 refused of the last 1000 steps, taken or refused
+ROLLBACK_STEPS = 100  # a rollback goes back so many steps: older states are taken to be sound
 MAX_ROLLBACKS = 3  # within FORGIVEN_AFTER steps; then the run stops
-FORGIVEN_AFTER = 5000  # steps beyond an event, after which it counts no more
-SUSPECT_STEPS = 30  # whose windows the rest of the epoch leaves out: refused and accepted ones
-OLD_NAMES = {"detours": "order_changes", "barred": "excluded_windows"}  # in checkpoints
-MAX_EXCLUDED = 0.2  # share of the windows that may be left out for good
+FORGIVEN_AFTER = 5000  # steps after which a rollback no longer counts
+SUSPECT_STEPS = 30  # the windows of so many steps before a rollback are left out of the epoch
+OLD_NAMES = {"detours": "order_changes", "barred": "excluded_windows"}  # keys in old checkpoints
+MAX_EXCLUDED = 0.2  # share of all windows that may be left out for the rest of the run
 
 
 class RollbackPolicy:
-    """Decides what follows when skipping a step does not help: roll back, three times, then stop.
+    """Decides on rollbacks, where refusing single steps does not help; after three the run stops.
 
-    A refused step costs nothing but its windows. Ten in a row mean that the weights are damaged,
-    ten of the last thousand that they, or the data, soon will be: the run then goes back to a state
-    at least 100 steps older, with a lower learning rate, without the windows before the event and
-    in another order (Chowdhery et al. 2022, section 5.1). Windows of the steps whose refusal led
-    there are not drawn again at all, so that bad windows in the data cannot cause it for ever.
+    A refused step costs nothing but its windows. Ten in a row show that the weights are damaged,
+    ten of the last thousand that they soon may be. The run then returns to a state at least 100
+    steps older, with a lower learning rate, another data order, and without the windows of the
+    steps before the event (Chowdhery et al. 2022, section 5.1). The windows of the refused steps
+    are never drawn again, so that bad windows in the data cannot cause rollbacks for ever.
     """
 
     STATE = ("attempts", "refusals", "events", "order_changes", "kept_step")
 
     def __init__(self) -> None:
-        self.attempts = 0  # steps, taken or refused; never goes back
-        self.refusals: list[dict[str, Any]] = []  # of the last LATELY steps: attempt, windows
-        self.events: list[int] = []  # steps that were rolled back from and are not forgiven yet
+        self.attempts = 0  # steps, taken or refused; a rollback does not lower it
+        self.refusals: list[dict[str, Any]] = []  # attempt and windows, of the last LATELY steps
+        self.events: list[int] = []  # steps of the rollbacks that still count
         self.order_changes: list[dict[str, Any]] = []  # see npq_dataset.EpochOrder
-        self.kept_step: int | None = None  # newest step checkpoint
+        self.kept_step: int | None = None  # step of the newest step checkpoint
 
     def attempt(self) -> None:
         """Count a step, taken or refused."""
         self.attempts += 1
 
     def refuse(self, windows: Iterable[int]) -> None:
-        """Remember the windows of the refused step just counted."""
+        """Remember the windows of a refused step, just counted by `attempt`."""
         self.refusals.append({"attempt": self.attempts, "windows": [int(w) for w in windows]})
         oldest = self.attempts - LATELY
         self.refusals = [r for r in self.refusals if r["attempt"] > oldest]
 
     def trouble(self, refused_in_a_row: int) -> str | None:
-        """Why a rollback is due, or None; call it after a refusal."""
+        """Return why a rollback is due, or None; call it after each refusal."""
         if refused_in_a_row >= REFUSED_IN_A_ROW:
             return f"{REFUSED_IN_A_ROW} steps in a row were refused"
         if len(self.refusals) >= REFUSED_LATELY:
@@ -63,14 +63,15 @@ class RollbackPolicy:
         return None
 
     def may_roll_back(self, step: int) -> bool:
-        """Whether one more rollback is allowed; forgives events that lie far back."""
+        """Return whether one more rollback is allowed; drop those more than FORGIVEN_AFTER old."""
         self.events = [e for e in self.events if e + FORGIVEN_AFTER > step]
         return len(self.events) < MAX_ROLLBACKS
 
     def candidates(self, step: int, available: Iterable[int]) -> list[int]:
-        """Steps of the available states to try, best first.
+        """Return the steps of the available states to try, best first.
 
-        The newest that is old enough, then older ones; where none is, the oldest.
+        States at least ROLLBACK_STEPS old come first, newest first; then younger ones, oldest
+        first.
         """
         oldest_first = sorted(available)
         old_enough = [s for s in oldest_first if s <= step - ROLLBACK_STEPS]
@@ -87,11 +88,11 @@ class RollbackPolicy:
         suspects: Iterable[int],
         windows: int,
     ) -> None:
-        """Record that trouble at step `event` led back to `step`, at a place of the data order.
+        """Record a rollback from step `event` to `step`, and change the data order from there.
 
-        `position` counts windows of the epoch. `suspects`, numbers of windows, are left out of the
-        rest of it; windows of refused steps of the whole run, at most MAX_EXCLUDED of all
-        `windows`.
+        The state is at window `position` of `epoch`. The window numbers `suspects` are left out of
+        the rest of the epoch. Windows of refused steps are left out of the rest of the run, at most
+        MAX_EXCLUDED of all `windows`.
         """
         room = int(MAX_EXCLUDED * windows) - sum(
             len(c["excluded_windows"]) for c in self.order_changes
@@ -110,21 +111,21 @@ class RollbackPolicy:
         self.refusals = []
 
     def forget_windows(self) -> None:
-        """Drop what refers to windows by number, after the data changed."""
+        """Drop all window numbers, after the data changed."""
         self.refusals, self.order_changes = [], []
 
     def keep_due(self, step: int, planned_steps: int) -> bool:
-        """Whether a step checkpoint is due: at the start, and every `keep_interval` steps."""
+        """Return whether a step checkpoint is due: at the start and every `keep_interval` steps."""
         if step == self.kept_step:
             return False
         return self.kept_step is None or step % keep_interval(planned_steps) == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """Return the state as plain lists and numbers."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result, of this version or of one with OLD_NAMES."""
+        """Restore the result of `state_dict`, also of versions that used OLD_NAMES."""
         state = _renamed(copy.deepcopy(dict(state)))
         vars(self).update({name: state[name] for name in self.STATE if name in state})
         self.order_changes = [_renamed(change) for change in self.order_changes]
@@ -135,18 +136,18 @@ def _renamed(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_interval(planned_steps: int) -> int:
-    """Steps between the step checkpoints to roll back to; a pure function, so a resume agrees.
+    """Return the number of steps between step checkpoints: a twentieth of the run, 100 to 500.
 
-    A twentieth of the run, but not below 100, where saving a tiny model would begin to show, and
-    not above 500: minutes of a large one.
+    Below 100 saving would slow a tiny model down; above 500 a rollback would lose many minutes of a
+    large one.
     """
     return min(500, max(100, planned_steps // 20))
 
 
 def lr_doubling(planned_steps: int) -> int:
-    """Accepted steps in which a cut learning rate doubles on its way back.
+    """Return the number of accepted steps in which a lowered learning rate doubles: 4 to 25.
 
-    A hundredth of the run: three cuts then cost 3 % of it. At most 25; at least 4, over which
-    trouble that is the rate's fault has shown itself.
+    It is a hundredth of the run, so three halvings cost 3 % of it. In 4 steps, trouble caused by
+    the learning rate shows itself again.
     """
     return min(25, max(4, planned_steps // 100))

@@ -1,7 +1,7 @@
-"""Evaluation audio: a sample of the EMA weights, its codes and its sound in --eval-outdir.
+"""Evaluation audio: draws a sample from the EMA weights and writes codes and sound to a folder.
 
-samples.write(run)            # a line and a metrics row; never ends the training
-samples.folder(run.flags)
+samples.write(run)            # also prints a line and writes a metrics row; never ends training
+samples.folder(run.flags)     # --eval-outdir
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Codes = np.ndarray[Any, Any]
 def write(run: TrainingRun) -> None:
     """Draw a sample from the EMA weights; write its codes and its sound to --eval-outdir.
 
-    Sound never stops training: any failure is one line and a metrics row.
+    A failure never stops training; it is printed in one line and written to the metrics.
     """
     p, started = run.state.progress, time.perf_counter()
     if not run.world.is_first:
@@ -53,10 +53,11 @@ def write(run: TrainingRun) -> None:
 
 
 def draw(run: TrainingRun) -> Path:
-    """Codes of one sample of the EMA weights as .npq, named by run, epoch and time.
+    """Draw a sample from the EMA weights and write its codes to an .npq file; return the path.
 
     Raises:
         Stopped: a signal came.
+        OSError: the file cannot be written.
     """
     p, flags, config = run.state.progress, run.flags, run.state.model.config
 
@@ -89,8 +90,12 @@ def draw(run: TrainingRun) -> Path:
 
 
 def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
-    """The sound of codes [T, K] as a WAV file; UsageError where the codec is of another shape."""
-    from sound.audio_file import write_wav  # training runs where no codec can be imported
+    """Decode codes [T, K] int64 with the codec of --eval-dac-repo and write a WAV file.
+
+    Raises:
+        UsageError: codebooks or frame rate of the codec do not match the model's.
+    """
+    from sound.audio_file import write_wav  # imported late: training does not need a codec
     from sound.codec import load_codec, not_the_trainings
 
     name, side = run.flags.eval_dac_repo, run.data["side_codebooks"]
@@ -100,15 +105,18 @@ def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
     sizes = run.state.model.config.vocab_sizes
     if odd := codec.mismatch(sizes, side, run.data["frame_rate"]):
         raise UsageError(
-            f"--eval-dac-repo {name}: has {odd[0]}, the model makes {odd[1]}; name the codec that "
-            "the training data was encoded with"
+            f"--eval-dac-repo {name}: the codec has {odd[0]}, the model makes {odd[1]}; name the "
+            "codec that the training data was encoded with"
         )
     waveform = codec.decode_channels(torch.from_numpy(codes), side)
     write_wav(path, waveform.numpy(), codec.sample_rate)
 
 
 def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:
-    """Say whether a sample [T, K] moves as the validation music does; its metrics row's fields."""
+    """Compare the statistics of sampled codes [T, K] with those of the validation music.
+
+    Prints a line and returns the fields for the sample's metrics row, none of them on a failure.
+    """
     try:
         length = min(len(codes), 2048)
         read = run.loader.begin(lambda: run.val_windows.excerpts(length))
@@ -123,5 +131,5 @@ def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:
 
 
 def folder(flags: argparse.Namespace) -> Path:
-    """Where evaluation audio goes."""
+    """Return the folder of evaluation audio: --eval-outdir, or `samples` in --save_dir."""
     return Path(flags.eval_outdir or Path(flags.save_dir) / SAMPLES)

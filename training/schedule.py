@@ -1,10 +1,10 @@
-"""The learning rate over a run: a pure function of the step, or of the seconds of a budget.
+"""The learning rate of a run: a function of the step or, with a time budget, of training seconds.
 
     lr = lr_at_step(100, 10_000, lr=2e-4, eta_min=1e-5, warmup_ratio=0.01)
-    lr = learning_rate(run)           # of the run's next step
+    lr = learning_rate(run)           # learning rate of the run's next step
 
-The budget is fixed at a run's first start (for wsd at every start before its cooldown) and is part
-of the saved progress, so a longer run never gets a risen learning rate back.
+The budget is fixed at a run's first start (for wsd at every start before its cooldown) and saved
+with the progress, so lengthening a run never raises a learning rate that has already fallen.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def lr_at_step(
     schedule: str = "cosine",
     cooldown: float = 0.2,
 ) -> float:
-    """Learning rate of the step-th step (from 1) of `total`: linear warm-up, fall, then eta_min.
+    """Return the learning rate of step number `step` of `total`, counted from 1.
 
-    `cosine` falls from the end of the warm-up on (Loshchilov and Hutter 2017). `wsd` stays, and
-    falls linearly over the last share `cooldown` of the run (warm-up, stable, decay: Hu et al.
-    2024, section 4; Haegele et al. 2024). Past `total` it is eta_min for ever. Steps may also be
-    seconds of a time budget.
+    It rises linearly over the share `warmup_ratio`. Then `cosine` falls to `eta_min` (Loshchilov
+    and Hutter 2017); `wsd` (warm-up, stable, decay: Hu et al. 2024, section 4; Haegele et al. 2024)
+    stays at `lr` and falls linearly over the last share `cooldown`. Past `total` the learning rate
+    stays at `eta_min`. `step` and `total` may also be seconds of a time budget.
     """
     warmup = warmup_ratio * total
     if step < warmup:
@@ -46,7 +46,7 @@ def lr_at_step(
 
 
 def learning_rate(run: TrainingRun) -> float:
-    """Learning rate of the next step; groups of parameters run at multiples of it."""
+    """Return the learning rate of the next step; each parameter group multiplies it by a factor."""
     flags = run.flags
     names = ("lr", "eta_min", "warmup_ratio", "schedule", "cooldown")
     shape = {name: getattr(flags, name) for name in names}
@@ -54,16 +54,16 @@ def learning_rate(run: TrainingRun) -> float:
 
 
 def schedule_position(run: TrainingRun) -> tuple[float, float]:
-    """Position of the next step in the schedule, and the schedule's end: steps, or seconds."""
+    """Return the next step's position in the schedule and the schedule's end: steps or seconds."""
     p = run.state.progress
     if p.schedule_seconds:
-        # Seconds alone: an estimate of the step's own could fall, and the rate would rise.
+        # The next step's duration is not added: its estimate can shrink, and the lr would rise.
         return max(p.seconds, 1e-3 * p.schedule_seconds), p.schedule_seconds
     return p.step + 1, p.schedule_steps
 
 
 def cooldown_begins(run: TrainingRun) -> bool:
-    """Whether the next step is the first that wsd lowers the learning rate for."""
+    """Return whether the cooldown of wsd begins with the next step."""
     if run.flags.schedule != "wsd" or run.state.progress.cooling:
         return False
     position, total = schedule_position(run)
@@ -71,10 +71,10 @@ def cooldown_begins(run: TrainingRun) -> bool:
 
 
 def settle_schedule(run: TrainingRun, checkpoint: dict[str, Any] | None) -> None:
-    """Fix the budget that the rate falls over: for a cosine at the first start, for wsd at each.
+    """Fix the schedule's budget: for cosine at the first start, for wsd at each start.
 
     Raises:
-        UsageError: a longer run would raise a cooling rate again.
+        UsageError: a longer wsd run would raise a learning rate whose cooldown has begun.
     """
     p, flags = run.state.progress, run.flags
     if checkpoint is not None and "schedule_seconds" not in checkpoint["progress"]:
@@ -86,13 +86,13 @@ def settle_schedule(run: TrainingRun, checkpoint: dict[str, Any] | None) -> None
         longer = flags.max_seconds > p.schedule_seconds
     if longer and p.cooling:
         raise UsageError(
-            f"a longer run is asked for, but its cooldown has begun before step {p.step}: give "
-            "--resume the archive that was kept when it began, or --init-from for a new schedule"
+            f"the run cannot be made longer: its cooldown has begun before step {p.step}; give "
+            "--resume the archive that was saved when it began, or --init-from for a new schedule"
         )
     p.schedule_steps, p.schedule_seconds = run.planned_steps, flags.max_seconds or 0.0
 
 
 def schedule_words(progress: dict[str, Any], saved: dict[str, Any]) -> str:
-    """`1740 steps` or `600 training seconds`: the budget of a saved run's schedule."""
+    """Return the budget of a saved run's schedule as `1740 steps` or `600 training seconds`."""
     seconds = progress.get("schedule_seconds", saved.get("max_seconds"))
     return f"{seconds:g} training seconds" if seconds else f"{progress['schedule_steps']} steps"

@@ -1,4 +1,4 @@
-"""From flags to a run that is ready to step, or ready to be planned.
+"""Turns flags into a run that is ready to train, or ready to be planned.
 
 flags, explicit = parse_flags(argv)
 run = set_up(flags, explicit, Console())
@@ -48,16 +48,16 @@ from training.state import StopRequest, TrainingRun, TrainState
 
 @dataclass
 class Prepared:
-    """What a run is to be, before there are any weights."""
+    """A run's flags, data and architecture, before its weights exist."""
 
-    flags: argparse.Namespace  # settled
-    checkpoint: dict[str, Any] | None  # to resume from
-    source: str  # its path
+    flags: argparse.Namespace  # without `auto`
+    checkpoint: dict[str, Any] | None  # None for a new run
+    source: str  # path of the checkpoint
     device: torch.device
-    data: Data | None  # only --plan goes without
+    data: Data | None  # None only with --plan
     config: ModelConfig
-    shares: list[float]  # loss weight of each codebook
-    initial: dict[str, Any] | None  # the file of --init-from
+    shares: list[float]  # [K], loss weight of each codebook
+    initial: dict[str, Any] | None  # content of --init-from's file
     plan: Plan
 
 
@@ -69,9 +69,13 @@ def prepare(
     *,
     dry: bool = False,
 ) -> Prepared:
-    """Settle flags, device, data and architecture.
+    """Determine flags, device, data and architecture of a run.
 
-    `dry`, for --plan: nothing is written or moved, and device and data may be absent.
+    `explicit` are the flags that the user gave. With `dry`, for --plan, nothing is written or
+    moved, and device and data may be absent.
+
+    Raises:
+        UsageError, CheckpointError, ParallelError, BadFilesError: see the functions called.
     """
     checkpoint, source = find_checkpoint(flags, console, world, dry=dry)
     flags = settle_flags(flags, explicit, checkpoint, console)
@@ -85,7 +89,7 @@ def prepare(
             data = open_data(flags, console)
         vocab_sizes = data.corpus.vocab_sizes
     elif dry:
-        console.line(f"data     none named (--data): {len(vocab_sizes)} codebooks are assumed")
+        console.line(f"data     none given (--data): {len(vocab_sizes)} codebooks are assumed")
     config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, world)
     weighting = flags.cb_weights, flags.cb_weights_auto_alpha
     shares = codebook_weights(*weighting, config.num_codebooks)
@@ -103,7 +107,10 @@ def prepare(
 def set_up(
     flags: argparse.Namespace, explicit: dict[str, Any], console: Console, world: World = ALONE
 ) -> TrainingRun:
-    """From flags to a run that is ready to step: checkpoint, data, model, restored state."""
+    """Build a run that is ready to train: checkpoint, data, model, restored state.
+
+    `explicit` are the flags that the user gave. Raises what `prepare` raises.
+    """
     ready = prepare(flags, explicit, console, world)
     flags, checkpoint, device, data = ready.flags, ready.checkpoint, ready.device, ready.data
     assert data is not None
@@ -145,24 +152,27 @@ def set_up(
 
 
 def use_device(flags: argparse.Namespace, world: World, *, resumed: bool) -> torch.device:
-    """Take the device for this process, and make the folder of the run.
+    """Choose and configure the device of this process, and create the folder of the run.
 
     Raises:
-        UsageError: no such device, no data named, or no TensorBoard.
+        UsageError: --data names no files, the device is absent, or TensorBoard is missing.
+        OSError: the folder cannot be created.
     """
     if not flags.data:
-        raise UsageError("--data: expected .npq files to train on, found none; name some")
+        raise UsageError(
+            "--data: expected .npq files to train on, found none; give a folder of them"
+        )
     if flags.tensorboard:
         check_tensorboard(flags.save_dir)
     device = pick_device(flags.device, world.local_rank if world.size > 1 else None)
     settle_amp_dtype(flags, device, world, resumed=resumed)
     tune_for(device)
-    os.makedirs(flags.save_dir, exist_ok=True)  # on a machine without rank 0 it may be new
+    os.makedirs(flags.save_dir, exist_ok=True)  # rank 0's lock creates it on its machine only
     return device
 
 
 def planned_device(flags: argparse.Namespace) -> torch.device:
-    """The device of --device, present or not, or the best one present."""
+    """Return the device of --device, which may be absent, or the best one of this machine."""
     try:
         return torch.device(flags.device) if flags.device else pick_device(None)
     except RuntimeError as error:
@@ -170,9 +180,10 @@ def planned_device(flags: argparse.Namespace) -> torch.device:
 
 
 def settle_threads(run: TrainingRun, *, resumed: bool) -> None:
-    """Take one thread or all on a CPU, by a trial at the first start; a resumed run keeps it.
+    """Choose the faster of one thread and all on a CPU, by a trial at the run's first start.
 
-    So sums keep their order. OMP_NUM_THREADS wins over it. The trial leaves no trace.
+    A resumed run keeps the number, so that sums keep their order and its weights stay bit-exact.
+    OMP_NUM_THREADS overrides both. The trial changes neither weights nor random state.
     """
     p, most = run.state.progress, torch.get_num_threads()
     if run.device.type != "cpu":
@@ -181,8 +192,8 @@ def settle_threads(run: TrainingRun, *, resumed: bool) -> None:
     if resumed and not is_asked:
         if p.threads > most:
             run.console.problem(
-                f"the run computes with {p.threads} threads, this machine has {most}: its sums are "
-                "rounded in another order from here on"
+                f"the run used {p.threads} threads, this machine has {most}: sums are rounded in "
+                "another order from here on, so the weights will differ slightly"
             )
         torch.set_num_threads(min(p.threads or most, most))
     if resumed:
@@ -209,7 +220,7 @@ def settle_threads(run: TrainingRun, *, resumed: bool) -> None:
 def assumed_vocab_sizes(
     flags: argparse.Namespace, checkpoint: dict[str, Any] | None
 ) -> tuple[int, ...]:
-    """Of a plan without data: the checkpoint's, or those of DAC's usual codebooks."""
+    """Return the vocab sizes [K] for a plan without data: the checkpoint's, or DAC's 1024 each."""
     if checkpoint is not None:
         return tuple(checkpoint["architecture"]["vocab_sizes"])
     return (1024,) * (flags.codebooks or 9)
@@ -240,47 +251,49 @@ def check_windows(flags: argparse.Namespace, train: int, val: int, console: Cons
 
 
 def check_size(flags: argparse.Namespace, config: ModelConfig, device: torch.device) -> None:
-    """Raise UsageError where the weights alone are more than this machine has memory.
+    """Raise UsageError if the weights alone exceed this machine's memory.
 
-    They are made on its CPU, and Linux gives memory that it has not, and kills without a word.
+    Weights are made on the CPU, where Linux grants more memory than it has and later kills the
+    process without a message.
     """
     with torch.device("meta"):
         model = new_model(flags, config)
-    copies = 2 if device.type == "cpu" else 1  # with the EMA
+    copies = 2 if device.type == "cpu" else 1  # the EMA is on the device
     needed = copies * sum(p.numel() * p.element_size() for p in model.parameters())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
         raise UsageError(
             f"--d_model {config.d_model} x --layers {config.layers}: the weights alone take "
-            f"{gib(needed)}, this machine has {gib(there)}; lower these (--plan tells what fits)"
+            f"{gib(needed)}, this machine has {gib(present)}; lower these (--plan prints what fits)"
         )
 
 
 def check_accum(accum: int, world: World) -> None:
-    """Raise UsageError where micro-batches cannot be dealt out evenly; name counts that can."""
+    """Raise UsageError if `accum` is no multiple of the number of processes."""
     if accum % world.size:
         below = accum // world.size * world.size
         near = [str(n) for n in (below, below + world.size) if n]
         raise UsageError(
-            f"--accum {accum}: {world.size} processes cannot share so many micro-batches of a step "
-            f"evenly; use --accum {' or '.join(near)}"
+            f"--accum {accum}: expected a multiple of the {world.size} processes, which share the "
+            f"micro-batches of a step evenly; use --accum {' or '.join(near)}"
         )
 
 
 def check_same(flags: argparse.Namespace, data: dict[str, Any], world: World) -> None:
-    """See that every process has the same flags and data; raises ParallelError."""
+    """Raise ParallelError unless all processes have the same flags and data."""
     alike = [n for n, flag in FLAGS.items() if not flag.is_path and not flag.may_differ]
     facts = {spelled(name): getattr(flags, name) for name in alike}
     remedy = "start every machine with the same command, over the same files"
-    known = {f"data {n}": v for n, v in data.items() if n != "codec"}  # a copy may lack its record
+    # `codec` is left out: a copy of the data may lack the file that records it.
+    known = {f"data {n}": v for n, v in data.items() if n != "codec"}
     world.check_same({**facts, **known}, remedy)
 
 
 def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool) -> None:
-    """Remove or set aside what an earlier run, or an earlier part of this one, has left."""
+    """Clean up the folder: remove leftovers of this run, or set an earlier run's files aside."""
     if resumed:
         files.prune_ring(newest=state.progress.step)
-        if not files.ring_steps():  # of a run that had ended, or of a version without a ring
+        if not files.ring_steps():  # the run had ended, or its version kept no step checkpoints
             state.policy.kept_step = None
     elif aside := files.set_aside():
         console.line(f"An earlier run's files were moved to {aside}")
@@ -288,7 +301,7 @@ def tidy(files: RunFiles, state: TrainState, console: Console, *, resumed: bool)
 
 
 def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
-    """Start-up details, and the first metrics row of this process."""
+    """Print the start-up details and write the `start` or `resume` row of the metrics."""
     p, model, flags = run.state.progress, run.state.model, run.flags
     config = model.config
     precision = str(run.amp_dtype).removeprefix("torch.") if run.amp_dtype else "float32"
@@ -328,5 +341,5 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
 
 
 def parallel_words(run: TrainingRun) -> str:
-    """`, 4 processes`, or nothing for one."""
+    """Return `, 4 processes`, or an empty string for one process."""
     return f", {run.world.size} processes" if run.world.size > 1 else ""

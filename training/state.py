@@ -1,8 +1,8 @@
-"""What a run is: how far it has come, what a resume restores, what stays, what signals ask of it.
+"""The state of a run: its progress, what a checkpoint restores, its fixed parts, pending signals.
 
-run.state.progress.step       # in the checkpoint, as all of run.state
-run.flags.batch, run.files    # not in the state: they do not change while a run goes on
-run.stop.signal               # a signal to stop, once one came
+run.state.progress.step       # run.state is what a checkpoint contains
+run.flags.batch, run.files    # everything else stays the same while the process runs
+run.stop.signal               # number of a signal to stop, or None
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from training.rollback_policy import RollbackPolicy
 
 @dataclass
 class Progress:
-    """How far a run has come: plain numbers, all of them in the checkpoint."""
+    """The progress of a run: plain numbers, all of them in the checkpoint."""
 
     step: int = 0  # optimizer steps taken; refused ones do not count
     epoch: int = 0  # epochs finished
     position: int = 0  # windows of the present epoch that were used or refused
-    seconds: float = 0.0  # in training steps, since the very first start
-    elapsed: float = 0.0  # wall clock, likewise, over all processes
-    schedule_steps: int = 0  # of the lr schedule; fixed at the very first start but for wsd
-    schedule_seconds: float = 0.0  # the same where --max-seconds is the budget, else 0
-    threads: int = 0  # that a CPU computes with, so that sums keep their order; 0 = torch's number
+    seconds: float = 0.0  # spent in training steps since the run's very first start
+    elapsed: float = 0.0  # wall clock since then, summed over all starts
+    schedule_steps: int = 0  # length of the lr schedule; see schedule.py
+    schedule_seconds: float = 0.0  # its length with --max-seconds, else 0
+    threads: int = 0  # CPU threads, kept so that sums keep their order; 0 = torch's number
     cooling: bool = False  # wsd's cooldown has begun
-    lr_scale: float = 1.0  # cut by rollbacks
-    lr_goal: float = 1.0  # where it comes back to
+    lr_scale: float = 1.0  # factor on the learning rate, lowered by rollbacks
+    lr_goal: float = 1.0  # value to which lr_scale rises again
     best_val: float = math.inf
     best_epoch: int = 0
-    validated_step: int = -1
-    validated_seconds: float = 0.0  # of --val-every-seconds
-    epoch_loss: float = 0.0  # the objective, summed over the epoch's accepted steps
-    epoch_ce: float = 0.0  # plain cross-entropy, likewise: what val is compared with
+    validated_step: int = -1  # step of the newest validation
+    validated_seconds: float = 0.0  # `seconds` at that validation
+    epoch_loss: float = 0.0  # objective, summed over the epoch's accepted steps
+    epoch_ce: float = 0.0  # plain cross-entropy, summed likewise, to compare with val
     epoch_steps: int = 0
     epoch_refused: int = 0
     epoch_seconds: float = 0.0
@@ -66,14 +66,14 @@ class Progress:
     log_seconds: float = 0.0
 
     def begin_epoch(self) -> None:
-        """Go to the first window of the present epoch; its sums start at 0."""
+        """Return to the first window of the present epoch and reset its sums."""
         self.position = self.epoch_steps = self.epoch_refused = 0
         self.epoch_loss = self.epoch_ce = self.epoch_seconds = 0.0
 
 
 @dataclass
 class TrainState:
-    """All that a resume restores, besides the random state."""
+    """Everything that a resume restores, except the random state."""
 
     model: CodesTransformer
     ema: Ema[CodesTransformer]
@@ -86,7 +86,7 @@ class TrainState:
 
 @dataclass
 class TrainingRun:
-    """One process's share of a run: its flags, its state, and all that does not change."""
+    """A run as one process holds it: flags, state, data, files and console."""
 
     flags: argparse.Namespace
     device: torch.device
@@ -95,37 +95,37 @@ class TrainingRun:
     files: RunFiles
     metrics: MetricsLog
     state: TrainState
-    losses: nn.Module  # an Objective, compiled or not, of codes on the device
+    losses: nn.Module  # the Objective, possibly compiled and wrapped in DDP
     compiled: bool
-    weights: Tensor  # [K], of the codebooks in the objective
+    weights: Tensor  # [K], loss weights of the codebooks, on the device
     train_windows: WindowDataset
     val_windows: WindowDataset
     order: EpochOrder
     loader: Loader
-    data: dict[str, Any]  # what the windows are made of; a resume compares it
+    data: dict[str, Any]  # identity of the data, which a resume compares
     world: World
     stop: StopRequest
     started: float = dataclasses.field(default_factory=time.perf_counter)
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
     saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
-    saving: Saving | None = None  # the save in flight
+    saving: Saving | None = None  # the save in progress
     best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
     pace: Pace = dataclasses.field(default_factory=Pace)
     failed_saves: int = 0
-    report_failed: bool = False  # the newest try to write the run's page
-    told_trouble: str | None = None  # kind of what the newest validation was found to show
-    guard_stop: str | None = None  # why the guard ends the run
-    between_steps: bool = True  # False while weights, moments and counters disagree
+    report_failed: bool = False  # the newest attempt to write the HTML page failed
+    told_trouble: str | None = None  # kind of trouble after the newest validation, already printed
+    guard_stop: str | None = None  # reason why the guard ends the run
+    between_steps: bool = True  # False during an update, when weights and counters disagree
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision around a forward pass."""
+        """Return the context for a forward pass: mixed precision, or nothing without it."""
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.amp_dtype)
 
     @property
     def windows_per_step(self) -> int:
-        """Windows that an optimizer step uses."""
+        """Windows in an optimizer step, over all processes."""
         return int(self.flags.batch * self.flags.accum)
 
     @property
@@ -141,17 +141,17 @@ class TrainingRun:
 
     @property
     def passes_per_epoch(self) -> float:
-        """How often an epoch reads each training frame, on the average."""
+        """Average number of times that an epoch reads each training frame."""
         return self.order.num_windows * self.flags.ctx / self.train_windows.frames
 
     def memory_gib(self) -> float:
-        """The most so far: of tensors on CUDA, elsewhere of this process in host memory."""
+        """Return the peak so far, in GiB: of CUDA tensors, or of this process's host memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
     def is_finished(self) -> bool:
-        """Whether epochs, steps, seconds or patience have run out."""
+        """Return whether --epochs, --max-steps, --max-seconds or --patience is reached."""
         p, flags = self.state.progress, self.flags
         return (
             p.epoch >= flags.epochs
@@ -161,13 +161,13 @@ class TrainingRun:
         )
 
     def is_out_of_patience(self) -> bool:
-        """Whether the validation of this step ends --patience."""
+        """Return whether this step was validated and val is not lower for --patience passes."""
         p = self.state.progress
         passes = (p.epoch - p.best_epoch) * self.passes_per_epoch
         return p.validated_step == p.step and passes >= (self.flags.patience or math.inf)
 
     def seconds_left(self) -> float:
-        """Estimate from this epoch's pace."""
+        """Estimate the training seconds to the run's end from the speed of this epoch."""
         p = self.state.progress
         pace = p.epoch_seconds / max(p.epoch_steps + p.epoch_refused, 1)
         left = max(0, self.planned_steps - p.step) * pace
@@ -176,35 +176,35 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Saving:
-    """A save in flight: of which moment, and what to do again if it fails."""
+    """A save in progress: its step, and what must be saved again if it fails."""
 
     written: Future[Path]
     step: int
     epoch: int
     is_best: bool
     archive: bool
-    may_fail: bool  # a step checkpoint; these come often, and a disk may be full for minutes
+    may_fail: bool  # True for step checkpoints: they are frequent, and a failure is tolerable
     started: float
-    stall: float  # seconds that training waited, for the save before it too
+    stall: float  # seconds that training waited, also for the save before it
 
 
 class StopRequest:
-    """Requests by signals. The loop looks at them between steps.
+    """Records signals, to which the training loop responds between steps.
 
-    The first SIGINT, SIGTERM or SIGHUP (a terminal that closed) requests a save and the end, the
-    second leaves at once; SIGUSR1 requests a save. Any of many processes may receive one; it counts
-    once `sync_control` has sent it to all.
+    The first SIGINT, SIGTERM or SIGHUP (closed terminal) requests a save and the end of the run, a
+    second one exits at once; SIGUSR1 requests a save. Any process may receive a signal; it takes
+    effect once `sync_control` has sent it to all.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: int | None = None
         self.save = False
-        self.received: int | None = None  # by this process; `signal` is what all know
+        self.received: int | None = None  # by this process; `signal` is known to all processes
         self.received_save = False
 
     def install(self) -> None:
-        """Take over the signals; under nohup SIGHUP stays ignored."""
+        """Install the signal handlers; under nohup SIGHUP stays ignored."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
@@ -220,16 +220,19 @@ class StopRequest:
             self.record(*self.news())
 
     def news(self) -> tuple[int, bool]:
-        """The signal to stop that this process received, or 0; whether to save, reported once."""
+        """Return the stop signal that this process received, or 0, and whether to save.
+
+        A request to save is returned once.
+        """
         signal_number, save = self.received or 0, self.received_save
         self.received_save = False
         return signal_number, save
 
     def record(self, signal_number: int, save: bool) -> None:
-        """Set what all processes know."""
+        """Record a stop signal (0 for none) and a request to save, known to all processes."""
         self.signal = self.signal or signal_number or None
         self.save = self.save or save
 
 
 class Stopped(Exception):
-    """A signal came while data was waited for, or codes were drawn."""
+    """Raised when a signal to stop comes while waiting for data or drawing a sample."""

@@ -328,9 +328,7 @@ def test_a_pattern_belongs_to_the_weights(tunes, tmp_path, capsys):
     flags = ("--data", tunes, "--epochs", "2", "--save_dir", tmp_path)
     train(*flags, "--pattern", "depth", stop_at=3)
     run = make_run(*flags, "--pattern", "delay")
-    assert "--pattern: saved depth, asked delay; the saved architecture stays" in (
-        capsys.readouterr().out
-    )
+    assert "--pattern: saved depth, given delay; the saved value stays" in (capsys.readouterr().out)
     assert run.state.model.config.pattern == "depth"
 
 

@@ -77,8 +77,8 @@ def test_explicit_flags_win_architecture_stays_and_the_banner_says_so(tunes, tmp
     run = make_run(*flags, "--d_model", "64", "--weight-decay", "0.3", "--label-smoothing", "0.1")
     said = capsys.readouterr().out
     assert "Resuming at step 3" in said
-    assert "--d-model: saved 32, asked 64; the saved architecture stays" in said
-    assert "--weight-decay: saved 0.02, asked 0.3; asked wins" in said
+    assert "--d-model: saved 32, given 64; the saved value stays" in said
+    assert "--weight-decay: saved 0.02, given 0.3; the given value is used" in said
     assert run.state.model.config.d_model == 32
     assert run.state.optimizer.param_groups[0]["weight_decay"] == 0.3, "pitfall 17"
     assert run.flags.label_smoothing == 0.1
@@ -102,7 +102,7 @@ def test_a_run_from_before_jitter_goes_on_without_it(tunes, tmp_path, capsys):
     assert not make_run(*flags, tmp_path / "cut").flags.jitter
     capsys.readouterr()
     run = make_run(*flags, tmp_path / "cut", "--jitter")
-    assert "--jitter: saved False, asked True; asked wins" in capsys.readouterr().out
+    assert "--jitter: saved False, given True; the given value is used" in capsys.readouterr().out
     assert run.train_windows.phase is not None
     assert run.state.progress.position == 3 * run.windows_per_step, "the epoch goes on"
     assert not run.state.guard.losses, "of another level"
@@ -178,7 +178,7 @@ def test_another_batch_with_as_many_windows_a_step_gives_the_same_steps(tunes, t
     whole = train(*flags, tmp_path / "whole")
     train(*flags, tmp_path / "cut", stop_at=5)
     resumed = train(*flags, tmp_path / "cut", "--batch", "2", "--accum", "4")
-    assert "--batch: saved 4, asked 2; asked wins" in capsys.readouterr().out
+    assert "--batch: saved 4, given 2; the given value is used" in capsys.readouterr().out
     assert resumed["progress"]["step"] == whole["progress"]["step"]
     for name, weight in whole["model"].items():
         torch.testing.assert_close(resumed["model"][name], weight, rtol=1e-2, atol=1e-3)
