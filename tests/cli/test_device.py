@@ -165,7 +165,7 @@ def test_fewer_cores_than_the_run_computed_with_are_told(tunes, tmp_path, capsys
     saved["progress"]["threads"] = 64
     save_checkpoint({k: v for k, v in saved.items() if k != "format"}, path)
     make_run("--data", tunes, "--save_dir", tmp_path, "--max-steps", "2")
-    assert "computes with 64 threads, this machine has 1" in capsys.readouterr().err
+    assert "the run used 64 threads, this machine has 1" in capsys.readouterr().err
 
 
 # --- pace ----------------------------------------------------------------------------------------
