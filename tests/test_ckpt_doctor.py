@@ -124,6 +124,17 @@ def test_a_healthy_run_is_healthy_and_left_as_it_was(healthy_run, tmp_path):
     assert digest(healthy_run) == before
 
 
+def test_the_printed_command_is_what_a_shell_takes_whatever_the_folder_is_called(good, tmp_path):
+    folder = tmp_path / "two\nlines 'and' \udcff"
+    folder.mkdir()
+    path = good.rename(folder / good.name)
+    said = doctor(folder, "--no-probe").stdout
+    (command,) = re.findall("^RESUME WITH: (.*)$", said, re.MULTILINE)
+    script = f"set -- {command}; printf '%s\\0' \"$@\""
+    words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    assert os.fsencode(path) in words.split(b"\0")
+
+
 def test_a_healthy_run_with_muon_is_healthy_and_says_who_trained_it(muon_run, tmp_path):
     done = doctor(muon_run, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
     assert done.returncode == ExitCode.HEALTHY, done.stdout
