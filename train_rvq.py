@@ -68,6 +68,15 @@ from run_folder.shared_weights import is_shared
 from run_folder.validations import trouble_of
 from sound.npq_format import NpqError
 from training import dry_run, ends, rollback, samples, saving
+from training.compiling import (
+    GRAPH_MODES,
+    MICRO_BATCHES_TO_TRUST,
+    attempts,
+    compiled,
+    first_words,
+    give_back,
+    own_gradients,
+)
 from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
@@ -160,7 +169,7 @@ def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
         state.guard.refuse(in_a_row=not overflow)
         p.epoch_refused += 1
     state.scaler.update()  # halves the loss scale after an overflow; does nothing if disabled
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=not run.has_graphs)
     state.policy.attempt()
     p.position += run.windows_per_step
     run.between_steps = True
@@ -188,10 +197,12 @@ def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     """
     flags, p, world = run.flags, run.state.progress, run.world
     loss_and_ce = torch.zeros(1 + len(run.weights), device=run.device)
+    if run.has_graphs:
+        own_gradients(run.state.model.parameters())
     mine = range(world.rank, flags.accum, world.size)
     for index, codes in zip(mine, batches, strict=False):
         codes = codes.to(run.device, non_blocking=True).long()
-        if run.compiled:
+        if run.has_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(noise_seed(flags.seed, p.epoch, p.position + index * flags.batch))
         with world.reducing(last=index == mine[-1]):
@@ -235,30 +246,42 @@ def prepare_losses(run: TrainingRun) -> None:
 
 
 def compile_losses(run: TrainingRun) -> None:
-    """Compile the losses and try them on one micro-batch; if that fails, report it, stay eager."""
-    state, failure = run.state, None
-    eager, scaler = run.losses, state.scaler
-    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)  # the trial leaves no trace
-    compiled: Any = torch.compile(eager, mode=run.flags.compile_mode, fullgraph=True)
-    run.losses, run.compiled = compiled, True
-    started = time.perf_counter()
+    """Switch to compiled losses after a trial; report what fails, and stay eager if nothing works.
+
+    A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one.
+    """
+    eager = run.losses
+    for mode, instead in attempts(run.flags.compile_mode):
+        run.losses, run.compiled = compiled(eager, mode), True
+        run.has_graphs = mode in GRAPH_MODES and run.device.type == "cuda"
+        if (failure := run.world.first(failure_of_trial(run))) is None:
+            return
+        run.losses, run.compiled, run.has_graphs = eager, False, False
+        give_back()
+        run.console.problem(f"torch.compile failed in mode {mode}, going on {instead} ({failure})")
+
+
+def failure_of_trial(run: TrainingRun) -> str | None:
+    """Return why micro-batches cannot be taken, or None; the trial leaves no trace."""
+    state, scaler, started = run.state, run.state.scaler, time.perf_counter()
+    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
+    mine = run.flags.accum // run.world.size
     try:
         with rng_kept():
             first = np.zeros(run.flags.batch, dtype=np.int64)
             (trial,) = run.loader.read(run.train_windows, [first])
-            accumulate(run, itertools.repeat(trial))
+            for _ in range(-(-MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1):
+                accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
         ends.tell_out_of_memory(run)
         raise
     except Exception as error:  # the compiler can fail in any way; training need not
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return first_words(error)
     finally:
         state.scaler = scaler
         state.optimizer.zero_grad(set_to_none=True)
-    if (failure := run.world.first(failure)) is not None:
-        run.losses, run.compiled = eager, False
-        run.console.problem(f"torch.compile failed, going on without it ({failure})")
+    return None
 
 
 # --- evaluation ----------------------------------------------------------------------------------

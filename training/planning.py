@@ -29,6 +29,15 @@ from cli.disk import free_space
 from model import CodesTransformer, ModelConfig
 from run_folder.files import RING_SIZE, megabytes
 from run_folder.flags import command_words
+from training.compiling import (
+    GRAPH_MODES,
+    MICRO_BATCHES_TO_TRUST,
+    attempts,
+    compiled,
+    first_words,
+    give_back,
+    own_gradients,
+)
 from training.memory_prediction import (
     FIXED,
     GIB,
@@ -190,10 +199,17 @@ class Plan:
             return 0.0, f"this machine has no {device}; give --device-tflops"
         if self.predict().total > free:
             return 0.0, f"a step does not fit into the {gib(free)} that are free"
-        compiled = flags.compile or (flags.compile is None and device.type == "cuda")
-        mode = flags.compile_mode if compiled else None
-        seconds = time_step(self._step(flags, self.config), device, compile_mode=mode)
-        return seconds, f"measured on {device} with random codes"
+        wanted = flags.compile or (flags.compile is None and device.type == "cuda")
+        how = f"measured on {device} with random codes"
+        step = self._step(flags, self.config)
+        for mode, instead in attempts(flags.compile_mode) if wanted else ():
+            try:
+                return time_step(step, device, compile_mode=mode), how
+            except Exception as error:  # the compiler can fail in any way
+                failure = first_words(error)
+            give_back()
+            how += f"; torch.compile failed in mode {mode}, so {instead} ({failure})"
+        return time_step(step, device, compile_mode=None), how
 
     def steps(self, windows: int) -> tuple[int, float]:
         """Return the optimizer steps of an epoch of `windows` training windows, and of the run."""
@@ -375,8 +391,9 @@ def time_step(
 ) -> float:
     """Measure the seconds of an optimizer step on random codes, from a few micro-batches.
 
-    One micro-batch and update warm up; then three, or as many as `seconds` allow, at least one, are
-    timed. `compile_mode` None means without torch.compile.
+    One micro-batch and update warm up, with CUDA graphs as many micro-batches as it takes to replay
+    one; then three, or as many as `seconds` allow, at least one, are timed. `compile_mode` None
+    means without torch.compile.
     """
     with device:
         trained, codes = step.build(), torch.randint(2, step.shape)
@@ -384,9 +401,14 @@ def time_step(
     dtype = step.amp_dtype
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     if compile_mode is not None:
-        forward = torch.compile(forward, mode=compile_mode, fullgraph=True)
+        forward = compiled(forward, compile_mode)
+    has_graphs = compile_mode in GRAPH_MODES
+    if has_graphs:
+        own_gradients(trained.model.parameters())
 
     def micro_batch() -> None:
+        if has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with mixed:
             objective = forward(codes).objective
         objective.backward()
@@ -397,7 +419,8 @@ def time_step(
         trained.ema.update(1)
         next(trained.model.parameters()).sum().item()
 
-    micro_batch()
+    for _ in range(MICRO_BATCHES_TO_TRUST if has_graphs else 1):
+        micro_batch()
     update()
     micro = _mean_seconds(micro_batch, 3, seconds)
     return step.accum * micro + _mean_seconds(update, 1, seconds)
