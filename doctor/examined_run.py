@@ -76,11 +76,6 @@ class ExaminedRun:
                 chosen.setdefault(summary.moment, summary)
         return sorted(chosen.values(), key=lambda s: s.moment[:2])
 
-    def previous(self, summary: Summary) -> Summary | None:
-        """The file before this one in the series."""
-        earlier = [s for s in self.series if (s.step or 0) < (summary.step or 0)]
-        return earlier[-1] if earlier else None
-
     @cached_property
     def _logged_lr(self) -> tuple[list[int], list[float]]:
         rows = [r for r in self.metrics.steps if isinstance(r.get("lr"), float)]

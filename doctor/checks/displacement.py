@@ -1,4 +1,4 @@
-"""How far weights went, from file to file and from their average: G1 to G3.
+"""How far weights moved, from file to file and from their average: G1 to G3.
 
     findings = [*check_displacement(run), *check_average(run)]
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,40 +22,30 @@ from doctor.reading.summary import NOISE_STEPS, Parameter, Summary
 
 
 def travel(lr: float, update_rms: float, steps: float, noise_steps: float = NOISE_STEPS) -> float:
-    """Distance that a tensor covers in so many steps when its gradients are noise.
+    """Distance (RMS) that a tensor covers in `steps` when its gradients are noise.
 
-    Updates of lr * update_rms each, alike within `noise_steps`: a straight line at first, a random
-    walk after. Healthy tensors cover 0.2 to 4 of it.
+    Updates of lr * update_rms each, similar within `noise_steps`: a straight line at first, then a
+    random walk. Healthy tensors cover 0.2 to 4 times this distance.
     """
     return lr * update_rms * math.sqrt(steps * min(steps, noise_steps))
 
 
-@dataclass
-class _Past:
-    """Values of one quantity of one tensor that were judged healthy, as logarithms."""
-
-    logarithms: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.logarithms)
-
-    def add(self, value: float) -> None:
-        self.logarithms.append(math.log(value))
+class _Past(list[float]):
+    """Logarithms of the healthy values so far of one quantity of one tensor."""
 
     def centre(self) -> float:
-        return math.exp(float(np.median(self.logarithms)))
+        return math.exp(float(np.median(self)))
 
     def z(self, value: float) -> float:
-        """Robust z of a value; floor of the deviation: a factor of 1.25."""
-        centre = float(np.median(self.logarithms))
-        return (math.log(value) - centre) / max(spread_of(self.logarithms), math.log(1.25))
+        """Robust z of a value; the deviation is at least a factor of 1.25."""
+        return math.log(value / self.centre()) / max(spread_of(self), math.log(1.25))
 
 
-Judged = tuple[float, Finding]  # how far a tensor went, and what that says
+Judged = tuple[float, Finding]  # how far a tensor moved, and the finding about it
 
 
 def _worst(found: list[Judged]) -> Finding:
-    """The finding of the tensor that went farthest; it says how many others there are."""
+    """The finding of the tensor that moved farthest, with the number of the others."""
     return max(found, key=lambda judged: judged[0])[1].with_others(len(found) - 1)
 
 
@@ -67,8 +57,8 @@ def _worst(found: list[Judged]) -> Finding:
 def check_displacement(run: ExaminedRun) -> Iterator[Finding]:
     """G1, G2: how far tensors moved between files, against the learning rate and their past.
 
-    After a leap a file is compared with the last good one too: where that shows no leap the file
-    between was bad alone; where a file only goes on from a bad one it is as bad.
+    After a leap a file is also compared with the last good one: without a leap from that, only the
+    file between was bad; a file that continues a bad one is as bad.
     """
     pasts: dict[str, _Past] = {}
     sound: list[Summary] = []
@@ -91,7 +81,7 @@ def check_displacement(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _follows(run: ExaminedRun, s: Summary, good: Summary, bad: Summary, worst: str) -> bool:
-    """Whether a file goes on from a bad one, and not from the good one before that."""
+    """Whether a file continues a bad one, and not the good one before that."""
     if bad.step == s.step or _leap(run, bad, s, {}) is not None:
         return False
     samples = [
@@ -104,8 +94,9 @@ def _follows(run: ExaminedRun, s: Summary, good: Summary, bad: Summary, worst: s
 
 
 def _leap(run: ExaminedRun, a: Summary, b: Summary, pasts: dict[str, _Past]) -> Finding | None:
-    """The worst of the tensors that moved too far from a file to a later one; it names how many."""
-    if (b.step or 0) <= (a.step or 0):
+    """The finding of the tensor that moved too far from a file to a later one, or of the worst."""
+    steps = (b.step or 0) - (a.step or 0)
+    if steps <= 0:
         return None
     before = {p.name: p for p in a.parameters}
     lr = run.mean_lr(a.step or 0, b.step or 0, b)
@@ -113,64 +104,56 @@ def _leap(run: ExaminedRun, a: Summary, b: Summary, pasts: dict[str, _Past]) -> 
     for p in b.parameters:
         old = before.get(p.name)
         if p.sample and old is not None and old.shape == p.shape and not old.bad and not p.bad:
-            move = _Move(a, b, old, p, lr * p.lr_factor)
-            judged = _judge_move(move, pasts.setdefault(p.name, _Past()))
-            found += [judged] if judged else []
+            move = _Move(a, b, old, p, steps, lr * p.lr_factor)
+            past = pasts.setdefault(p.name, _Past())
+            if judged := _beyond_reach(move) or _off_pace(move, past):
+                found.append(judged)
     provable = [f for f in found if f[1].check == "G2"]
     return _worst(provable or found) if found else None
 
 
 @dataclass(frozen=True)
 class _Move:
-    """A tensor in two files, and the mean learning rate of its group on the way."""
+    """A tensor in two files, the steps between them, and the mean learning rate of its group."""
 
     earlier: Summary
     later: Summary
     old: Parameter
     new: Parameter
+    steps: int
     lr: float
 
-    @property
-    def steps(self) -> int:
-        return (self.later.step or 0) - (self.earlier.step or 0)
-
-    def finding(self, id: str, text: str, **facts: Any) -> Finding:
+    def finding(self, id: str, text: str, **fields: Any) -> Finding:
         """A finding in the later file."""
-        return in_file(self.later, id, text, after=self.earlier.step, where=self.new.name, **facts)
+        return in_file(self.later, id, text, after=self.earlier.step, where=self.new.name, **fields)
 
 
-def _judge_move(move: _Move, past: _Past) -> Judged | None:
-    """What is wrong with a move; where nothing is, `past` takes it in."""
-    difference = np.subtract(move.new.sample, move.old.sample)
-    with np.errstate(over="ignore"):  # float64's own range: infinitely far is far
-        moved = float(np.sqrt(np.mean(difference**2)))
-    furthest = float(np.abs(difference).max())
-    furthest = max(furthest, abs(move.new.largest - move.old.largest))
-    return _beyond_reach(move, furthest) or _off_pace(move, moved, past)
-
-
-def _beyond_reach(move: _Move, furthest: float) -> Judged | None:
-    """G2: an element that moved farther than the optimizer can take it, whatever the gradients."""
+def _beyond_reach(move: _Move) -> Judged | None:
+    """G2: an element that moved farther than any gradients can move it."""
     old, new = move.old, move.new
+    moved = float(np.abs(np.subtract(new.sample, old.sample)).max())
+    moved = max(moved, abs(new.largest - old.largest))
     bound = new.step_bound if new.optimizer else moment_bound(0.9, 0.999)
     decay = move.later.optimizer.get("weight_decay", 0.0)
     # Of the largest lr on the way: the mean times a factor that covers warm-up and cosine.
     reach = 2 * move.lr * move.steps * (bound + decay * max(old.largest, new.largest))
-    if not (math.isfinite(reach) and furthest > 1.1 * reach + 1e-6):
+    if not (math.isfinite(reach) and moved > 1.1 * reach + 1e-6):
         return None
-    text = f"{new.name} moved by up to {furthest:.3g} in {move.steps} steps"
+    text = f"{new.name} moved by up to {moved:.3g} in {move.steps} steps"
     text += (
         f"; {new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g} at most"
         if reach
         else ", without a learning rate: lr was 0 all the way"
     )
-    found = move.finding("G2", text, value=furthest, baseline=reach)
-    return furthest / reach if reach else math.inf, found
+    found = move.finding("G2", text, value=moved, baseline=reach)
+    return moved / reach if reach else math.inf, found
 
 
-def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
-    """G1: a distance (RMS) that noise does not explain, or none at all."""
+def _off_pace(move: _Move, past: _Past) -> Judged | None:
+    """G1: a distance (RMS) of zero, or larger than noise explains; other paces join `past`."""
     old, new, lr, steps = move.old, move.new, move.lr, move.steps
+    with np.errstate(over="ignore"):  # beyond float64 the distance is infinite
+        moved = float(np.sqrt(np.mean(np.subtract(new.sample, old.sample) ** 2)))
     update = np.nanmax([old.update_rms, new.update_rms, 0.0])
     usual = travel(lr, update, steps, new.noise_steps)
     if not usual or not math.isfinite(usual) or new.numel < 512:
@@ -182,7 +165,7 @@ def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
     straight = lr * update * steps / usual  # the pace of a straight line
     leap = pace > 2 * straight if new.optimizer == "Muon" else pace > max(3 * straight, 6)
     if not leap and not (n >= 3 and _bursts(pace, past)):
-        past.add(pace)
+        past.append(math.log(pace))
         return None
     grown = new.rms / max(old.rms, 1e-12) - 1
     text = (
@@ -197,7 +180,7 @@ def _off_pace(move: _Move, moved: float, past: _Past) -> Judged | None:
 
 def _bursts(pace: float, past: _Past) -> bool:
     """Healthy runs stay below 1.7 times the largest and 2.7 times the median of their past."""
-    grown = pace / past.centre() > 3.5 and math.log(pace / 2.2) > max(past.logarithms)
+    grown = pace / past.centre() > 3.5 and math.log(pace / 2.2) > max(past)
     return grown and pace > 1
 
 
@@ -246,7 +229,7 @@ def _ema_lr(run: ExaminedRun, s: Summary, span: float) -> float:
 def _judge_average(
     run: ExaminedRun, s: Summary, p: Parameter, lr: float, span: float, past: _Past
 ) -> Judged | None:
-    """What is wrong with a tensor's distance from its EMA; where nothing is, `past` takes it in."""
+    """A finding where a tensor is too far from its EMA; other distances join `past`."""
     # Late in a run steps may be small, and the average still holds older, larger ones.
     update = p.update_rms if p.optimizer == "Muon" else max(p.update_rms, 0.1)
     usual = travel(lr, update, span, p.noise_steps)
@@ -258,15 +241,15 @@ def _judge_average(
     burst = n >= 3 and apart > 4 * past.centre() and past.z(apart) > 6 and apart > 2
     if not (far or burst):
         if apart > 0:
-            past.add(apart)
+            past.append(math.log(apart))
         return None
     text = (
         f"{p.name} is far from its EMA: they differ by RMS {p.ema_distance:.2g}, it has "
         f"{p.rms:.2g}; {apart:.3g} times what {span:.0f} steps at lr {lr:.2g} explain"
     )
-    before = run.previous(s)
+    earlier = [e.step for e in run.series if (e.step or 0) < (s.step or 0)]
     return apart, in_file(
-        s, "G3", text, after=before.step if before else None, where=p.name, value=apart,
+        s, "G3", text, after=earlier[-1] if earlier else None, where=p.name, value=apart,
         baseline=past.centre() if n >= 3 else math.nan, n=n,
     )  # fmt: skip
 
@@ -275,10 +258,10 @@ def _judge_average(
 
 
 class _Cosine(NamedTuple):
-    """Between raw minus EMA, the sum of the latest updates, and the way that the optimizer goes.
+    """Cosine between raw - EMA, the sum of the latest updates, and the optimizer's next step.
 
-    It is about `_usual_cosine`, of which healthy runs have 0.24 to 0.82; n elements that have
-    nothing to do with each other have 0 +- 1 / sqrt(n).
+    Expected is `_usual_cosine`, of which healthy runs have 0.24 to 0.82; unrelated vectors of n
+    elements have 0 +- 1 / sqrt(n).
     """
 
     mean: float  # over the tensors, in units of what is usual
@@ -289,7 +272,7 @@ class _Cosine(NamedTuple):
 
     @property
     def exchanged(self) -> bool:
-        """Whether raw and EMA stand in each other's place."""
+        """Whether raw weights and EMA are exchanged."""
         return self.mean < -0.1 and -self.mean * self.z > 8
 
 
@@ -297,15 +280,15 @@ ORTHOGONAL = 0.65  # cosine between Muon's momentum and what orthogonalising mak
 
 
 def _usual_cosine(p: Parameter, span: float) -> float:
-    """Of noise: the part of a span of updates that the newest, which are alike, make up."""
+    """The cosine for noise: the share of the newest updates, which are similar, in the span."""
     alike = math.sqrt(min(1.0, p.noise_steps / span))
     return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
 
 
 def _cosine(run: ExaminedRun, s: Summary, method: str = "") -> _Cosine | None:
-    """Of all tensors or one optimizer's; None where it says nothing.
+    """The cosine over all tensors or those of one optimizer; None where it is not meaningful.
 
-    That is late in a schedule, when the sum is of older, larger updates.
+    That is so late in a schedule, when older and larger updates make up the sum.
     """
     span = _ema_span(s)
     if math.isnan(span):
@@ -331,7 +314,7 @@ def _cosine(run: ExaminedRun, s: Summary, method: str = "") -> _Cosine | None:
 def _judge_direction(
     run: ExaminedRun, s: Summary, now: _Cosine, before: _Cosine | None
 ) -> Iterator[Finding]:
-    """Whether the optimizer goes the way that the latest updates went, at the file before too."""
+    """Findings where the optimizer's step has not the direction of the latest updates."""
     baseline = before.mean if before else 0.5
     facts: dict[str, Any] = {"value": now.mean, "baseline": baseline, "n": now.tensors}
     fell = before is not None and before.lost < 0.1 and now.lost >= 0.6 and now.lr > before.lr / 2
@@ -364,10 +347,10 @@ def _method(s: Summary) -> str:
 
 
 def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
-    """Single tensors whose moments are not theirs, where those of the others are.
+    """Single tensors with moments of another tensor, where the moments of the others are right.
 
-    Foreign moments have a cosine of 0 +- 1 / sqrt(n), of which three are allowed for with Muon; two
-    with Adam, whose healthy tensors have as little as 0.13 of what is expected.
+    Foreign moments have a cosine of 0 +- 1 / sqrt(n). Three such deviations are allowed for Muon,
+    two for Adam, whose healthy tensors have as little as 0.13 of what is expected.
     """
     measured, span = s.measurable, _ema_span(s)
     expected = {p.name: mean * _usual_cosine(p, span) for p in measured}

@@ -1,9 +1,10 @@
-"""What weights amount to by themselves, without data and without a past: A1 to A5.
+"""The scale of weights by themselves, without data and without earlier files: A1 to A5.
 
     findings = list(check_scales(run))
 
-Raw weights and their average are judged alike. What softmax needs, and how far an optimizer's steps
-carry, sets the limits, each several times above what healthy runs have (benchmarks/journal.md).
+Raw weights and their average are judged alike. The limits follow from what softmax needs and from
+the reach of an optimizer's steps; each is several times the value of healthy runs
+(benchmarks/journal.md).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ REACH = 4.0  # times what a random walk of the optimizer's steps covers; healthy
 UNLIKE = 10.0  # times the median of the others: layers of one role, codebooks of one table
 AHEAD = 5.0  # times the size of its average
 HEAD_REACH = 16.0  # of the head, which is pushed one way at first; healthy: up to 4
-# A file tells its lr, but not always that of all its steps: below these no size is held against it.
+# A file contains its lr, but not always that of all its steps: below these no size is a finding.
 SMALL, SMALL_TABLE, SMALL_OLD_TABLE = 4.0, 0.5, 3.0
 
 
 class _Figure(NamedTuple):
-    """A value and the limit that it is held against; `text` goes on after the place."""
+    """A value and its limit; in a report `text` follows `where`."""
 
     id: str
     where: str
@@ -55,7 +56,7 @@ def check_scales(run: ExaminedRun) -> Iterator[Finding]:
             over = [
                 f
                 for figures in (_of_logits, _of_attention, _of_matrices, _of_tables)
-                for f in figures(run, s, part)
+                for f in figures(s, part)
                 if f.value > f.limit
             ]
             for id in dict.fromkeys(f.id for f in over):
@@ -72,25 +73,25 @@ def _finding(s: Summary, part: str, f: _Figure, count: int) -> Finding:
     return found.with_others(count - 1)
 
 
-def _of_logits(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_logits(s: Summary, part: str) -> Iterator[_Figure]:
     """A1. Normal logits of deviation r pick one of V codes with certainty once r^2 / 2 > ln V.
 
-    Past that cross-entropy has no gradient left that would make them larger.
+    Beyond that cross-entropy has no gradient that would make them larger.
     """
-    said = {
+    texts = {
         "logits": "logits of a state of random direction have RMS",
         "offset": "all logits have in common RMS",
         "bias": "biases have RMS",
     }
     for x in s.scales.get(part, []):
-        if x.what not in said or not 0 <= x.number < len(s.vocab_sizes):
+        if x.what not in texts or not 0 <= x.number < len(s.vocab_sizes):
             continue
         enough = math.sqrt(2 * math.log(max(s.vocab_sizes[x.number], 2)))
         others = _others(s, part, x)
         limit = enough**2 if x.what == "bias" else LOGITS * enough
         if x.what != "logits" and others:  # softmax does not see what all codes share
             limit = min(limit, max(UNLIKE * others, enough / 2))
-        text = f"{said[x.what]} {x.value:.3g}, where {enough:.2g} tells its codes apart"
+        text = f"{texts[x.what]} {x.value:.3g}, where {enough:.2g} tells its codes apart"
         text += f" and other codebooks have {others:.2g}" if others else ""
         where = f"{x.where} codebook {x.number}"
         yield _Figure("A1", where, text, x.value, limit, len(s.vocab_sizes))
@@ -102,7 +103,7 @@ def _others(s: Summary, part: str, scale: Scale) -> float:
     return float(np.median(values)) if values else 0.0
 
 
-def _of_attention(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_attention(s: Summary, part: str) -> Iterator[_Figure]:
     """A2, A5. Logits of random queries and keys; what norms multiply their unit input by."""
     for x in s.scales.get(part, []):
         if x.what == "attention":
@@ -118,7 +119,7 @@ def _size(p: Parameter, part: str) -> float:
     return p.rms if part == "raw" else p.ema_rms
 
 
-def _of_matrices(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_matrices(s: Summary, part: str) -> Iterator[_Figure]:
     """A3. Matrices between hidden states against their start, each other and their average."""
     matrices = [
         p for p in s.parameters
@@ -130,7 +131,7 @@ def _of_matrices(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
             yield _Figure("A3", p.name, f"zero throughout after {s.step} steps", 1.0, 0.5)
         alike = [_size(q, part) * unit for q in matrices if q.place.role == p.place.role]
         others = float(np.median(alike)) if len(alike) > 2 else math.inf
-        reach = _reach(run, s, p)
+        reach = _reach(s, p)
         floor = 0.0 if _tells_all(s) else SMALL
         limit = min(MATRIX, max(SMALL, UNLIKE * others), max(floor, reach * unit))
         text = f"RMS {size:.3g}, {size * unit:.3g} times what keeps a product's size"
@@ -145,12 +146,12 @@ def _of_matrices(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
 
 
 def _tells_all(s: Summary) -> bool:
-    """Whether its history goes back to the run's very first start, and so tells every lr."""
+    """Whether its history goes back to the first start of the run, and so contains every lr."""
     first = s.history[0] if s.history else {}
     return first.get("event") == "start" and first.get("step") == 0
 
 
-def _reach(run: ExaminedRun, s: Summary, p: Parameter) -> float:
+def _reach(s: Summary, p: Parameter) -> float:
     """Largest RMS that the steps so far make of a tensor's start; infinite where that is unknown.
 
     Matrices start at deviation 1 / sqrt(columns) or less, tables at 0.001 or, in the older script,
@@ -168,15 +169,15 @@ def _reach(run: ExaminedRun, s: Summary, p: Parameter) -> float:
         start = 1.0
     update = p.update_rms if p.optimizer == "Muon" else 0.25
     times = HEAD_REACH if role == "head" else REACH
-    # What is drawn at random is not exactly so large, and the first steps all go one way.
+    # A random start is not exactly of this size, and the first steps all go in one direction.
     return 2 * start + times * travel(lr * p.lr_factor, update, s.step + 10, p.noise_steps)
 
 
-def _of_tables(run: ExaminedRun, s: Summary, part: str) -> Iterator[_Figure]:
+def _of_tables(s: Summary, part: str) -> Iterator[_Figure]:
     """A4. Tables against their start, and a codebook's longest embedding against the others'."""
     for p in s.parameters:
         if p.place.role.endswith(("embed", "pos", "head")):
-            size, limit = _size(p, part), _reach(run, s, p)
+            size, limit = _size(p, part), _reach(s, p)
             if not _tells_all(s):
                 limit = max(limit, SMALL_OLD_TABLE if s.style == "old" else SMALL_TABLE)
             text = f"RMS {size:.3g}; {s.step} steps make it {limit:.2g} at most"
