@@ -5,9 +5,9 @@
     python encode_npq.py npq_out --decode --out-dir wav_out   # back to .wav
     python encode_npq.py npq_out --info                       # headers, usage
 
-What is done already is skipped, so that the same command goes on after an interruption; what was
-made with another codec or other flags is refused until --overwrite is given. One
-waveform at a time is held in memory: 0.6 GB for an hour of mono at 44.1 kHz.
+Finished files are skipped, so that the same command goes on after an interruption; files made with
+another codec or other flags are refused until --overwrite is given. Memory: one waveform at a time,
+0.6 GB for an hour of mono at 44.1 kHz.
 
 Exit codes: 0 done, 1 failed (a file, or all), 2 wrong usage; interrupted: 129, 130, 143.
 """
@@ -61,6 +61,7 @@ from sound.audio_file import SilentError, read_audio, resample, starts_as_audio,
 from sound.codec import CodecError, load_codec
 from sound.done_before import Job, Judge, sort_out
 from sound.origin import Record, find_all
+from sound.statistics import entropy
 
 if TYPE_CHECKING:
     from sound.audio_file import Waveform
@@ -71,7 +72,7 @@ AUDIO_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd",
     ".caf", ".w64", ".rf64", ".mp2", ".mp1",
 )
-UNREADABLE = (  # sound that libsndfile does not know, or whose end nothing here can tell
+UNREADABLE = (  # sound that libsndfile cannot read, or whose end cannot be found here
     ".m4a", ".m4b", ".m4p", ".mp4", ".aac", ".adts", ".alac", ".3gp", ".amr", ".ac3", ".eac3",
     ".dts", ".wma", ".asf", ".ape", ".wv", ".tta", ".tak", ".ofr", ".shn", ".mpc", ".mka", ".weba",
     ".webm", ".spx", ".ra", ".rm", ".dsf", ".dff", ".voc", ".sph", ".8svx", ".iff", ".avr", ".paf",
@@ -153,10 +154,10 @@ def settle(flags: argparse.Namespace) -> None:
 
 
 def find_files(flags: argparse.Namespace) -> Found:
-    """What the flags name: audio to encode, or .npq to decode or to tell of.
+    """The files that the flags name: audio to encode, or .npq to decode or describe.
 
     Raises:
-        UsageError: nothing that could be used.
+        UsageError: there is no usable file.
     """
     wanted = NPQ
     if not (flags.decode or flags.info):
@@ -192,7 +193,7 @@ def make_out_dir(folder: Path) -> None:
     """Make the folder of the targets.
 
     Raises:
-        UsageError: it is no folder, or nothing can be written there.
+        UsageError: it is a file, or not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,12 +211,12 @@ def make_out_dir(folder: Path) -> None:
 
 
 class NoRoomError(Exception):
-    """Nothing more can be written."""
+    """The disk is full or read-only."""
 
 
 @dataclass
 class Report:
-    """What became of each file."""
+    """The outcome for each file."""
 
     done: int = 0
     done_before: int = 0
@@ -261,7 +262,7 @@ def do_all(
     A progress bar on a terminal, plain lines elsewhere.
 
     Raises:
-        CodecError, NoRoomError: what no other file would fare better with.
+        CodecError, NoRoomError: an error that every other file would meet too.
     """
     with tqdm(jobs, unit="file", miniters=1, leave=False, disable=not sys.stderr.isatty()) as bar:
         for count, job in enumerate(bar, 1):
@@ -310,7 +311,7 @@ class Coder:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec, when it has as many codebooks as the flags ask for."""
+        """The codec; raises CodecError where it has fewer codebooks than the flags request."""
         codec = load_codec(self.flags.codec, self.flags.device)
         asked = max(self.flags.codebooks or 1, self.flags.side_codebooks)
         if asked > (most := codec.num_codebooks):
@@ -370,7 +371,7 @@ class Coder:
     def published(
         self, job: Job, settings: dict[str, Any], source: os.stat_result
     ) -> Iterator[Path]:
-        """A place to write to, which becomes the target when its record is there."""
+        """A path to write to, which becomes the target once its record is written."""
         path = job.target.with_name(f".encode_npq.{os.getpid()}.tmp")
         try:
             yield path
@@ -432,18 +433,14 @@ def info_lines(h: npq.NpqHeader) -> list[str]:
         "  codebook  vocab size  used          entropy (nats)",
     ]
     codes = npq.map_codes(h)
-    for k, size in enumerate(h.vocab_sizes):
-        counts = np.bincount(codes[:, k], minlength=size)
-        share = counts[counts > 0] / h.num_frames
-        entropy = -float(np.sum(share * np.log(share)))
-        lines.append(
-            f"  {k:8}  {size:10}  {len(share):5} ({len(share) / size:4.0%})  {entropy:8.3f}"
-        )
+    for k, (size, nats) in enumerate(zip(h.vocab_sizes, entropy(codes), strict=True)):
+        used = len(np.unique(codes[:, k]))
+        lines.append(f"  {k:8}  {size:10}  {used:5} ({used / size:4.0%})  {nats:8.3f}")
     return lines
 
 
 def origin_line(record: Record | None) -> str:
-    """What made a file."""
+    """The codec and the settings that made a file, as a line of --info."""
     if record is None:
         return "  made by an unknown codec: no record of it"
     said = ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in record.settings.items())
@@ -454,7 +451,7 @@ def origin_line(record: Record | None) -> str:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Do what the flags ask for; returns the exit code."""
+    """Do the work that the flags request; returns the exit code."""
     settle(flags)
     found = find_files(flags)
     if flags.info:
@@ -488,7 +485,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the door; returns the exit code."""
+    """Run the command; returns the exit code."""
     flags = build_parser().parse_args(argv)
     return exit_code_of(
         lambda: run(flags),

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cli.disk import replace_file
 from cli.file_search import NothingFoundError, Wanted, real_paths, search
 from run_folder.names import is_of_a_run, is_sample
 from sound.npq_format import (
@@ -113,8 +114,8 @@ def find_npq_files(
 ) -> list[str]:
     """Expand globs, folders (searched recursively) and file names; each real file once.
 
-    What cannot be read stands at the end, for `scan_corpus` to refuse by name. Files that a run
-    wrote are left out. `tell` gets a line of what was passed over, and one of what was left out.
+    Unreadable paths come last, for `scan_corpus` to refuse by name. Files that a run wrote are left
+    out. `tell` is called with a line of what was passed over, and one of what was left out.
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
@@ -147,8 +148,9 @@ def scan_corpus(
     channel comes first). Files with other codebooks, another frame rate than the median or fewer
     than `ctx` frames are dropped.
 
-    `checked_file` remembers (JSON: path -> size, mtime, CRC) which files were read before, so that
-    a resumed run does not read everything again. `on_file` is told each file before it is read.
+    `checked_file` stores which files were read before (JSON: path -> size, mtime, CRC), so that a
+    resumed run does not read everything again. `on_file` is called with each file before it is
+    read.
 
     Raises:
         BadFilesError: files that are not valid .npq, unless `skip_bad`; or no file is left to use;
@@ -190,7 +192,7 @@ def scan_corpus(
 
 
 def _note_codec(corpus: Corpus) -> None:
-    """Note which codec made the codes; raises BadFilesError where two did."""
+    """Note the codec that made the codes; raises BadFilesError where there are two."""
     sizes, crcs = corpus.files["size"].tolist(), corpus.files["crc"].tolist()
     files = zip(real_paths(corpus.paths), sizes, crcs, strict=True)
     paths: dict[str, list[str]] = {}  # by the weights of their codec; "" where unknown
@@ -223,7 +225,7 @@ def _note_codec(corpus: Corpus) -> None:
 
 
 class _Shape(NamedTuple):
-    """Codebooks that a run takes from a file, and how many of these (the last) are side ones."""
+    """Number of codebooks that a run takes from a file, and of those at the end for the side."""
 
     codebooks: int
     side: int
@@ -251,7 +253,7 @@ def _shape_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> _Shape
 
 
 def _median_rate(headers: Iterable[NpqHeader]) -> float:
-    """A frame rate that a file really has; NaN of none."""
+    """The median frame rate, which is that of a file; NaN without files."""
     rates = sorted(h.frame_rate for h in headers)
     return rates[len(rates) // 2] if rates else math.nan
 
@@ -313,36 +315,29 @@ def _corpus_of(
 
 
 class _CheckedFiles:
-    """CRCs of files whose codes were all in range, remembered by path, size and time stamp."""
+    """CRCs of files whose codes were all in range, stored by path, size and time stamp.
+
+    Only a cache: where it cannot be read or written, the files are read again.
+    """
 
     def __init__(self, store: str | os.PathLike[str] | None) -> None:
-        self.store = store
+        self.store, self.is_changed = store, False
         self.known: dict[str, Any] = {}
-        self.fresh = False
-        if store is not None and os.path.isfile(store):
-            try:
-                with open(store, encoding="utf-8") as file:
-                    self.known = dict(json.load(file))
-            except (OSError, ValueError, TypeError):
-                self.known = {}  # only a cache: every file is read again
+        if store is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                self.known = dict(json.loads(Path(store).read_bytes()))
 
     def crc(self, header: NpqHeader, real_path: str) -> int:
         stamp = [header.file_size, header.mtime_ns]
-        known = self.known.get(real_path)
-        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
-            return int(known[2])
+        match self.known.get(real_path):
+            case [size, mtime_ns, int(crc)] if [size, mtime_ns] == stamp:
+                return crc
         crc = check_codes(header)
         self.known[real_path] = [*stamp, crc]
-        self.fresh = True
+        self.is_changed = True
         return crc
 
     def save(self) -> None:
-        if self.store is None or not self.fresh:
-            return
-        temporary = Path(f"{self.store}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.known))  # json.dump would take ten times as long
-            os.replace(temporary, self.store)
-        except OSError:
-            with contextlib.suppress(OSError):  # the disk may be full: every file is read again
-                temporary.unlink(missing_ok=True)
+        if self.store is not None and self.is_changed:
+            with contextlib.suppress(OSError):  # json.dump would take ten times as long as dumps
+                replace_file(Path(self.store), json.dumps(self.known).encode(), durable=False)
