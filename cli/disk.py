@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -40,7 +41,9 @@ def tell_once(text: str) -> None:
         problem(text)
 
 
-def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> Path:
+def write_beside(
+    path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True, name: str = ""
+) -> Path:
     """Write a hidden file beside `path`, to be renamed to it; returns its path.
 
     `durable` waits for the disk: else a power cut could leave the name without the data.
@@ -48,7 +51,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
     Raises:
         OSError: nothing is left of it.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(name or f".{path.name}{TEMPORARY_SUFFIX}")
     try:
         with naming(path), open(temporary, "wb") as file:
             write(file)
@@ -73,13 +76,15 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+def replace_file(path: Path, content: bytes | memoryview, *, durable: bool) -> None:
     """Write a file whole or not at all. `durable` waits for the disk: it survives a power cut.
 
     Raises:
         OSError: `path` is as it was.
     """
-    replace(write_beside(path, lambda file: file.write(content), durable=durable), path)
+    # Not named after the file, whose name may have the full length of a name.
+    name = f".{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    replace(write_beside(path, lambda file: file.write(content), durable=durable, name=name), path)
     if durable:
         sync_folder(path.parent)
 

@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from cli.disk import naming, replace
+from cli.disk import replace_file
 from sound.audio_streams import (
     CHUNKED,
     DamagedError,
@@ -280,13 +280,6 @@ def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> No
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
-    whole = io.BytesIO()  # libsndfile itself does not say why a disk refuses
+    whole = io.BytesIO()  # libsndfile itself gives no reason where a disk refuses
     soundfile.write(whole, waveform.T, rate, subtype="PCM_16", format="WAV")
-    # Not named after the file, whose name may be as long as a name can be.
-    temporary = Path(path).with_name(f".wav.{os.getpid()}.tmp")
-    try:
-        with naming(Path(path)):
-            temporary.write_bytes(whole.getbuffer())
-        replace(temporary, Path(path))
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(Path(path), whole.getbuffer(), durable=False)

@@ -10,13 +10,11 @@ K = codebooks, T = frames, V = entries of a codebook. Everything on disk is litt
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import math
 import mmap
 import os
-import secrets
 import stat
 import struct
 import zlib
@@ -27,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cli.disk import NOT_OFFERED, naming, replace, sync
+from cli.disk import NOT_OFFERED, replace_file
 
 MAGICS = b"NPQ1", b"NPQ2"
 MAX_CODEBOOKS = 64
@@ -44,7 +42,7 @@ CHECK_CHUNK_BYTES = 4 << 20
 
 
 class NpqError(ValueError):
-    """A file is not a valid .npq: says where, what was expected, what was found, what to do."""
+    """A file is not a valid .npq; the message has path, field, expected, found, and the remedy."""
 
     def __init__(
         self,
@@ -61,7 +59,7 @@ class NpqError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class NpqHeader:
-    """What a file's header says, plus the size and time stamp it had when the header was read."""
+    """The content of a file's header, with the file's size and time stamp when it was read."""
 
     path: str
     layout: str  # "NPQ1", "NPQ2", "legacy A" or "legacy B"
@@ -118,7 +116,7 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
 
 
 def starts_as_npq(path: str) -> bool:
-    """Whether a regular file begins as an .npq does; True too where that cannot be read."""
+    """Whether a regular file begins as an .npq; also True where it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read(len(MAGICS[0])) in MAGICS
@@ -250,8 +248,8 @@ def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
     return None
 
 
-# Errors of a file, or of where it lies. Others are of this process or this moment (no descriptor or
-# memory left, a server that does not answer) and say nothing of the file.
+# Errors of a file or its place. The others are of this process or this moment (no descriptor or
+# memory left, a server that does not answer) and no fault of the file.
 OF_A_FILE = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO),
     *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EINVAL),
@@ -259,7 +257,7 @@ OF_A_FILE = {
 
 
 def raise_unless_of_file(error: Exception) -> None:
-    """In a handler: raise a system error again that does not make its file a bad one."""
+    """In a handler: raise a system error again that is no fault of its file."""
     if isinstance(error, OSError) and error.errno not in OF_A_FILE:
         raise error
 
@@ -268,9 +266,9 @@ def raise_unless_of_file(error: Exception) -> None:
 
 
 def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
-    """Codes [T, K] as a read-only memory map, in the file's own dtype; read where none can be had.
+    """Codes [T, K] as a read-only memory map in the file's dtype; read where mapping is impossible.
 
-    For one file as a whole. Training reads its windows another way: npq_dataset.py says why.
+    For one file as a whole. Training reads windows in another way, for reasons in npq_dataset.py.
 
     Raises:
         NpqError: the file is no longer the one whose header was read.
@@ -292,7 +290,7 @@ def map_codes(header: NpqHeader) -> np.ndarray[Any, Any]:
 
 
 def open_unchanged(path: str, size: int, mtime_ns: int) -> int:
-    """A descriptor of the file, which is still the one that was scanned."""
+    """A descriptor of a file; raises NpqError where it is not the file that was scanned."""
     try:
         descriptor = os.open(path, OPEN_FLAGS)
     except OSError as error:
@@ -309,7 +307,7 @@ def open_unchanged(path: str, size: int, mtime_ns: int) -> int:
 
 
 def file_changed(path: str, expected: object, found: object) -> NpqError:
-    """The error of a file that is no longer what it was when the run began."""
+    """The error of a file that has changed since the run began."""
     remedy = "leave the files alone during a run; resume to go on from the last checkpoint"
     return NpqError(path, "file changed during the run", expected, found, remedy)
 
@@ -367,7 +365,7 @@ def write_npq(
 
     The last `side_codebooks` columns hold the side channel. `frame_rate` is in frames per second,
     `bitrate` (of the source file) in kbit/s. The file appears whole or not at all: it is written
-    beside its place, synced, and renamed.
+    under another name, synced, and renamed.
 
     Raises:
         NpqError: codes or fields that the format cannot hold. Nothing is written then.
@@ -384,7 +382,7 @@ def write_npq(
     except (struct.error, OverflowError) as error:
         expected = "values that fit their fields"
         raise NpqError(path, "header", expected, error, "nothing was written") from error
-    # The reader's own view of these bytes is what gets checked: a float32 rounds.
+    # The check is of the header as it will be read: a float32 rounds.
     layout = head[:4].decode()
     size = len(head) + dtype.itemsize * codes.size
     header = NpqHeader(path, layout, *PARSERS[layout](head), size, mtime_ns=0)
@@ -392,7 +390,8 @@ def write_npq(
         raise NpqError(path, *problem, remedy="nothing was written")
     if codes.min() < 0 or codes.max() >= min(vocab_sizes):
         _refuse_bad_code(header, codes, 0)
-    _write_whole(path, head + np.ascontiguousarray(codes, dtype=dtype).tobytes())
+    content = head + np.ascontiguousarray(codes, dtype=dtype).tobytes()
+    replace_file(Path(path), content, durable=True)
     return read_header(path)
 
 
@@ -410,18 +409,3 @@ def _header_bytes(
     if side_codebooks:
         return struct.pack("<4sHBHH", b"NPQ2", 1, 1, k - side_codebooks, side_codebooks) + tail
     return struct.pack("<4sHH", b"NPQ1", 1, k) + tail
-
-
-def _write_whole(path: str, content: bytes) -> None:
-    # Not named after the file, whose name may be as long as a name can be.
-    temporary = Path(os.path.dirname(path), f".npq.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with naming(Path(path)), open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            sync(file)
-        replace(temporary, Path(path))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise

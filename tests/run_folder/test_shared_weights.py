@@ -130,6 +130,11 @@ def test_a_full_disk_leaves_the_old_file(small_disk):
     assert sorted(p.name for p in path.parent.iterdir()) == ["x.md", "x.safetensors"]
 
 
+def test_a_name_may_have_the_full_length_of_a_name(tmp_path):
+    path = export(SMALL, tmp_path / f"{'x' * 243}.safetensors")
+    assert_same_tensors(load_parts(path, needed=WEIGHTS_KEYS)["ema"], SMALL["ema"])
+
+
 def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
     path = tmp_path / "x.safetensors"
     script = (
