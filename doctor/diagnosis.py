@@ -3,8 +3,8 @@
     diagnosis = diagnose(ExaminedRun(name, summaries, RunMetrics(rows)))
     diagnosis.verdict, diagnosis.onset, diagnosis.last_healthy, diagnosis.command
 
-The gravest finding makes the verdict, the first in time the cause and the onset; a file that no
-grave finding touches, from before any trouble in the metrics, is where to go on.
+The worst finding decides the verdict, the first in time the cause and the onset. The run goes on
+from a file without a grave finding, saved before any trouble in the metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from doctor.examined_run import ExaminedRun
 from doctor.findings import Cause, Finding, Level
 from doctor.reading.summary import Summary
 from run_folder.flags import FLAGS, Scope, command_words, names, saved_flags
-from run_folder.metrics import finite_number
+from run_folder.validations import finite_validations
 
 
 class Verdict(enum.Enum):
@@ -49,9 +49,9 @@ VERDICT_OF = {
     Level.CORRUPT: Verdict.CORRUPT,
     Level.UNSAFE: Verdict.UNSAFE,
 }
-# What became of the weights matters more than a file that can be replaced by its neighbour.
+# The state of the weights matters more than one damaged file, which has neighbours.
 GRAVITY = list(Verdict)
-FILE_CHECKS = ("I1", "I2", "I3", "I4", "S2")  # of one file, and not of the run that wrote it
+FILE_CHECKS = ("I1", "I2", "I3", "I4", "S2")  # about one file and not about its run
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Diagnosis:
     onset: tuple[int | None, int | None]  # last step known good, first step known bad
     last_healthy: Summary | None
     command: str | None
-    remedy: str  # what the command changes and why, or what to do where there is none
+    remedy: str  # what the command changes and why, or what to do without a command
 
     def state_of(self, summary: Summary) -> Level:
         """How bad a file is: the worst finding in it or in a copy; INFO where there is none."""
         return max((f.level for f in self.findings_of(summary)), default=Level.INFO)
 
     def findings_of(self, summary: Summary) -> list[Finding]:
-        """Findings in a file and in the copies of it that the run keeps under other names."""
+        """Findings in a file and in its copies under other names."""
         copies = copies_of(self.run, summary)
         return [
             f for f in self.findings
@@ -82,7 +82,7 @@ class Diagnosis:
 
 
 def copies_of(run: ExaminedRun, summary: Summary) -> set[str]:
-    """Paths of the files that hold the same state of the run, this one included."""
+    """Paths of the files with the same state of the run, this one included."""
     if summary.problem is not None or not summary.parameters:
         return {summary.path}
     return {s.path for s in run.readable if s.moment == summary.moment}
@@ -118,9 +118,8 @@ def _is_of_a_file(finding: Finding) -> bool:
 def _forgive_what_healed(run: ExaminedRun, findings: list[Finding]) -> list[Finding]:
     """Warnings instead of signs of instability before the best val, and in files set aside."""
     guessing = math.log(max([2, *run.vocab_sizes])) if run.vocab_sizes else math.inf
-    vals = [(finite_number(r.get("val")), r["step"]) for r in run.metrics.epochs]
-    known = [(val, step) for val, step in vals if val is not None and val < guessing]
-    healed = min(known)[1] if known else -1
+    vals = [(r["val"], r["step"]) for r in finite_validations(run.metrics) if r["val"] < guessing]
+    healed = min(vals)[1] if vals else -1
 
     def softened(f: Finding) -> Finding:
         if f.level < Level.SUSPECT:
@@ -164,7 +163,7 @@ def _last_healthy(
 
 
 def _cause(grave: list[Finding], first: Finding | None) -> Cause | None:
-    """Of the first sign; a learning rate that was wrong by then explains an instability."""
+    """The cause of the first sign; a learning rate already wrong then explains an instability."""
     if first is None:
         return grave[0].cause if grave else None
     if any(f.cause is Cause.LEARNING_RATE and (f.step or 0) <= (first.step or 0) for f in grave):
@@ -253,7 +252,7 @@ def _way_on(
     if verdict is Verdict.HEALTHY:
         return shell_line(command), "Nothing is wrong; this goes on from the newest state."
     if cause is Cause.OVERFITTING:
-        return _against_overfitting(run, command, healthy)
+        return _against_overfitting(command, healthy)
     if cause is Cause.SCALER:
         return shell_line([*command, "--amp-dtype", "bf16"]), "bf16 needs no loss scale."
     if cause is Cause.LEARNING_RATE and lr:
@@ -270,7 +269,7 @@ def _way_on(
 
 
 def _folder_flags(run: ExaminedRun, summary: Summary) -> list[str]:
-    """Where the run's files lie, and its tag; all other flags travel in the checkpoint."""
+    """The run's folder and tag; the checkpoint contains all other flags."""
     folder = os.path.dirname(summary.path) or "."
     tag = re.fullmatch(r"rvq_\d+cb_(.+)", os.path.basename(run.name))
     return ["--save_dir", folder, *(["--tag", tag[1]] if tag else [])]
@@ -310,7 +309,7 @@ def _without_healthy(run: ExaminedRun, findings: list[Finding]) -> tuple[str | N
 
 
 def _without_prefix(run: ExaminedRun, s: Summary) -> tuple[str, str]:
-    """The command that writes a copy without the prefix of its names and goes on from it."""
+    """The command that writes a copy without the prefix of all names and goes on from it."""
     copy = f"{os.path.splitext(s.path)[0]}_unwrapped.pt"
     script = (
         f"import torch; c = torch.load({s.path!r}, weights_only=True); "
@@ -330,7 +329,7 @@ SANE_LR = 1e-3  # for both optimizers
 
 
 def _new_run(summary: Summary, folder: str, *scopes: Scope) -> list[str]:
-    """Flags of a new run in a folder beside: those of the saved one of some scopes, a lower lr."""
+    """Flags of a new run in a folder beside the old one: saved flags of some scopes, a lower lr."""
     saved = saved_flags({"flags": summary.flags})
     wanted = {name: saved.get(name) for name in ("data", "val_list", *names(*scopes))}
     values = {n: v for n, v in wanted.items() if v != FLAGS[n].options.get("default")}
@@ -341,7 +340,7 @@ def _new_run(summary: Summary, folder: str, *scopes: Scope) -> list[str]:
     return ["--save_dir", place, *itertools.chain(*command_words(values))]
 
 
-def _against_overfitting(run: ExaminedRun, command: list[str], healthy: Summary) -> tuple[str, str]:
+def _against_overfitting(command: list[str], healthy: Summary) -> tuple[str, str]:
     dropout = min(0.5, healthy.flag("dropout", 0.0) + 0.1)
     decay = 2 * healthy.flag("weight_decay", 0.02)
     flags = ["--dropout", f"{dropout:g}", "--weight-decay", f"{decay:g}"]

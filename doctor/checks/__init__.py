@@ -2,8 +2,8 @@
 
     findings = findings_of(run)
 
-Provable limits come first; the others compare a tensor with its own past and with what the
-optimizer's steps allow, and are calibrated on healthy runs (benchmarks/journal.md).
+Provable limits come first. The others compare a tensor with its earlier values and with the reach
+of the optimizer's steps; they are calibrated on healthy runs (benchmarks/journal.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def findings_of(run: ExaminedRun) -> list[Finding]:
-    """What every check finds, families in the order of the table in docs/doctor.md."""
+    """The findings of all checks, families in the order of the table in docs/doctor.md."""
     functions = dict.fromkeys(CHECKS[id].function for id in ids_in_order())
     return [finding for function in functions for finding in function(run)]

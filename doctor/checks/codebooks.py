@@ -1,4 +1,4 @@
-"""What became of the rows of each codebook in embeddings and heads: G8.
+"""Rows of zeros in embeddings and heads: G8.
 
 findings = [*check_codebooks(run)]
 """

@@ -1,8 +1,8 @@
-"""What is wrong with a file by itself: I1 to I4 and F1.
+"""Faults of a single file: I1 to I4 and F1.
 
     findings = [*check_container(run), *check_keys(run), *check_steps(run), *check_finite(run)]
 
-None of it is a matter of degree: what is found here is wrong whatever the run was like.
+None of them is a matter of degree: they are faults in any run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from doctor.reading.summary import Summary
 @check("I1", "the container: stored entries, CRC-32, sizes", Level.CORRUPT, Cause.FILE)
 @check("I2", "names that the pickle would call", Level.UNSAFE, Cause.FILE)
 def check_container(run: ExaminedRun) -> Iterator[Finding]:
-    """I1, I2: what could not be read, and why."""
+    """I1, I2: files that could not be read, and the reason."""
     for s in run.summaries:
         if s.problem is None:
             continue
@@ -47,7 +47,7 @@ def check_keys(run: ExaminedRun) -> Iterator[Finding]:
 
 @check("I4", "epoch in the name, Adam's count of steps, copies", Level.SUSPECT, Cause.FILE)
 def check_steps(run: ExaminedRun) -> Iterator[Finding]:
-    """I4: epoch in the name, Adam's own count of steps, files of one moment that differ."""
+    """I4: epoch in the name, Adam's count of steps, differing files of one step."""
     for s in run.readable:
         yield from _check_name(s)
         yield from _check_adams_count(s)
@@ -73,7 +73,7 @@ def _check_adams_count(s: Summary) -> Iterator[Finding]:
 
 
 def _check_copies(run: ExaminedRun) -> Iterator[Finding]:
-    """Files of one step and second must be copies; where they differ the few are suspect."""
+    """Files of one step and second must be copies; where they differ the minority is suspect."""
     moments: dict[tuple[int, float], Counter[int]] = {}
     for s in run.readable:
         if s.style == "own" and s.step:

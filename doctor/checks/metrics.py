@@ -1,4 +1,4 @@
-"""How training went: learning rate, losses, gradients, and models at work: S1, S2, H1 to H4, P1.
+"""Learning rate, losses, gradients and the probe's results: S1, S2, H1 to H4, P1.
 
     findings = [*check_learning_rate(run), *check_validation(run), *check_probe(run)]
 
@@ -41,7 +41,7 @@ def check_learning_rate(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _judge_lr(s: Summary, group: dict[str, Any], planned: float) -> Finding | None:
-    """A group's saved learning rate against the planned one, in which its factor is counted."""
+    """A group's saved learning rate against the planned one, which includes its factor."""
     lr = group["lr"]
     recovers = s.counter("lr_scale", 1.0) != s.counter("lr_goal", 1.0)
     if not abs(lr - planned) > (0.05 if recovers else 0.01) * planned + 1e-12:
@@ -54,7 +54,7 @@ def _judge_lr(s: Summary, group: dict[str, Any], planned: float) -> Finding | No
 
 
 class _Course:
-    """How a learning rate went: its highest, and the lowest that it fell to from there."""
+    """The highest value of a learning rate, and the lowest one after that."""
 
     def __init__(self) -> None:
         self.peak, self.lowest = 0.0, math.inf
@@ -69,7 +69,7 @@ class _Course:
 
 
 def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
-    """Within one process lr rises in the warm-up alone; a restart may raise it by its flags."""
+    """In one process lr rises only during the warm-up; a restart may raise it by its flags."""
     planned = 0.0  # --lr of the process; 0 where it did not tell
     course = _Course()
     for row in run.metrics.rows:
@@ -97,7 +97,7 @@ def _check_logged_lr(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _check_saved_lr(run: ExaminedRun) -> Iterator[Finding]:
-    """Files of the older script carry no schedule: lr that rises after it had fallen."""
+    """Files of the older script contain no schedule: an lr that rises after it had fallen."""
     course, before = _Course(), None
     for s in run.series:
         lr = s.optimizer.get("lr", math.nan)
@@ -139,7 +139,7 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
     before, lowest = None, math.inf
     for row in run.metrics.epochs:
         values, train = row.get("val_per_codebook") or [], finite_number(row.get("train"))
-        # A codebook that has hardly been learned may fit other music worse than no knowledge does.
+        # A codebook that is hardly learned may fit other music worse than guessing does.
         margin = BADLY if train is not None and train < lowest else LASTING
         lowest = min(lowest, math.inf if train is None else train)
         for k, (value, size) in enumerate(zip(values, run.vocab_sizes, strict=False)):
@@ -156,8 +156,10 @@ def check_guessing(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _guesses_lately(s: Summary) -> Iterator[Finding]:
-    """The guard's average over the latest steps, which it would not have let become a checkpoint;
-    without it the last losses of the file's own history."""
+    """H1: the guard's average over the latest steps; without it the last losses of the history.
+
+    The guard lets no such state become a checkpoint.
+    """
     limits = [math.log(max(size, 2)) + LASTING for size in s.vocab_sizes]
     pairs = list(zip(s.recent_ce, limits, strict=False))
     over = [k for k, (ce, limit) in enumerate(pairs) if not ce <= limit]
@@ -207,7 +209,7 @@ def check_validation(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _best_and_rise(vals: list[float], margin: float) -> tuple[int, int | None]:
-    """Positions of the first value that, like the next, is far above the best; and of that best."""
+    """Positions of the best value, and of the first that is, like the next, far above it."""
     best = 0
     for i, value in enumerate(vals):
         if min(value, vals[min(i + 1, len(vals) - 1)]) > vals[best] + margin:
@@ -219,14 +221,14 @@ def _best_and_rise(vals: list[float], margin: float) -> tuple[int, int | None]:
 
 @check("H3", "loss or gradient norm that leaves its past; refused steps, rollbacks", Level.SUSPECT)
 def check_steps_of_training(run: ExaminedRun) -> Iterator[Finding]:
-    """H3: losses and gradient norms that leave their past, steps that the guard refused."""
+    """H3: jumps of loss and gradient norm, steps that the guard refused."""
     yield from _check_losses(run)
     yield from _check_gradient_norms(run)
     yield from _check_refusals(run)
 
 
 def _check_losses(run: ExaminedRun) -> Iterator[Finding]:
-    """The first loss that jumps away from the forty before it, and stays for three steps."""
+    """The first loss far above the 40 before it that stays there for three steps."""
     rows = run.metrics.steps
     losses = [r.get("loss") for r in rows]
     for i, row in enumerate(rows):
@@ -248,7 +250,7 @@ def _check_losses(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _check_gradient_norms(run: ExaminedRun) -> Iterator[Finding]:
-    """The first of three in a row that are ten times what the sixty before it were."""
+    """The first of three successive norms above ten times the median of the 60 before."""
     rows = [r for r in run.metrics.steps if isinstance(r.get("grad_norm"), float)]
     norms = [r["grad_norm"] for r in rows]
     for i in range(12, len(rows)):
@@ -265,7 +267,7 @@ def _check_gradient_norms(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _check_refusals(run: ExaminedRun) -> Iterator[Finding]:
-    """Rollbacks, quarantines, and steps that the guard refused for more than an overflow."""
+    """Rollbacks, quarantines, and steps that the guard refused, but not for overflows."""
     skips, total = run.metrics.of("skip"), max([1, *(r["step"] for r in run.metrics.rows)])
     bad = [r for r in skips if "overflow" not in str(r.get("reason"))]
     for event in ("rollback", "quarantine"):
@@ -284,7 +286,7 @@ def _check_refusals(run: ExaminedRun) -> Iterator[Finding]:
 
 @check("P1", "models that were run: loss against guessing and against earlier", Level.SUSPECT)
 def check_probe(run: ExaminedRun) -> Iterator[Finding]:
-    """P1: models run on real windows: against guessing, and against the files before."""
+    """P1: models run on real windows, against guessing and against earlier files."""
     best: dict[str, float] = {}
     activations: dict[str, float] = {}
     for s in (s for s in run.readable if s.path in run.probes):
@@ -319,7 +321,7 @@ def _judge_losses(
     mean_ce, known = float(np.mean(losses)), best.get(part, math.inf)
     learned = float(np.mean(s.recent_ce)) if s.recent_ce else s.best_val
     guessing = float(np.mean(np.log(s.vocab_sizes)))
-    # The average may lag behind; the raw weights cannot be far from what their steps had.
+    # The EMA may lag behind; the raw weights cannot be far from the losses of their steps.
     if mean_ce > guessing + 3 * LASTING:
         text = f"{weights}: CE {mean_ce:.3f} on the probe's windows, guessing gives {guessing:.3f}"
         facts = {"value": mean_ce, "baseline": guessing, "n": len(losses)}

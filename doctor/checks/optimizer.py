@@ -1,8 +1,8 @@
-"""What is wrong with an optimizer's state: F2, F3, O2 and O4.
+"""Faults of an optimizer's state: F2, F3, O2 and O4.
 
     findings = [*check_moments(run), *check_updates(run), *check_scale(run)]
 
-Moments that no gradients can make are proof; the size of a step is held against its own past.
+Moments that no gradients can make are proof; the size of a step is compared with earlier files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from run_folder.metrics import finite_number
 @check("F2", "second moments below zero", Level.CORRUPT, Cause.OPTIMIZER)
 @check("F3", "moments that no clipped gradients can make", Level.CORRUPT, Cause.OPTIMIZER)
 def check_moments(run: ExaminedRun) -> Iterator[Finding]:
-    """F2, F3: what no sequence of gradients can produce."""
+    """F2, F3: moments that no sequence of gradients can produce."""
     for s in run.readable:
         negative = [p for p in s.parameters if p.v_negative]
         if negative:
@@ -40,9 +40,9 @@ def check_moments(run: ExaminedRun) -> Iterator[Finding]:
 
 
 def _check_momentum(run: ExaminedRun) -> Iterator[Finding]:
-    """F3, O2 of Muon: momentum that clipped gradients cannot make, that left its past, or is lost.
+    """F3, O2 of Muon: momentum that clipped gradients cannot make, that leapt, or that is zero.
 
-    torch's Muon keeps a running mean of gradients, so none is longer than the longest of them.
+    torch's Muon keeps a running mean of gradients, so it is no longer than the longest of them.
     """
     clip, past = _largest_clip(run), list[float]()
     for s in run.series:
@@ -71,7 +71,7 @@ def _momentum_norm(p: Parameter) -> float:
 
 
 def _largest_clip(run: ExaminedRun) -> float:
-    """Largest --grad-clip of the run's starts; infinite where one did not clip or did not tell."""
+    """Largest --grad-clip of the run's starts; infinite where one is unknown or did not clip."""
     flags = [s.flags for s in run.readable if s.style == "own"]
     flags += [r["flags"] for r in run.metrics.rows if r["event"] in ("start", "resume")]
     clips = [finite_number(f.get("grad_clip")) or math.inf for f in flags]
@@ -81,7 +81,7 @@ def _largest_clip(run: ExaminedRun) -> float:
 def _judge_momentum(
     run: ExaminedRun, s: Summary, norm: float, past: list[float]
 ) -> Iterator[Finding]:
-    """Against the norms of the latest gradients, of which healthy runs have 0.01 to 0.08."""
+    """O2: the norm of the momentum over that of the latest gradients; healthy: 0.01 to 0.08."""
     near = [
         r["grad_norm"] for r in run.metrics.steps
         if isinstance(r.get("grad_norm"), float) and -40 < r["step"] - (s.step or 0) <= 0
@@ -100,7 +100,7 @@ def _judge_momentum(
 
 @check("O2", "RMS of Adam's step, size of Muon's momentum", Level.SUSPECT, Cause.OPTIMIZER)
 def check_updates(run: ExaminedRun) -> Iterator[Finding]:
-    """O2: the step that Adam takes; Muon's has one size."""
+    """O2: the size of Adam's step; Muon's is constant."""
     pasts: dict[str, list[float]] = {}
     for s in run.series:
         for p in s.measurable:
@@ -116,10 +116,10 @@ def _check_update(s: Summary, p: Parameter, past: list[float]) -> Iterator[Findi
         yield in_file(s, "O2", text, where=p.name, value=0.0)
         return
     usual = float(np.median(past)) if past else 0.229
-    # Rows of an embedding that are never drawn have no moments and take no steps.
+    # Rows of an embedding whose code never occurs have no moments and do not move.
     rms = p.update_rms / math.sqrt(max(1 - p.v_zero, 1e-3))
     text = ""
-    # A tensor that is pushed one way step after step comes near 1, and does so early in a run.
+    # A tensor that moves in one direction at every step comes near 1; it may early in a run.
     if rms > 0.6 and len(past) >= 3 and rms > 2.5 * usual:
         text = f"RMS of Adam's step on {p.name} is {rms:.2f}; noise alone gives 0.23"
     elif rms == 0 or (len(past) >= 3 and rms < 0.03 and rms < usual / 4):

@@ -1,9 +1,9 @@
-"""Opening a checkpoint file that may be broken or hostile: the zip, its pickle, its storages.
+"""Open a checkpoint file that may be broken or hostile: the zip, its pickle, its storages.
 
-    content = open_safely("rvq_ckpts/rvq_9cb_latest.pt")   # its dictionary; tensors lie on disk
-    forget_pages(content["model"]["head.weight"])          # once it was read
+    content = open_safely("rvq_ckpts/rvq_9cb_latest.pt")   # its dictionary; tensors stay on disk
+    forget_pages(content["model"]["head.weight"])          # after it was read
 
-torch's reader lists what the pickle names before anything runs, and a file that names what no
+torch's reader lists the names in the pickle before anything runs, and a file with names that no
 checkpoint needs is never loaded. Raises Unreadable with the reason. Called in a limited child.
 """
 
@@ -36,7 +36,7 @@ from doctor.reading.foreign import (
 from doctor.reading.summary import Unreadable, as_dict, as_list
 from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, read_tensors, verify_file
 
-_maps_files = True  # False once a file had to be read: of what was, no page may be dropped
+_maps_files = True  # False once a file had to be read: its pages must not be dropped
 
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]}
@@ -47,12 +47,13 @@ ALLOWED: list[Any] = [
 
 
 def open_safely(path: str) -> dict[str, Any]:
-    """What a checkpoint file holds, tensors mapped from disk, after its container and pickle pass.
+    """The content of a checkpoint file whose container and pickle are safe; tensors are mapped.
 
-    `prefix` is what a wrapper, such as of torch.compile, had put before all names; it is taken off.
+    A prefix that a wrapper, such as torch.compile, put before all names is removed; it is the value
+    of the key `prefix`.
 
     Raises:
-        Unreadable: its pickle is unsafe or refused, its storages lie, or it is no checkpoint.
+        Unreadable: its pickle is unsafe, its sizes are wrong, or it is no checkpoint.
         CheckpointError: missing or damaged.
     """
     if os.path.isdir(path) or os.path.isfile(path):
@@ -75,7 +76,7 @@ def open_safely(path: str) -> dict[str, Any]:
 
 
 def _is_of_a_trainer_known(content: dict[Any, Any]) -> bool:
-    """Whether it is of this trainer, or of the script before it, as far as keys and names tell."""
+    """Whether keys and names are those of this trainer or of the script before it."""
     model = content.get("model")
     if not isinstance(model, dict):
         return False
@@ -102,7 +103,7 @@ def _refuse_foreign(found: Foreign | None, content: Any = None) -> None:
 
 
 def _strip_prefix(content: dict[str, Any]) -> None:
-    """Take off what a wrapper put before the names of weights and of the optimizer's parameters."""
+    """Remove a wrapper's prefix from the names of weights and of the optimizer's parameters."""
     content["prefix"] = prefix = prefix_of(n for n in content["model"] if isinstance(n, str))
     if not prefix:
         return
@@ -115,7 +116,7 @@ def _strip_prefix(content: dict[str, Any]) -> None:
 
 
 def _content_of(path: str, opened: Path) -> Any:
-    """By torch's reader, which calls only what rebuilds tensors; `opened` is the same file."""
+    """The content by torch's reader, which only rebuilds tensors; `opened` is the same file."""
     global _maps_files
     _refuse_unsafe(path, opened)
     try:
@@ -140,9 +141,9 @@ def _not_a_zip(path: str) -> str:
 
 
 def _refuse_unsafe(path: str, opened: Path) -> None:
-    """Refuse a pickle that names what torch's reader does not allow, before anything runs.
+    """Refuse a pickle with names that torch's reader does not allow, before anything runs.
 
-    One that the reader cannot list is unsafe too: torch.save writes none.
+    A pickle that the reader cannot list is unsafe too: torch.save writes none.
     """
     with zipfile.ZipFile(path) as container:
         pickles = [e for e in container.infolist() if e.filename.endswith(".pkl")]
@@ -171,7 +172,7 @@ def _refuse_unsafe(path: str, opened: Path) -> None:
 
 
 def _check_storages(path: str, content: Any) -> None:
-    """The sizes that the pickle tells must be those of the zip's entries: mapping checks none."""
+    """Compare the sizes in the pickle with those of the zip's entries: mapping does not."""
     tensors = list(_tensors(content))
     if odd := [t for t in tensors if t.layout != torch.strided or t.is_quantized or t.is_meta]:
         kind = str(odd[0].layout if odd[0].layout != torch.strided else odd[0].dtype)
@@ -189,7 +190,7 @@ def _check_storages(path: str, content: Any) -> None:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested containers, each of which is looked into once, however often it is met."""
+    """Tensors in nested containers; a container that occurs several times is searched once."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -202,7 +203,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def forget_pages(tensor: Tensor) -> None:
-    """Let the kernel drop a mapped tensor's pages, or a whole file would count as memory in use."""
+    """Let the kernel drop a mapped tensor's pages: else a whole file counts as memory in use."""
     if not _maps_files:
         return
     storage = tensor.untyped_storage()

@@ -1,9 +1,9 @@
-"""How large the things are that weights make, whatever goes in: logits, attention, offsets.
+"""The size of logits, attention and offsets that weights make of random inputs.
 
     scales_of(content["model"], summary)     # [Scale("logits", "head.weight", 3, 1.7), ...]
 
-A norm hands a product states of unit size times its gain, and what comes out of a state of random
-direction is told by the weights alone. So one file is judged without data and without its past.
+A norm gives states of unit size times its gain, so the weights alone determine the output for a
+state of random direction. One file can thus be judged without data and without earlier files.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _rms(x: Tensor) -> float:
 
 
 def _of_table(name: str, k: int, table: Tensor, last: Tensor | None, role: str) -> Iterator[Scale]:
-    """Of codebook k's rows [V, D] in an embedding or a head, behind the last norm's gain [D].
+    """Figures of codebook k's rows [V, D] in an embedding or a head, behind the last gain [D].
 
-    Softmax does not see what all codes have in common, so that is told apart.
+    The common part of all codes has no effect in softmax, so it is a figure of its own.
     """
     if role == "embed":
         yield Scale("embedding", name, k, float(table.norm(dim=1).max()))
@@ -63,8 +63,11 @@ def _of_table(name: str, k: int, table: Tensor, last: Tensor | None, role: str) 
 def _of_attention(
     name: str, qkv: Tensor, known: dict[str, Tensor], summary: Summary
 ) -> Iterator[Scale]:
-    """RMS of a block's attention logits, over random normalised inputs: from QK-norm's gains, or
-    without it ||G Wq^T Wk G|| / sqrt(C) of each head, with the gains G of the norm before."""
+    """RMS of a block's attention logits over random normalised inputs.
+
+    From the gains of QK-norm, or without it ||G Wq^T Wk G|| / sqrt(C) of each head, with the gains
+    G of the norm before.
+    """
     block = name.removesuffix("attn.qkv.weight")
     gains = [known.get(f"{block}attn.{part}_norm.weight") for part in "qk"]
     if gains[0] is not None and gains[1] is not None:

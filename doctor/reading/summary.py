@@ -1,11 +1,11 @@
-"""One checkpoint file as plain data: what the doctor keeps of it, and nothing that can run.
+"""One checkpoint file as plain data: figures and text, and nothing that can run.
 
     summary.problem          # why the file could not be read, or None
     summary.parameters[0]    # norms, counts and distances of one tensor, raw, EMA and moments
     sorted(summary.parameters, key=lambda p: p.place)  # as a forward pass meets them
 
-reader.py makes a Summary of a file; the checks know files by it alone. Below it stand the names of
-tensors and files, and how a value of a file that nobody vouches for becomes plain.
+reader.py makes a Summary of a file; the checks see no other data of files. Below it are the places
+of tensors in the network, and the conversion of untrusted values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 class Unreadable(Exception):
-    """A file that is not a checkpoint to be read, and why."""
+    """A file cannot be read as a checkpoint; `problem` is the reason."""
 
     def __init__(self, kind: ProblemKind, text: str, way: str = "") -> None:
         self.problem = Problem(kind, text, way)
@@ -160,7 +160,7 @@ class Summary:
 
 
 class Place(NamedTuple):
-    """Where a tensor stands: sorts in the order in which a forward pass meets it."""
+    """Position of a tensor in the network; sorts in the order of a forward pass."""
 
     stage: int
     layer: int
@@ -206,7 +206,7 @@ def place_of(name: str) -> Place:
     return Place(stage, -1, 0, codebook, role + kind)
 
 
-# --- values that nobody vouches for --------------------------------------------------------------
+# --- untrusted values ----------------------------------------------------------------------------
 
 
 def as_dict(value: Any) -> dict[Any, Any]:
