@@ -1,4 +1,4 @@
-"""Tell what is wrong with a training run, and which command saves it.
+"""Find what is wrong with a training run, and the command that saves it.
 
     python ckpt_doctor.py rvq_ckpts                # a folder, files or globs
     python ckpt_doctor.py rvq_ckpts --html report.html --json report.json
@@ -8,23 +8,23 @@
 Exit code: 0 healthy, 1 suspect or overfitting, 2 wrong usage, 3 diverged or dead, 4 corrupt or
 unsafe, 5 nothing usable or of other programs (or the doctor itself failed), 130 interrupted.
 
-Files are only read, each in a child process with limits; no pickle is run and nothing is written
-but the reports that are asked for. The metrics beside the checkpoints are found by themselves.
+Files are only read, each in a child process with limits; no pickle is run, and only the requested
+reports are written. The metrics beside the checkpoints are found automatically.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
-import functools
 import itertools
 import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
@@ -61,7 +61,7 @@ from sound.npq_format import NpqError
 
 
 class ExitCode(enum.IntEnum):
-    """How the doctor ends; the same numbers stand in --help and docs/formats.md."""
+    """Exit codes of the doctor, as in --help and docs/formats.md."""
 
     HEALTHY = 0
     SUSPECT = 1
@@ -137,11 +137,9 @@ def examine(flags: argparse.Namespace) -> int:
 
 
 def read_runs(flags: argparse.Namespace) -> list[ExaminedRun]:
-    """Every file that was named, summarised and sorted into the runs that wrote them."""
-    paths = find_checkpoints(flags.paths)
-    summaries = summarize_all(paths)
+    """Every named file, summarised and sorted into the runs that wrote them."""
     runs = []
-    for name, members in group_by_run(summaries).items():
+    for name, members in group_by_run(summarize_all(find_checkpoints(flags.paths))).items():
         run = ExaminedRun(name, members, RunMetrics(metrics_rows(flags.metrics, name, members)))
         if flags.probe_data:
             try:
@@ -155,7 +153,7 @@ def read_runs(flags: argparse.Namespace) -> list[ExaminedRun]:
 
 
 def probe_alone(run: ExaminedRun, s: Summary) -> None:
-    """Run a lone file's model on its own data, or note why that cannot be."""
+    """Run a lone file's model on its own data, or note why that is not possible."""
     answer: dict[str, Any] | Problem
     if s.style == "old":
         answer = Problem("missing", "the older script saved no fingerprint of it")
@@ -171,7 +169,7 @@ def probe_alone(run: ExaminedRun, s: Summary) -> None:
 
 
 def find_checkpoints(words: Sequence[str]) -> list[str]:
-    """Paths of folders' checkpoints, of globs and of files, each once, in the order named."""
+    """Paths of the checkpoints in folders, globs and files, each once, in the given order."""
     found: dict[str, None] = {}
     for word in itertools.chain.from_iterable(map(as_by_a_shell, words)):
         matches = [word]
@@ -188,62 +186,52 @@ def find_checkpoints(words: Sequence[str]) -> list[str]:
 
 
 def as_by_a_shell(word: str) -> list[str]:
-    """The word itself where it names something, else what it matches as a glob."""
+    """The word itself where such a path exists, else the paths that it matches as a glob."""
     try:
         return [word] if os.path.lexists(word) else expand(word)
     except NothingFoundError as error:
         raise UsageError(f"{error}; name checkpoints, a folder or a glob") from error
 
 
-def summarize_all(paths: Iterable[str]) -> list[Summary]:
+def summarize_all(paths: Sequence[str]) -> list[Summary]:
     """Summaries with a progress bar; hard links of one file are read once."""
-    paths = list(paths)
-    sizes = {path: os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths}
-    known: dict[tuple[int, int], Summary] = {}
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
+    known: dict[object, Summary] = {}
     summaries = []
-    with tqdm(
-        total=sum(sizes.values()), unit="B", unit_scale=True, miniters=1, disable=None
-    ) as bar:
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, miniters=1, disable=None) as bar:
         done = 0
-        for path in paths:
+
+        def advance(read: int) -> None:
+            bar.update(done + read - bar.n)
+
+        for path, size in zip(paths, sizes, strict=True):
             bar.set_description(os.path.basename(path)[-40:])
-            identity = _identity(path)
-            twin = known.get(identity) if identity else None
-            if twin is None:
-                twin = summarize(path, functools.partial(_advance, bar, done))
-            if identity:
-                known[identity] = twin
+            identity: object = path
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                identity = status.st_dev, status.st_ino
+            if identity not in known:
+                known[identity] = summarize(path, advance)
             _, kind, name_epoch = checkpoint_name(path)
+            twin = known[identity]
             summaries.append(dataclasses.replace(twin, path=path, kind=kind, name_epoch=name_epoch))
-            done += sizes[path]
-            _advance(bar, done, 0)
+            done += size
+            advance(0)
     return summaries
 
 
-def _advance(bar: tqdm[NoReturn], done: int, read: int) -> None:
-    bar.update(done + read - bar.n)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino
-
-
 def group_by_run(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
-    """Files by folder and name of their run; strangers join the only run of their folder."""
+    """Files by folder and name of their run; other names join the only run of their folder."""
     runs: dict[str, list[Summary]] = {}
-    strangers: list[Summary] = []
+    others: list[Summary] = []
     for summary in summaries:
         name = checkpoint_name(summary.path).run
         if not name:
-            strangers.append(summary)
+            others.append(summary)
         else:
             folder = os.path.dirname(summary.path)
             runs.setdefault(os.path.join(folder, name), []).append(summary)
-    for summary in strangers:
+    for summary in others:
         folder = os.path.dirname(summary.path)
         homes = [name for name in runs if os.path.dirname(name) == folder]
         home = homes[0] if len(homes) == 1 else folder or "."
@@ -252,7 +240,7 @@ def group_by_run(summaries: Iterable[Summary]) -> dict[str, list[Summary]]:
 
 
 def metrics_rows(given: str | None, name: str, members: list[Summary]) -> list[dict[str, Any]]:
-    """Rows of the metrics file; without one the newest checkpoint's own tail of it."""
+    """Rows of the metrics file; without one the last rows, from the newest checkpoint."""
     path = Path(given or f"{name}_metrics.jsonl")
     if path.is_file():
         return read_metrics(path)
@@ -266,7 +254,7 @@ def metrics_rows(given: str | None, name: str, members: list[Summary]) -> list[d
 
 
 def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
-    """The terminal's tables, and the files that were asked for."""
+    """Print the tables and write the requested files."""
     if flags.json == "-":
         print_result(json.dumps(as_json(diagnoses), allow_nan=False, indent=1))
     else:
@@ -282,7 +270,7 @@ def report(flags: argparse.Namespace, diagnoses: list[Diagnosis]) -> None:
 
 
 def write_report(path: str, text: str) -> None:
-    """Write a report whole or not at all; to a pipe or a device as it takes it."""
+    """Write a report whole or not at all; to a pipe or a device directly."""
     place, content = Path(os.path.realpath(path)), text.encode(errors="backslashreplace")
     if place.is_file() or not place.exists():
         replace_file(place, content, durable=False)

@@ -61,10 +61,10 @@ def _mpeg_frame(data: bytes, pos: int) -> tuple[_Kind, int] | None:
     return kind, (kind.samples // 8 // slot * bits // hertz + (head[2] >> 1 & 1)) * slot
 
 
-def _is_chain(data: bytes, pos: int, count: int = 3) -> bool:
-    """Whether `count` frames of one kind follow each other at `pos`, or fewer up to the end."""
+def _is_chain(data: bytes, pos: int) -> bool:
+    """Whether three frames of one kind follow each other at `pos`, or fewer up to the end."""
     kinds: set[_Kind] = set()
-    for _ in range(count):
+    for _ in range(3):
         frame = _mpeg_frame(data, pos)
         if frame is None:
             return bool(kinds) and (pos == len(data) or tag_length(data, pos) > 0)
