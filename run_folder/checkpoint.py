@@ -1,10 +1,10 @@
-"""One checkpoint: its bytes, saving beside training, verified load.
+"""One checkpoint file: writing it, saving in the background of training, verified loading.
 
     dump(checkpoint, file)
     checkpoint = load_checkpoint("rvq_9cb_latest.pt")
 
-This is the only place that calls torch.save or torch.load on checkpoints. It knows nothing of the
-model, so that a checkpoint can be opened whose model no longer builds.
+Only this file calls torch.save or torch.load on checkpoints. It does not import the model, so that
+a checkpoint opens even if its model can no longer be built.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FORMAT = "rvq-checkpoint"
 FORMAT_VERSION = 1
 STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
-WEIGHTS_KEYS = {"ema", "architecture"}  # what a new run can start from
-DOS_FOLDER_BIT = 0x10  # of a zip entry's external attributes
-SAVING_NICENESS = 10  # a tenth of the share of a processor that training gets where both want it
-ANOTHER = "name a .pt file of train_rvq.py, or an older one of the run"  # a remedy
+WEIGHTS_KEYS = {"ema", "architecture"}  # enough to start a new run
+DOS_FOLDER_BIT = 0x10  # in the external attributes of a zip entry
+SAVING_NICENESS = 10  # on a busy core, saving gets a tenth of the time that training gets
+ANOTHER = "give a .pt file of train_rvq.py, or an older one of the run"  # a remedy
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, unsafe or does not fit; says which, why, and what to do."""
+    """A checkpoint is missing, damaged, unsafe or does not fit; the message contains a remedy."""
 
 
 # --- one file ------------------------------------------------------------------------------------
@@ -53,14 +53,14 @@ def dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save({"format": FORMAT, "version": FORMAT_VERSION, **checkpoint}, file)
     except RuntimeError as error:
-        # torch's writer covers the disk's error with one of its own.
+        # torch's writer hides the disk's error behind one of its own.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def size_of(value: Any) -> int:
-    """Bytes that a checkpoint will take on disk, a little over: tensors, names, padding."""
+    """Return the bytes that a checkpoint takes on disk; a slight overestimate."""
 
     def tensor_bytes(part: Any) -> int:
         if isinstance(part, Tensor):
@@ -73,12 +73,11 @@ def size_of(value: Any) -> int:
 
 
 class BackgroundSaver:
-    """Writes a checkpoint in a thread, from a copy, while training goes on.
+    """Copies a checkpoint and writes the copy in a thread, while training goes on.
 
-    The copies lie in host memory that is kept and used again, page-locked for tensors of a CUDA
-    device: one more state in host memory. torch's writer and the kernel hold no interpreter lock
-    while they checksum, copy and sync, so what training pays is the copy (after CheckFreq, Mohan
-    et al., FAST 2021).
+    The copy takes as much host memory as the checkpoint, page-locked for CUDA tensors; it is kept
+    and reused. Checksums, writing and syncing run without the interpreter lock, so training waits
+    only for the copy (after CheckFreq, Mohan et al., FAST 2021).
     """
 
     def __init__(self) -> None:
@@ -87,15 +86,16 @@ class BackgroundSaver:
     def start(
         self, checkpoint: dict[str, Any], write: Callable[[dict[str, Any]], Path]
     ) -> Future[Path]:
-        """Copy the checkpoint, then `write` the copy in the background.
+        """Copy the checkpoint, then call `write` with the copy in the background.
 
-        Wait for the future before the next start: the copy's memory is used again.
+        The future receives the result of `write` or its error. Wait for it before the next start,
+        which overwrites the copy.
         """
         copy = self._copied(checkpoint, ())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         written: Future[Path] = Future()
-        # A daemon: a disk that hangs must not hold up the end of the process.
+        # A daemon thread: a disk that hangs must not keep the process from ending.
         work = (written, write, copy)
         threading.Thread(target=_write, args=work, name="saving", daemon=True).start()
         return written
@@ -125,8 +125,8 @@ def _write(
         written.set_exception(error)
 
 
-# Errors of the system that say that a file is bad. Others are of this process or this moment (no
-# descriptor, memory or permission, a server that does not answer) and say nothing of it.
+# System errors that mean that the file is bad. Others (no descriptor, memory or permission left, a
+# server that does not answer) are temporary and say nothing about the file.
 OF_A_FILE = {
     *(errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EIO, errno.EINVAL, errno.ENXIO),
     errno.ENAMETOOLONG,
@@ -134,23 +134,23 @@ OF_A_FILE = {
 
 
 def verify_file(path: Path) -> None:
-    """Check a checkpoint's container: a regular zip, nothing compressed, every CRC-32 right.
+    """Check a checkpoint's zip container: a regular file, no compression, every CRC-32 correct.
 
-    torch.load does none of this, so flipped bits would load in silence.
+    torch.load checks none of this, so flipped bits would load without an error.
 
     Raises:
-        CheckpointError: names the file and what is wrong with it.
-        OSError, MemoryError: it cannot be read now, and nothing is known of it.
+        CheckpointError: the file is bad; the message names the file and the reason.
+        OSError, MemoryError: the file cannot be read now, and may be good.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(
-                f"{path}: expected a regular file, found a folder, pipe or device; name a .pt file"
+                f"{path}: expected a regular file, found a folder, pipe or device; give a .pt file"
             )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             for entry in entries:
-                # Compressed entries are never ours and can unpack to any size.
+                # torch.save never compresses, and a compressed entry can unpack to any size.
                 if (
                     entry.compress_type != zipfile.ZIP_STORED
                     or entry.file_size != entry.compress_size
@@ -158,7 +158,7 @@ def verify_file(path: Path) -> None:
                     raise CheckpointError(
                         f"{path}: refused, entry {entry.filename!r} is compressed; {ANOTHER}"
                     )
-                # torch "reads" a folder's bytes without a word, as whatever memory held before.
+                # For a folder, torch returns uninitialised memory without an error.
                 if entry.external_attr & DOS_FOLDER_BIT or entry.is_dir():
                     raise CheckpointError(
                         f"{path}: damaged, entry {entry.filename!r} is marked as a folder; "
@@ -166,20 +166,20 @@ def verify_file(path: Path) -> None:
                     )
             if sum(entry.file_size for entry in entries) > os.path.getsize(path):
                 raise CheckpointError(f"{path}: refused, entries overlap; {ANOTHER}")
-            # Where two readers could differ on what is in a file, torch could read what the loop
-            # above and the CRC-32s below never saw.
+            # If two readers can disagree on a file's content, torch may read entries that the loop
+            # above and the CRC-32s below never checked.
             if len({entry.filename.lower() for entry in entries}) < len(entries):
                 raise CheckpointError(f"{path}: damaged, two entries have one name; {ANOTHER}")
             if not entries or not _has_one_directory(path, archive.start_dir, len(entries)):
                 raise CheckpointError(
-                    f"{path}: damaged, its directory is not where it says it is; {ANOTHER}"
+                    f"{path}: damaged, its zip directory is not at the recorded place; {ANOTHER}"
                 )
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
     except (CheckpointError, MemoryError):
         raise
-    # A damaged container can fail in many ways: RuntimeError for a flipped "encrypted" flag ...
+    # A damaged container can raise anything, for example RuntimeError for an "encrypted" flag.
     except Exception as error:
         _raise_unless_of_file(error, path)
         raise CheckpointError(
@@ -190,16 +190,16 @@ def verify_file(path: Path) -> None:
 
 
 def _raise_unless_of_file(error: Exception, path: Path) -> None:
-    """In a handler: raise a system error again, with the path, that does not make a file bad."""
+    """In an exception handler: re-raise a system error outside OF_A_FILE, with the path."""
     if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_A_FILE:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _has_one_directory(path: Path, start: int, count: int) -> bool:
-    """Whether a zip's directory begins at `start`, has `count` entries and nothing else after it.
+    """Return whether a zip's directory is at `start`, has `count` entries, and ends the file.
 
-    The end of a zip is the record END, before it END64 and its locator if there are those; each
-    says where the directory is, and readers differ on which they believe and where they look.
+    The record END closes a zip; END64 and its locator may come before it. END and END64 each record
+    where the directory is, and readers differ on which of them they use: both must agree.
     """
     end, end64, locator = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), "<4sLQL"
     size = os.path.getsize(path)
@@ -207,33 +207,33 @@ def _has_one_directory(path: Path, start: int, count: int) -> bool:
         file.seek(max(0, size - end.size - 20 - end64.size))
         tail = file.read()
     fields = end.unpack(tail[-end.size :])
-    found = [fields[4], fields[5], fields[6]]  # entries, bytes, start
+    recorded = [fields[4], fields[5], fields[6]]  # entries, bytes, start of the directory
     finish, comment = size - end.size, fields[7]
     sixty_four = tail[-end.size - 20 : -end.size]
     if sixty_four[:4] == b"PK\x06\x07":
         finish -= 20 + end64.size
         wide = end64.unpack(tail[: end64.size])
-        said = struct.unpack(locator, sixty_four)
-        if wide[0] != b"PK\x06\x06" or said[1:] != (0, finish, 1):
+        located = struct.unpack(locator, sixty_four)
+        if wide[0] != b"PK\x06\x06" or located[1:] != (0, finish, 1):
             return False
-        full = [0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF]  # stands for "see END64"
-        if any(a not in (b, c) for a, b, c in zip(found, wide[7:], full, strict=True)):
+        full = [0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF]  # in END these mean "see END64"
+        if any(a not in (b, c) for a, b, c in zip(recorded, wide[7:], full, strict=True)):
             return False
-        found = list(wide[7:])
-    right = found == [count, finish - start, start]
-    return fields[0] == b"PK\x05\x06" and comment == 0 and right
+        recorded = list(wide[7:])
+    agrees = recorded == [count, finish - start, start]
+    return fields[0] == b"PK\x05\x06" and comment == 0 and agrees
 
 
 def load_checkpoint(
     path: str | os.PathLike[str], *, needed: set[str] = REQUIRED_KEYS
 ) -> dict[str, Any]:
-    """Verify and read a checkpoint, tensors on the CPU. Never runs code from the file.
+    """Verify and read a checkpoint, with its tensors on the CPU; no code from the file is run.
 
-    `needed` are the parts that it must have; without an argument all that a resume takes.
+    `needed` are the keys that it must have, by default all that a resume needs.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, of another program, or of a newer version.
-        OSError, MemoryError: it cannot be read now.
+        OSError, MemoryError: the file cannot be read now, and may be good.
     """
     path = Path(path)
     verify_file(path)
@@ -244,7 +244,10 @@ def load_checkpoint(
         )
     version = checkpoint.get("version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: damaged, format version {version!r} is none; {ANOTHER}")
+        raise CheckpointError(
+            f"{path}: damaged, expected a format version of at least 1, found {version!r}; "
+            f"{ANOTHER}"
+        )
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}, this program reads up to "
@@ -257,18 +260,18 @@ def load_checkpoint(
 
 
 def map_tensors(path: Path) -> Any:
-    """Whatever a verified file holds, its tensors mapped from disk and not read.
+    """Load any verified file with its tensors memory-mapped, so that they are read when used.
 
     Raises:
-        CheckpointError: refused by the safe reader.
-        OSError: the file system maps no files; see `read_tensors`.
+        CheckpointError: refused by the safe reader (weights_only).
+        OSError: the file system cannot map files; use `read_tensors`.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY):
         return _unpickle(path, mmap=True)
 
 
 def read_tensors(path: Path) -> Any:
-    """The same, all of it in memory."""
+    """Load any verified file into memory; raises what `map_tensors` raises."""
     return _unpickle(path)
 
 
@@ -280,7 +283,7 @@ def _unpickle(path: Path, **options: Any) -> Any:
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         _raise_unless_of_file(error, path)
         _raise_out_of_memory(error, path)
-        # What torch says before and after that sentence is advice to load without safety.
+        # Around this sentence, torch advises to load without the safe reader.
         told = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
         reason = re.split(r"\.\s|\n", told)[0].removesuffix(".") or type(error).__name__
         raise CheckpointError(
@@ -289,7 +292,10 @@ def _unpickle(path: Path, **options: Any) -> Any:
 
 
 def _raise_out_of_memory(error: Exception, path: Path) -> None:
-    """In a handler: a file that takes more memory than there is is no bad one, unless it lies."""
+    """In an exception handler: raise MemoryError if memory was too little for the file.
+
+    A request for more bytes than the file has is not believed: then the file is bad.
+    """
     asked = re.search(
         r"(?:DefaultCPUAllocator: .*you tried to allocate|unable to mmap) (\d+) bytes", str(error)
     )
@@ -297,12 +303,12 @@ def _raise_out_of_memory(error: Exception, path: Path) -> None:
         raise MemoryError(f"{path}: no memory left to read it") from error
 
 
-# --- what a run's exactness depends on ------------------------------------------------------------
+# --- random state and library versions ------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def rng_kept() -> Iterator[None]:
-    """Run something without moving the random state that training will go on from."""
+    """Restore torch's random state after the block, so that training is not affected by it."""
     state = rng_state()
     try:
         yield
@@ -311,20 +317,20 @@ def rng_kept() -> Iterator[None]:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's generators: {"cpu": uint8 tensor, "cuda": list of uint8 tensors}."""
+    """Return the state of torch's generators: {"cpu": uint8 [N], "cuda": a list of uint8 [M]}."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned; a device that is absent now is left out."""
+    """Restore the result of `rng_state`; CUDA states only if the number of devices is the same."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that decide whether a resumed run can be exact."""
+    """Return the versions of Python, torch, NumPy and CUDA; with others a resume is not exact."""
     numpy = sys.modules["numpy"].__version__ if "numpy" in sys.modules else ""
     return {
         "python": sys.version.split()[0],

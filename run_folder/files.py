@@ -1,10 +1,10 @@
-"""The files that a run keeps in its folder: names, upkeep, search.
+"""The files that a run keeps in its folder: names, saving, removing old ones, search.
 
     files = RunFiles("rvq_ckpts", run_name(9, "base512"))
     files.save(checkpoint, best_epoch=10, archive_epoch=10)
     checkpoint, path, complaints = load_latest(files)
 
-What can be resumed is never overwritten or removed before something newer is on the disk.
+A checkpoint that can be resumed is overwritten or removed only after a newer one is on disk.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from cli.disk import (
 )
 from run_folder.checkpoint import CheckpointError, dump, load_checkpoint, size_of
 
-RING_SIZE = 4  # step checkpoints to roll back to
+RING_SIZE = 4  # step checkpoints kept for rollbacks
 QUARANTINE_SIZE = 3  # unsound states kept for diagnosis
 
 
 def run_name(num_codebooks: int, tag: str = "") -> str:
-    """`rvq_9cb` or `rvq_9cb_base512`: how every file of a run begins."""
+    """Return the prefix of all files of a run, as `rvq_9cb` or `rvq_9cb_base512`."""
     return f"rvq_{num_codebooks}cb" + (f"_{tag}" if tag else "")
 
 
 class RunFiles:
-    """Names and upkeep of the files that one run keeps in its folder.
+    """The files of one run in its folder.
 
-    `latest` is replaced at each save and the one before it stays as `previous`; `best`, the dated
-    archives and the ring of step checkpoints that a run can roll back to are further links to the
-    same bytes where the file system has hard links.
+    Each save replaces `latest`, and the old one becomes `previous`. `best`, the dated archives and
+    the ring (the newest step checkpoints, for rollbacks) are hard links to the same bytes, or
+    copies on a file system without hard links.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
@@ -55,20 +55,23 @@ class RunFiles:
         self.best = self.folder / f"{name}_best.pt"
         self.metrics = self.folder / f"{name}_metrics.jsonl"
         self.report = self.folder / f"{name}_report.html"
-        self.has_links = True  # until the file system shows that it has none
-        self.good: tuple[int, ...] = ()  # what `latest` was when it was last known to be whole
-        self.new: tuple[int, ...] = ()  # and when it last got its name
+        self.has_links = True  # False after hard links failed on this file system
+        self.good: tuple[int, ...] = ()  # `_identity` of the last `latest` known to be whole
+        self.new: tuple[int, ...] = ()  # `_identity` of the last file renamed to `latest`
 
     def ring_file(self, step: int) -> Path:
-        """The step checkpoint of a step."""
+        """Return the path of the step checkpoint of `step`."""
         return self.folder / f"{self.name}_ring_s{step:08d}.pt"
 
     def ring_steps(self) -> list[int]:
-        """Steps of the ring's checkpoints, oldest first."""
+        """Return the steps of the existing step checkpoints, oldest first."""
         return [step for step, _ in self._by_step("ring")]
 
     def prune_ring(self, newest: int) -> None:
-        """Remove step checkpoints newer than a step, which are of another past, and old ones."""
+        """Keep the RING_SIZE newest step checkpoints up to step `newest`; remove the others.
+
+        Those after `newest` come from steps that a rollback or a resume has undone.
+        """
         ring = self._by_step("ring")
         kept = [path for step, path in ring if step <= newest][-RING_SIZE:]
         for _, path in ring:
@@ -76,12 +79,14 @@ class RunFiles:
                 remove(path)
 
     def remove_ring(self) -> None:
-        """Remove all step checkpoints, once a run has ended well."""
+        """Remove all step checkpoints, after a run has finished."""
         for _, path in self._by_step("ring"):
             remove(path)
 
     def quarantine(self, checkpoint: dict[str, Any], step: int, reason: str) -> Path:
-        """Keep an unsound state apart, with the reason in it, and the newest few such files alone.
+        """Save an unsound state, with the reason in it, to a file that no resume reads.
+
+        Only the newest QUARANTINE_SIZE such files stay. Returns the path.
 
         Raises:
             OSError: as `save_checkpoint`.
@@ -108,19 +113,19 @@ class RunFiles:
         keep_archived: int = 20,
         tell: Callable[[str], None] = print,
     ) -> Path:
-        """Save as `latest`, and as asked as `best` and its archive, as an archive, in the ring.
+        """Save as `latest`, and under a further name for each argument that is not None.
 
-        `best` comes first: if a crash falls between, the resumed run finds the same best again,
-        whereas a `latest` that knows of a best value whose file is missing would never mend. The
-        step checkpoint likewise: `latest` counts on it, and one too many goes at the next start.
-        Then archives over `keep_archived` of each kind are removed, oldest first. Before it, as
-        many as the new file needs for its space; `tell` gets a line that names these.
+        `best_epoch` adds `best` and its archive, `archive_epoch` an archive, `ring_step` a step
+        checkpoint. These come before `latest`: after a crash in between, the resumed run reaches
+        them again, whereas a `latest` that records a best value or a step checkpoint without a file
+        would never get it. If the disk is full, the oldest archives are removed first, and `tell`
+        gets a line that names them. Afterwards `keep_archived` archives of each kind stay.
 
         Raises:
             OSError: as `save_checkpoint`, or there is no space; `latest` is intact.
         """
-        asked = [best_epoch, best_epoch, archive_epoch, ring_step]
-        names = len(asked) - asked.count(None) + self.latest.exists()
+        extra = [best_epoch, best_epoch, archive_epoch, ring_step]
+        names = len(extra) - extra.count(None) + self.latest.exists()
         self.make_room(size_of(checkpoint) * (1 if self.has_links else 1 + names), tell)
         temporary = write_beside(self.latest, functools.partial(dump, checkpoint))
         try:
@@ -136,7 +141,7 @@ class RunFiles:
             replace(temporary, self.latest)
             self.new = _identity(self.latest)
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise
         sync_folder(self.folder)
@@ -149,28 +154,28 @@ class RunFiles:
         return self.latest
 
     def latest_in_words(self) -> str:
-        """`latest`, and what is certain of it after a save that failed."""
+        """Describe the state of `latest` after a save that failed."""
         try:
             found = _identity(self.latest)
         except FileNotFoundError:
             return f"{self.latest} is not there"
         except OSError as error:
-            return f"{self.latest} cannot be looked at ({error.strerror})"
+            return f"{self.latest} cannot be read ({error.strerror})"
         if found == self.good:
             return f"{self.latest} is still the last good one"
         if found == self.new:
-            return f"{self.latest} is the new one, which a power cut may take"
+            return f"{self.latest} is the new one, which a power cut may still destroy"
         return f"{self.latest} was not written by this run"
 
     def _link(self, source: Path, target: Path) -> None:
         self.has_links = _replace_with_link(source, target) and self.has_links
 
     def make_room(self, needed: int, tell: Callable[[str], None] = print) -> None:
-        """Remove the oldest archives, only as many as it takes to have `needed` bytes free.
+        """Remove as few of the oldest archives as it takes to have `needed` bytes free.
 
-        An archive frees nothing while `latest`, `previous`, `best`, a step checkpoint or a file of
-        the user's is a link to the same bytes; such a one stays, and all stay where all together
-        free too little.
+        An archive stays while any other file, such as `latest` or a user's link, is a hard link to
+        the same bytes, since its removal would free nothing. If all archives together would free
+        too little, none is removed.
 
         Raises:
             OSError: ENOSPC with the figures; nothing was removed.
@@ -183,8 +188,8 @@ class RunFiles:
             raise OSError(
                 errno.ENOSPC,
                 f"No space left on device: {megabytes(needed)} needed, {megabytes(free)} free "
-                f"and {megabytes(freed)} in archives that could go; free some, or give --save_dir "
-                "on another disk",
+                f"and {megabytes(freed)} in archives that could be removed; free some space, or "
+                "give --save_dir on another disk",
                 str(self.folder),
             )
         for path in doomed:
@@ -195,8 +200,11 @@ class RunFiles:
         )
 
     def _oldest_archives(self, wanted: int) -> tuple[list[Path], int]:
-        """Archives whose removal frees `wanted` bytes, or all there are, and what they free."""
-        links: dict[int, list[Path]] = {}  # of each inode, oldest first
+        """Return the oldest archives whose removal frees `wanted` bytes, and the bytes they free.
+
+        If that takes more than there are, all that free anything are returned.
+        """
+        links: dict[int, list[Path]] = {}  # inode -> archives, oldest first
         for path in sorted(self.archives("epoch") + self.archives("best"), key=_age):
             links.setdefault(path.stat().st_ino, []).append(path)
         doomed: list[Path] = []
@@ -218,19 +226,22 @@ class RunFiles:
         return path
 
     def archives(self, kind: str) -> list[Path]:
-        """Archives of a kind ("epoch" or "best"), oldest epoch first."""
+        """Return the archives of a kind ("epoch" or "best"), oldest epoch first."""
         pattern = re.compile(rf"{re.escape(self.name)}_{kind}_e(\d+)__([\d-]+)\.pt")
         found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
         return [p for _, p in sorted(found, key=lambda f: (int(f[0][1]), f[0][2]))]
 
     def others(self) -> list[Path]:
-        """Checkpoints to offer when `latest` and `previous` are both unusable, newest first."""
+        """Return the checkpoints to resume if `latest` and `previous` are unusable, best first.
+
+        They are step checkpoints, then archives, newest first, then `best`, which may not exist.
+        """
         ring = [path for _, path in reversed(self._by_step("ring"))]
         archives = [*reversed(self.archives("epoch")), *reversed(self.archives("best"))]
         return [*ring, *archives, self.best]
 
     def all_files(self) -> list[Path]:
-        """Every file of the run that exists."""
+        """Return every existing file of the run."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
         shared = self.folder / f"{self.name}_best.safetensors"
         named += [shared, shared.with_suffix(".md"), self.folder / f"{self.name}_tb"]
@@ -241,13 +252,16 @@ class RunFiles:
         return found
 
     def remove_leftovers(self) -> None:
-        """Remove half-written files of a save that was killed. Call with the lock held."""
+        """Remove partly written files of a killed save; call with the folder's lock held."""
         restore_replaced(self.folder, f"{self.name}_")
         for path in self.folder.glob(f".{self.name}_*{TEMPORARY_SUFFIX}"):
             remove(path)
 
     def set_aside(self) -> Path | None:
-        """Move an earlier run's files into a dated folder, so that a new run overwrites nothing."""
+        """Move an earlier run's files into a dated folder, so that a new run overwrites nothing.
+
+        Returns that folder, or None if there were no files.
+        """
         old = self.all_files()
         if not old:
             return None
@@ -266,35 +280,35 @@ class RunFiles:
 
 
 def megabytes(count: float) -> str:
-    """`0.3 MB`, `512.0 MB`, `2.1 GB`; decimal."""
+    """Format a number of bytes in decimal units, as `512.0 MB` or `2.1 GB`."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What changes with a file's content: inode, size, time stamp."""
+    """Return device, inode, size and modification time, which change when a file is replaced."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _age(archive: Path) -> tuple[int, str]:
-    """Epoch and date of an archive, to sort both kinds into one line."""
+    """Return epoch and date of an archive, a sort key for archives of both kinds."""
     match = re.search(r"_e(\d+)__([\d-]+)\.pt$", archive.name)
     assert match is not None
     return int(match[1]), match[2]
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write so that after a crash at any moment `path` holds the old content or the new, whole.
+    """Write a checkpoint atomically: after a crash `path` has the old content or the new one.
 
     Raises:
-        OSError: the disk is full, read-only or failing; `path` is as it was.
+        OSError: the disk is full, read-only or failing; `path` is unchanged.
     """
     replace(write_beside(path, functools.partial(dump, checkpoint)), path)
     sync_folder(path.parent)
 
 
 def _replace_with_link(source: Path, target: Path) -> bool:
-    """Make `target` the same file as `source`, atomically; without hard links a copy, and False."""
+    """Replace `target` atomically by a hard link to `source`, or by a copy; False for a copy."""
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
     remove(temporary)
     linked = True
@@ -305,15 +319,15 @@ def _replace_with_link(source: Path, target: Path) -> bool:
         with open(source, "rb") as whole:
             write_beside(target, functools.partial(shutil.copyfileobj, whole))
     replace(temporary, target)
-    remove(temporary)  # rename does nothing where both names are one file already
+    remove(temporary)  # rename does nothing if both names are already links to one file
     return linked
 
 
 def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) -> RunFiles | None:
-    """The run in a folder that a command with this tag goes on with, or None.
+    """Find the run in a folder that a command with this --tag resumes; None if there is none.
 
-    A tag matches its own run alone. Without a tag the untagged run is meant, or else the only
-    tagged one.
+    A tag matches only the run with this tag. Without a tag the untagged run is resumed, or if there
+    is none, the only tagged one. `codebooks` None matches any number of codebooks.
 
     Raises:
         CheckpointError: several runs match.
@@ -336,14 +350,14 @@ def find_run(folder: str | os.PathLike[str], tag: str, codebooks: int | None) ->
 def load_latest(
     files: RunFiles, *, keep_damaged: bool = False
 ) -> tuple[dict[str, Any], Path, list[str]]:
-    """Load `latest`, or `previous` when `latest` is damaged: checkpoint, its path, complaints.
+    """Load `latest`, or `previous` if `latest` is damaged or missing.
 
-    A damaged `latest` is renamed, so that the next save does not rotate it over the good one, but
-    not with `keep_damaged`, where no save comes.
+    Returns the checkpoint, its path and the errors of `latest`. A damaged `latest` is renamed, so
+    that the next save does not make it `previous`; with `keep_damaged` it stays as it is.
 
     Raises:
-        CheckpointError: none loads; lists them and what else could be resumed. Touches nothing.
-        OSError, MemoryError: one cannot be read now, and may well be whole. Touches nothing.
+        CheckpointError: neither can be loaded; the message lists what else could be resumed.
+        OSError, MemoryError: a file cannot be read now, and may be good. No error changes a file.
     """
     complaints: list[str] = []
     for path in (files.latest, files.previous):
@@ -359,7 +373,7 @@ def load_latest(
             files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
         return checkpoint, path, complaints
     offers = [f"  --resume {p}" for p in files.others() if p.exists()]
-    ways = "resume as below, or start anew with" if offers else "no other one is there: start with"
+    ways = "resume as below, or start anew with" if offers else "there is no other: start anew with"
     raise CheckpointError(
         "\n".join(
             (

@@ -1,10 +1,11 @@
-"""One trainer per folder, also where the file system has no locks.
+"""A lock that admits one trainer per folder, also on file systems without locks.
 
     with FolderLock("rvq_ckpts"):
-        ...              # a second trainer is refused, and told who is first
+        ...              # a second trainer gets an error that names this one
 
-The kernel's lock (flock) ends with its process, however that ends. Without it a file is made that
-names machine, process and when that began: on the same machine a dead holder is known as such.
+The kernel's lock (flock) ends with its process, even if it is killed. Where the file system has no
+locks, a claim file names the machine, the process and its start time, so that the same machine can
+recognise a holder that has died.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ NO_LOCKS = {*NOT_OFFERED, errno.ENOLCK}
 
 
 class FolderLock:
-    """Holds a folder for one process.
+    """Context manager that holds a folder, created if necessary, for one process.
 
     Raises:
-        CheckpointError: another process holds the folder; names it. Or it cannot be written to.
+        CheckpointError: another process holds the folder (the message names it), or the folder
+            cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.path = self.folder / ".lock"
         self.claim = self.folder / ".lock_without_flock"
-        self.mine = b""  # what stands in the claim, if it is this process's
+        self.mine = b""  # content of this process's claim file, if it made one
 
     def __enter__(self) -> FolderLock:
         try:
@@ -54,7 +56,7 @@ class FolderLock:
         except BaseException:
             self.file.close()
             raise
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock file stays without a name
             self.file.truncate(0)
             self.file.write(_this_process())
         return self
@@ -71,14 +73,14 @@ class FolderLock:
             self._refuse(self.path)
             self._make_claim()
             tell_once(
-                f"{self.folder}: this file system has no locks ({error.strerror}); going on, and "
-                f"{self.claim.name} keeps other trainers away as far as it can"
+                f"{self.folder}: this file system has no locks ({error.strerror}); going on with "
+                f"{self.claim.name} instead, which protects less surely from a second trainer"
             )
         else:
             self._refuse(self.claim)
 
     def _refuse(self, path: Path) -> bytes:
-        """Raise CheckpointError unless nobody who may live has written a file; its content."""
+        """Raise CheckpointError if a live process may have written `path`; return its content."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -88,7 +90,7 @@ class FolderLock:
         return content
 
     def _make_claim(self) -> None:
-        """Make the file that only one process can make; a dead holder's is moved away first."""
+        """Create the claim file exclusively, after moving a dead holder's away."""
         self.mine = _this_process()
         for attempt in range(20):
             try:
@@ -98,18 +100,19 @@ class FolderLock:
                 pass
             except OSError as error:
                 raise self._unusable(error) from error
-            time.sleep(0.1)  # who took this for a dead one puts it back; see `_take_away`
+            # A process that took this file for a dead holder's puts it back; see `_take_away`.
+            time.sleep(0.1)
             found = self._refuse(self.claim)
             if found == self.mine:
                 return
-            if found or attempt > 10:  # an empty one is being written
+            if found or attempt > 10:  # an empty file may be one that is being written
                 self._take_away(found)
         raise self._in_use(_Holder(b""))
 
     def _take_away(self, dead: bytes) -> None:
-        """Move a dead holder's claim away; if it was another's by then, that one gets it back."""
+        """Remove the claim file with content `dead`; a file with other content is put back."""
         away = self.claim.with_name(f"{self.claim.name}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):  # another was faster
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
             os.rename(self.claim, away)
             if away.read_bytes() != dead:
                 os.rename(away, self.claim)
@@ -143,7 +146,7 @@ class FolderLock:
 
 
 def _this_process() -> bytes:
-    """A line for people, and one that tells this process from every other."""
+    """Return two lines: the process in words, and a JSON object that identifies it."""
     command = " ".join(" ".join(sys.argv).split())[:200]
     name = f"process {os.getpid()} on {socket.gethostname()}: {command}"
     facts = {"pid": os.getpid(), "start": _start_of(os.getpid()), **_machine()}
@@ -151,7 +154,7 @@ def _this_process() -> bytes:
 
 
 def _machine() -> dict[str, str]:
-    """What tells a machine, its start and its space of process numbers from others."""
+    """Return what identifies this machine, its boot and its namespace of process numbers."""
     facts = {"host": socket.gethostname()}
     with contextlib.suppress(OSError):
         facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -161,7 +164,7 @@ def _machine() -> dict[str, str]:
 
 
 def _start_of(pid: Any) -> str:
-    """When a process began, in clock ticks since the machine did; empty if there is none."""
+    """Return the start of a process in clock ticks since boot; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -169,20 +172,20 @@ def _start_of(pid: Any) -> str:
 
 
 def _lives(pid: Any, start: Any) -> bool:
-    """Whether the process of this number is there, and the one that began then."""
+    """Return whether process `pid` exists and began at `start`, as far as /proc shows it."""
     if found := _start_of(pid):
         return bool(found == start)
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, TypeError, ValueError):
         return False
-    except OSError:  # another user's, which /proc may hide
+    except OSError:  # the process of another user, which /proc may hide
         pass
     return True
 
 
 class _Holder:
-    """The process that a lock's content tells of, which may be cut off or of an older version."""
+    """The process named in a lock file, which may be cut off or written by an older version."""
 
     def __init__(self, content: bytes) -> None:
         name, _, rest = content.decode(errors="replace").partition("\n")
@@ -192,12 +195,12 @@ class _Holder:
             self.facts = dict(json.loads(rest))
 
     def is_of_here(self) -> bool:
-        """Whether this machine, as it runs now, can tell if it lives."""
+        """Return whether the holder is of this boot and namespace, so that /proc can show it."""
         here = _machine()
         return "boot" in here and all(self.facts.get(n) == here.get(n) for n in ("boot", "pids"))
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended: by its number and start, or this machine began anew."""
+        """Return whether the holder has certainly ended: it is gone, or the machine rebooted."""
         here, facts = _machine(), self.facts
         if self.is_of_here():
             return not _lives(facts.get("pid"), facts.get("start"))
@@ -206,7 +209,7 @@ class _Holder:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, each of them there after a power cut too."""
+    """Create a folder with its parents, durably: each exists even after a power cut."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

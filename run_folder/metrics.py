@@ -1,6 +1,6 @@
-"""What a run says: console lines, the progress bar, metrics rows, TensorBoard.
+"""The output of a run: console lines, the progress bar, metrics rows, TensorBoard.
 
-`*_metrics.jsonl` holds one JSON object a line with `event` first; a number that is not finite
+`*_metrics.jsonl` has one JSON object per line, with `event` first; a number that is not finite
 becomes null, since JSON has no NaN.
 """
 
@@ -27,7 +27,7 @@ from cli.command_line import UsageError, in_words, problem, say
 
 
 def duration(seconds: float) -> str:
-    """`59s`, `20m 17s`, `2h 05m`, `2d 11h`."""
+    """Format seconds as `59s`, `20m 17s`, `2h 05m` or `2d 11h`."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s}s"
@@ -39,12 +39,12 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss), or None where that means nothing: loss not finite, or exp beyond a float."""
+    """Return exp(loss) of a loss in nats; None if the loss is not finite or exp overflows."""
     return math.exp(loss) if math.isfinite(loss) and loss < 709 else None
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """A figure for the console; `n/a` for None, NaN and infinity."""
+    """Format a number for the console; `n/a` for None, NaN and infinity."""
     return "n/a" if value is None or not math.isfinite(value) else format(value, form)
 
 
@@ -52,10 +52,10 @@ def number(value: float | None, form: str = ".4f") -> str:
 
 
 class Console:
-    """Lines on standard output, problems on standard error, and a bar where there is a terminal.
+    """Writes lines to standard output, problems to standard error, and a progress bar.
 
-    `quiet` leaves epoch lines, learning-rate lines and problems, and drops the rest; `silent` drops
-    everything, in a process that repeats what another one says.
+    The bar needs a terminal. `quiet` drops the bar and the details; `silent` drops everything, for
+    the ranks other than 0.
     """
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
@@ -64,31 +64,31 @@ class Console:
         self.bar: tqdm[Any] | None = None
 
     def detail(self, text: str) -> None:
-        """A line that `quiet` drops."""
+        """Write a line, unless `quiet`."""
         if not self.quiet:
             self.line(text)
 
     def line(self, text: str) -> None:
-        """A line that always stands."""
+        """Write a line, also if `quiet`."""
         self._write(text, say)
 
     def lines(self, texts: Iterable[str]) -> None:
-        """Several such."""
+        """Write several lines, also if `quiet`."""
         for text in texts:
             self.line(text)
 
     def problem(self, text: str) -> None:
-        """Something went wrong or was refused."""
+        """Write a warning or error to standard error, also if `quiet`."""
         self._write(text, problem)
 
     def _write(self, text: str, write: Callable[[str], None]) -> None:
         if self.silent:
             return
-        with tqdm.external_write_mode():  # the bar, if there is one, stays below
+        with tqdm.external_write_mode():  # keeps the progress bar below the line
             write(text)
 
     def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
-        """Begin a bar over an epoch's optimizer steps."""
+        """Show a progress bar of `steps` optimizer steps, of which `done` are done."""
         if self.has_bar:
             label = f"epoch {epoch}/{epochs}"
             self.bar = tqdm(
@@ -96,7 +96,7 @@ class Console:
             )
 
     def advance(self, loss: float, lr: float, frames_per_s: float, left: float) -> None:
-        """One step on: loss in nats, frames per second, seconds left in the run."""
+        """Advance the bar by a step: loss in nats per code, `left` seconds until the run's end."""
         if self.bar is not None:
             facts = f"loss {number(loss)}, lr {lr:.2e}, {frames_per_s:.0f} frames/s"
             self.bar.set_postfix_str(f"{facts}, run ends in {duration(left)}", refresh=False)
@@ -110,7 +110,10 @@ class Console:
 
 
 def step_line(row: dict[str, Any], total_steps: int, left: float) -> str:
-    """The `--log-lr-steps` line: loss and rates since the last one."""
+    """Format a `step` row of the metrics as a console line.
+
+    `total_steps` is the planned number, 0 if unknown; `left` the seconds until the run's end.
+    """
     total = f"/{total_steps}" if total_steps else ""
     return (
         f"epoch {row['epoch']} step {row['step']}{total} | loss {number(row['loss'])} | "
@@ -121,7 +124,10 @@ def step_line(row: dict[str, Any], total_steps: int, left: float) -> str:
 
 
 def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool) -> list[str]:
-    """The summary of an epoch: figures on one line, cross-entropy of each codebook below."""
+    """Format an `epoch` row of the metrics as two lines: figures, then val of each codebook.
+
+    `wall` and `total` are seconds of the epoch and of the run.
+    """
     per_codebook = " ".join(f"{number(x, '.3f'):>6}" for x in row["val_per_codebook"])
     star = " | best so far" if is_best else ""
     return [
@@ -135,14 +141,14 @@ def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool
 
 # --- metrics -------------------------------------------------------------------------------------
 
-HISTORY_ROWS = 1000  # of metrics that travel in a checkpoint
+HISTORY_ROWS = 1000  # metrics rows kept in each checkpoint
 
 
 class MetricsLog:
-    """Appends rows to `*_metrics.jsonl` and TensorBoard; keeps the newest in memory.
+    """Appends rows to `*_metrics.jsonl` and to TensorBoard, and keeps the newest in memory.
 
-    Without a path nothing is written: another process does. TensorBoard forgets what it was told
-    after `step`, where this part of the run begins.
+    With path None, for ranks other than 0, nothing is written. This part of the run begins at
+    `step`: TensorBoard hides the points of later steps.
     """
 
     def __init__(self, path: Path | None, *, tensorboard: bool = False, step: int = 0) -> None:
@@ -156,17 +162,17 @@ class MetricsLog:
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Let TensorBoard forget later steps: they are taken once more."""
+        """Hide points after `step` in TensorBoard, because these steps are taken again."""
         if self.board is not None:
             self.board.close()
         if self.board_path is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            threading.excepthook = _pass_over_board
+            threading.excepthook = _ignore_board_errors
             self.board = SummaryWriter(str(self.board_path), purge_step=step + 1)
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Append a row at once; returns it. A full disk costs the row, never the run."""
+        """Append a row and return it. On a full disk the row is lost, and a warning is printed."""
         row = {"event": event, **fields, "time": round(time.time(), 3)}
         row = {key: _jsonable(value) for key, value in row.items()}
         self.history = [*self.history[-HISTORY_ROWS + 1 :], row]
@@ -174,7 +180,7 @@ class MetricsLog:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            if not self.failed:  # once until a row is written again
+            if not self.failed:  # warn once until a row is written again
                 problem(f"metrics rows are not written, training goes on: {in_words(error)}")
             self.failed = True
         else:
@@ -183,19 +189,19 @@ class MetricsLog:
         return row
 
     def _draw(self, row: dict[str, Any]) -> None:
-        """Points of TensorBoard's curves; a full disk ends them, and not the run."""
+        """Add the row's floats to TensorBoard; a full disk ends these curves, not the run."""
         if self.board is None:
             return
         try:
             for key, value in row.items():
                 if isinstance(value, float) and key not in ("time", "seconds"):
                     self.board.add_scalar(f"{row['event']}/{key}", value, row.get("step", 0))
-        except OSError as error:  # of its thread, some rows ago
+        except OSError as error:  # raised late: a thread of TensorBoard failed some rows ago
             problem(f"TensorBoard's file gets no more points, training goes on: {in_words(error)}")
             self.board = self.board_path = None
 
     def close(self) -> None:
-        """Flush and close; rows that a full disk does not take are lost."""
+        """Flush and close the files; rows that do not fit on a full disk are lost."""
         with contextlib.suppress(OSError):
             self.file.close()
         with contextlib.suppress(OSError):
@@ -203,17 +209,20 @@ class MetricsLog:
                 self.board.close()
 
 
-def _pass_over_board(error: threading.ExceptHookArgs) -> None:
-    """For threads: a system error of TensorBoard's is met by `_draw` too; ours raise none."""
+def _ignore_board_errors(error: threading.ExceptHookArgs) -> None:
+    """Ignore OSError in threads: TensorBoard's is handled in `_draw`, our threads raise none."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
 
-MAX_METRICS = 256 << 20  # bytes read of a metrics file, from its end
+MAX_METRICS = 256 << 20  # bytes read from the end of a metrics file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a *_metrics.jsonl; lines that are cut or are no JSON objects are passed over."""
+    """Read the rows of a `*_metrics.jsonl`; lines that are no JSON objects are left out.
+
+    Of a larger file only the last MAX_METRICS bytes are read. Raises OSError.
+    """
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - MAX_METRICS))
         lines = file.read().splitlines()
@@ -229,15 +238,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class RunMetrics:
-    """Rows of a `*_metrics.jsonl`, oldest first, without those that a resume or rollback took back.
+    """Rows of a `*_metrics.jsonl`, oldest first, without those that a resume or rollback undid.
 
-    The known fields of a row have their types; a number that was not finite, or none, is None. Rows
-    without event or step are left out: a file may be cut, or be of another program.
+    The known fields of a row have their types; what should be a number and is no finite one is
+    None. Rows without event or step are left out: the file may be cut or of another program.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.rewinds: list[tuple[int, float]] = []  # step gone back to, and when
+        self.rewinds: list[tuple[int, float]] = []  # (step returned to, Unix time)
         for row in filter(None, map(_checked_row, rows)):
             if row["event"] in ("start", "resume", "rollback"):
                 to = row["to_step"]
@@ -249,11 +258,11 @@ class RunMetrics:
         self.epochs = self.of("epoch")  # validations
 
     def of(self, event: str) -> list[dict[str, Any]]:
-        """Rows of an event, in order of steps."""
+        """Return the rows of an event, in order of steps."""
         return [r for r in self.rows if r["event"] == event]
 
 
-MOST_WHOLE = 1 << 53  # of steps and epochs: floats count no further, and NumPy not much
+MOST_WHOLE = 1 << 53  # limit of steps and epochs: larger integers are not exact as floats
 NUMBERS = ("loss", "lr", "grad_norm", "train", "val", "val_obj", "time", "seconds", "lr_scale")
 
 
@@ -276,19 +285,19 @@ def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def finite_number(value: Any) -> float | None:
-    """A value from a row of metrics or the flags; None where it is not finite or no number."""
+    """Return a value from a metrics row or the flags as a float; None if it is no finite number."""
     good = type(value) in (int, float) and abs(value) < 1e300
     return float(value) if good else None
 
 
 def code_version(folder: Path) -> str | None:
-    """Tag or commit that git knows a folder by, with `-dirty` where files differ; None without."""
+    """Return git's tag or commit of a folder, with `-dirty` for changed files; None without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--tags"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -304,7 +313,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def check_tensorboard(folder: str) -> None:
-    """Raise UsageError where it is not installed, or cannot write to a folder of this name."""
+    """Raise UsageError if TensorBoard is not installed or cannot write to a folder of this name."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "--tensorboard: expected the package, found none; `pip install tensorboard`, or leave "
@@ -320,5 +329,5 @@ def check_tensorboard(folder: str) -> None:
 
 
 def board_folder(metrics: Path) -> Path:
-    """Folder of TensorBoard's event files, beside a run's metrics."""
+    """Return the folder of TensorBoard's event files, beside the metrics file."""
     return metrics.with_name(metrics.name.removesuffix("_metrics.jsonl") + "_tb")

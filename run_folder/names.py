@@ -1,4 +1,4 @@
-"""What a run's files are called, for those who must tell them from data without reading them.
+"""Recognises a run's files by their names, without reading them.
 
 is_of_a_run("rvq_ckpts", os.listdir("rvq_ckpts"))        # True once a run has saved there
 is_sample("rvq_9cb_e0005__20250901-120000.npq")          # True
@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SAMPLES = "samples"  # folder of evaluation audio within that of the run
+SAMPLES = "samples"  # folder of evaluation audio, within the run's folder
 _RUN_FILE = re.compile(r"rvq_\d+cb(_.+)?_(metrics\.jsonl|(latest|previous|best)\.pt)")
 _SAMPLE = re.compile(r"rvq_\d+cb(_.+)?_e\d{4,}__\d{8}-\d{6}")
-_KINDS = {  # of checkpoints, by what follows the run's name; `panic` is of older versions
+_KINDS = {  # ending of a checkpoint's name -> its kind; older versions wrote `panic`
     **{name: name for name in ("latest", "previous", "best")},
     r"best_e(\d+)__.*": "best archive",
     r"epoch_e(\d+)__.*": "archive",
@@ -24,7 +24,7 @@ _KINDS = {  # of checkpoints, by what follows the run's name; `panic` is of olde
 
 
 def is_of_a_run(folder: str, names: Iterable[str]) -> bool:
-    """Whether a folder, by the names in it, is one that a run keeps, or the samples of one."""
+    """Return whether a folder with files `names` is a run's folder, or its folder of samples."""
     if any(name.startswith("rvq_") and _RUN_FILE.fullmatch(name) for name in names):
         return True
     above, own = os.path.split(os.path.abspath(folder))
@@ -32,22 +32,22 @@ def is_of_a_run(folder: str, names: Iterable[str]) -> bool:
 
 
 def is_sample(name: str) -> bool:
-    """Whether a file, by its name, was drawn by a run's model: evaluation audio or its codes."""
+    """Return whether a file name is that of evaluation audio or its codes."""
     return name.startswith("rvq_") and bool(_SAMPLE.fullmatch(os.path.splitext(name)[0]))
 
 
 class CheckpointName(NamedTuple):
-    """What a checkpoint's file name tells: its run, its kind, and of an archive the epoch."""
+    """The parts of a checkpoint's file name."""
 
-    run: str
+    run: str  # as `rvq_9cb`; empty for kind "other"
     kind: str  # latest, previous, best, archive, best archive, panic, quarantine, ring, other
-    epoch: int | None
+    epoch: int | None  # of an archive
 
 
 def checkpoint_name(path: str | os.PathLike[str]) -> CheckpointName:
-    """The parts of a file name; kind "other", without a run, where it is no name of a run's."""
+    """Split a checkpoint's file name into its parts; kind "other" if no run writes such a name."""
     name = os.path.basename(path)
     for ending, kind in _KINDS.items():
-        if told := re.fullmatch(rf"(.+?)_{ending}\.pt", name):
-            return CheckpointName(told[1], kind, int(told[2]) if told.re.groups > 1 else None)
+        if m := re.fullmatch(rf"(.+?)_{ending}\.pt", name):
+            return CheckpointName(m[1], kind, int(m[2]) if m.re.groups > 1 else None)
     return CheckpointName("", "other", None)

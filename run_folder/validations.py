@@ -1,10 +1,10 @@
-"""What the validations of a run say: val has stopped falling, is overfitting, or above guessing.
+"""Judges a run's validations: a plateau, overfitting, or a val above guessing.
 
     trouble = trouble_of(RunMetrics(read_metrics(files.metrics)))
     print(trouble.text if trouble else "val falls")
 
-One judgement for all: the trainer prints it, the page shows it, and the doctor's verdict
-OVERFITTING is the same rule.
+The trainer prints this judgement, the run's page shows it, and the doctor's verdict OVERFITTING
+uses the same rule.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import numpy as np
 
 from run_folder.metrics import RunMetrics, finite_number
 
-STALE_PASSES = 10.0  # passes over the music without a new lowest val are a plateau
-FIRST_PASSES = 2.0  # val may be above guessing before
-OVERFIT_RISE = 0.1  # nats that val has risen above its lowest value
+STALE_PASSES = 10.0  # passes over the music without a new lowest val that make a plateau
+FIRST_PASSES = 2.0  # passes in which val may be above guessing
+OVERFIT_RISE = 0.1  # nats above its lowest value at which a smoothly rising val is overfitting
 REMEDY = (
-    "what moves it: more music, a smaller model, or --init-from the best with a longer --ctx; the "
-    "best is kept, and --patience N ends such a run by itself"
+    "these can lower it: more music, a smaller model, or --init-from the best with a longer --ctx; "
+    "the best is kept, and --patience N ends such a run by itself"
 )
 
 
 class Trouble(NamedTuple):
-    """Its kind (plateau, overfitting or guessing) and a line that says what to do."""
+    """A kind of trouble (plateau, overfitting or guessing) and a line with figures and remedy."""
 
     kind: str
     text: str
 
 
 def trouble_of(metrics: RunMetrics) -> Trouble | None:
-    """What is wrong with the newest validation; None where val falls, or too little is known.
+    """Return what is wrong with the newest validation; None if val falls or too little is known.
 
-    Passes are counted from the newest `start` or `resume` row, which says how many a step is.
+    The newest `start` or `resume` row contains the passes per step.
     """
     starts = [row for row in metrics.rows if row["event"] in ("start", "resume")]
     start = starts[-1] if starts else {}
@@ -47,32 +47,35 @@ def trouble_of(metrics: RunMetrics) -> Trouble | None:
     val, passes = newest["val"], (newest["step"] - best["step"]) * passes_a_step
     guessing = mean_of_guessing(start)
     if guessing < val and newest["step"] * passes_a_step >= FIRST_PASSES:
-        said = f"val {val:.3f} is above guessing, {guessing:.3f}: this model of this music is worse"
-        return Trouble("guessing", f"{said} than none; {REMEDY}")
+        said = f"val {val:.3f} is above guessing, {guessing:.3f}: the model is worse than none"
+        return Trouble("guessing", f"{said}; {REMEDY}")
     since = f"its lowest {best['val']:.3f} of step {best['step']}, {passes:.0f} passes ago"
     if overfits(metrics):
         said = f"val {val:.3f} has risen from {since}, while train falls: overfitting"
         return Trouble("overfitting", f"{said}; {REMEDY}")
     if passes >= STALE_PASSES:
-        return Trouble("plateau", f"val has not fallen below {since}; {REMEDY}")
+        return Trouble("plateau", f"val is not below {since}; {REMEDY}")
     return None
 
 
 def finite_validations(metrics: RunMetrics) -> list[dict[str, Any]]:
-    """Rows of the validations whose val is a number."""
+    """Return the rows of the validations with a finite val."""
     return [row for row in metrics.epochs if isinstance(row.get("val"), float)]
 
 
 def mean_of_guessing(start: dict[str, Any]) -> float:
-    """Val of an even guess, nats per code: the mean of ln V; infinite where V is not known."""
+    """Return the val of a uniform prediction: the mean of ln V over codebooks, nats per code.
+
+    `start` is a `start` row of the metrics; without vocab sizes in it the result is infinite.
+    """
     sizes = (start.get("model") or {}).get("vocab_sizes") or []
     return float(np.mean(np.log(sizes))) if sizes else math.inf
 
 
 def overfits(metrics: RunMetrics) -> bool:
-    """Whether val rises smoothly from its lowest value while train still falls.
+    """Return whether val rises smoothly from its lowest value while train does not rise.
 
-    A blow-up is a jump; overfitting spreads its rise over many validations.
+    A divergence rises in one jump; overfitting spreads its rise over many validations.
     """
     rows = [row for row in finite_validations(metrics) if isinstance(row.get("train"), float)]
     if len(rows) < 5:

@@ -375,8 +375,8 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
     ("flags", "code", "message"),
     [
         (("nowhere.pt", *NPQ), 1, "no such checkpoint; check the path"),
-        (("{music}", *NPQ), 1, "found a folder, pipe or device; name a .pt file"),
-        (("{music}/0.npq", *NPQ), 1, "not a checkpoint (File is not a zip file); name a .pt file"),
+        (("{music}", *NPQ), 1, "found a folder, pipe or device; give a .pt file"),
+        (("{music}/0.npq", *NPQ), 1, "not a checkpoint (File is not a zip file); give a .pt file"),
         (("nowhere.safetensors", *NPQ), 1, "no such file"),
         (("{checkpoint}",), 2, "name --out FILE.wav"),
         (("{checkpoint}", "--out", "{tmp}/no/x.wav"), 2, "its folder does not exist; create it"),

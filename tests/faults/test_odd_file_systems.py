@@ -166,7 +166,7 @@ def test_latest_is_called_the_last_good_one_only_while_it_is(tunes, tmp_path, od
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "failed (Input/output error" in output
-    assert "rvq_4cb_latest.pt is the new one, which a power cut may take" in output
+    assert "rvq_4cb_latest.pt is the new one, which a power cut may still destroy" in output
     assert "last good one" not in output
 
 

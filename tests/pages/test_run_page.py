@@ -88,8 +88,8 @@ def test_a_run_that_no_longer_improves_is_a_warning():
     vals = [5.0, 4.2] + [4.3] * 10
     start = {**START, "passes_a_step": 0.05}
     page = page_of([start, *(epoch_row(20 * i + 20, v) for i, v in enumerate(vals))])
-    said = "Best 4.2000 in epoch 2, 10 validations ago. val has not fallen below its lowest 4.200"
-    assert f"{said} of step 40, 10 passes ago; what moves it: more music" in text_of(page)
+    said = "Best 4.2000 in epoch 2, 10 validations ago. val is not below its lowest 4.200"
+    assert f"{said} of step 40, 10 passes ago; these can lower it: more music" in text_of(page)
     assert '<main class="warn">' in page
 
 
