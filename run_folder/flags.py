@@ -139,7 +139,7 @@ add("--max-seconds", scope="run", is_budget=True, type=positive,
 add("--patience", scope="run", type=positive, metavar="N",
     help="passes over the music without a lower val after which the run ends")
 add("--optim", scope="run", before="adamw", choices=("muon", "adamw"), default="muon",
-    help="muon: Muon for the matrices of the blocks at 100 x --lr, AdamW for the rest at 25 x, "
+    help="muon: Muon for the hidden matrices at 100 x --lr, AdamW for the rest at 25 x, "
          "less for a wide head; adamw: AdamW for all")
 add("--lr", scope="run", type=positive, default=2e-4, help="peak learning rate")
 add("--schedule", scope="run", choices=("cosine", "wsd"), default="cosine",
