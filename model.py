@@ -9,20 +9,21 @@
     frame = model.draw(state, choose)            # -> [B, K]
     state = model.step(frame, cache)             # -> [B, D], of the next frame
 
-Alignment is the model's contract: logits[:, t, k] predicts codes[:, t, k]. What it may depend on is
-the pattern's order; in each the sum of the log-probabilities is the log-likelihood of the window:
+The model aligns inputs and outputs itself: logits[:, t, k] predicts codes[:, t, k]. The pattern
+decides on which codes this prediction depends. In each pattern, the sum of the log-probabilities is
+the log-likelihood of the window:
 
-- parallel: codes[:, t] given codes[:, :t]; the K codes of a frame are independent of each other.
-- delay: codebook k lags k frames behind, so codes[:, t, k] also sees what stands left of it in the
-  picture of `shift`: lower codebooks of its own frame, and of later ones (MusicGen: Copet et al.
+- parallel: codes[:, t] depends on codes[:, :t]; the K codes of a frame are independent.
+- delay: codebook k is delayed by k frames, so codes[:, t, k] depends on all codes left of it in the
+  table at `shift`: also lower codebooks of its own frame and of later ones (MusicGen: Copet et al.
   2023, section 2.2).
-- depth: a small transformer runs over the K codes of each frame, so codes[:, t, k] sees all of
+- depth: a small transformer runs over the K codes of each frame, so codes[:, t, k] depends on
   codes[:, :t] and codes[:, t, :k] (RQ-Transformer: Lee et al. 2022; Moshi: Defossez et al. 2024).
 
-B windows of a micro-batch, T frames, K codebooks, V entries of the largest codebook, D model width,
-L layers, H attention heads, C = D / H channels of a head, N = B * T frames, E width of the depth
-transformer. A column is what the model takes in or predicts at once: a frame, or with delay one
-code of each of K frames.
+Dimensions: B windows of a micro-batch, T frames, K codebooks, V entries of the largest codebook, D
+model width, L layers, H attention heads, C = D / H channels of a head, N = B * T frames, E width of
+the depth transformer. A column is the input or output of one time step: a frame, or with delay one
+code from each of K frames.
 """
 
 from __future__ import annotations
@@ -44,18 +45,19 @@ from layers.loss import Losses, head_logits, linear_cross_entropy
 from layers.rotary import Rope, rotary_angles, rotate
 
 PATTERNS = ("parallel", "delay", "depth")
-ABSENT = -1  # in the place of a code: nothing is known here, and nothing is added to the embedding
-EMBED_STD = 0.001  # of embeddings, BOS and head at the start
+ABSENT = -1  # stands for an unknown code; it adds nothing to the embedding
+EMBED_STD = 0.001  # standard deviation of embeddings, BOS and head at initialisation
 NORM_EPS = 1e-6
-EMBED_NORM_EPS = 1e-8  # far below EMBED_STD^2, a row's mean square; NORM_EPS is as large as that
+EMBED_NORM_EPS = 1e-8  # NORM_EPS would equal a row's initial mean square, EMBED_STD^2
 Choose = Callable[[Tensor, int], Tensor]  # logits [B, n, V], first codebook -> codes [B, n]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: all that is needed to build a model that fits a checkpoint's weights.
+    """The architecture of a model: everything needed to rebuild it for a checkpoint's weights.
 
-    Raises ValueError on sizes that make no model; the message names the flag.
+    Raises:
+        ValueError: the sizes are invalid; the message names the flag.
     """
 
     vocab_sizes: tuple[int, ...]  # V of each codebook; may differ
@@ -67,7 +69,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     qk_norm: bool = True
     pattern: str = "parallel"  # one of PATTERNS
-    depth_layers: int = 1  # of the depth transformer; other patterns have none
+    depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
@@ -86,12 +88,12 @@ class ModelConfig:
             raise ValueError(f"--pattern: expected one of {PATTERNS}, found {self.pattern!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint; `from_dict` is the way back."""
+        """Return the fields as plain types for a checkpoint; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "vocab_sizes": list(self.vocab_sizes)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ModelConfig:
-        """Build from `to_dict`'s result; raises ValueError on fields that this version lacks."""
+        """Build from the result of `to_dict`; raises ValueError on unknown or invalid fields."""
         unknown = set(saved) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(
@@ -101,28 +103,28 @@ class ModelConfig:
 
     @property
     def num_codebooks(self) -> int:
-        """K."""
+        """Number of codebooks, K."""
         return len(self.vocab_sizes)
 
     @property
     def channels(self) -> int:
-        """C of the backbone's heads."""
+        """Channels of an attention head, C."""
         return self.d_model // self.heads
 
     @property
     def lag(self) -> int:
-        """Frames that the last codebook lags behind the first."""
+        """Frames by which the last codebook is delayed: K - 1 with pattern "delay", else 0."""
         return self.num_codebooks - 1 if self.pattern == "delay" else 0
 
     def depth(self) -> ModelConfig:
-        """The depth transformer's own architecture: half the width, in heads of 32 channels."""
+        """Return the depth transformer's architecture: half the width, heads of 32 channels."""
         width = max(32, self.d_model // 64 * 32)
         return dataclasses.replace(
             self, d_model=width, heads=width // 32, layers=self.depth_layers, dropout=0.0
         )
 
     def rope(self, positions: Tensor) -> Rope:
-        """Rotary angles of positions [T]."""
+        """Return the rotary factors of positions [T]; see `rotary_angles`."""
         return rotary_angles(positions, self.channels, self.rope_base)
 
     def new_cache(
@@ -134,7 +136,7 @@ class ModelConfig:
         *,
         static: bool = False,
     ) -> KeyValueCache:
-        """An empty cache of `size` positions for all layers."""
+        """Return an empty key-value cache of `size` positions for all layers."""
         return KeyValueCache(
             (self.layers, batch, self.heads, size, self.channels),
             base=self.rope_base,
@@ -148,15 +150,15 @@ class ModelConfig:
 
 
 def shift(codes: Tensor, lag: int) -> Tensor:
-    """Delay codebook k by k frames: [B, T, K] -> [B, T + lag, K], ABSENT where nothing is.
+    """Delay codebook k by k frames: codes [B, T, K] -> [B, T + lag, K], ABSENT in the empty places.
 
-    K = 3, T = 4, lag = 2; a column of the picture is a column of the model:
+    Example with K = 3, T = 4, lag = 2; each column is one time step of the model:
 
         k = 0    a0 a1 a2 a3  .  .
         k = 1     . b0 b1 b2 b3  .
         k = 2     .  . c0 c1 c2 c3
 
-    With lag 0 the codes stay as they are: the other patterns.
+    With lag 0, as in the other patterns, the codes are returned unchanged.
     """
     if not lag:
         return codes
@@ -168,7 +170,7 @@ def shift(codes: Tensor, lag: int) -> Tensor:
 
 
 def unshift(shifted: Tensor, lag: int) -> Tensor:
-    """The way back: [B, T + lag, K, ...] -> [B, T, K, ...]."""
+    """Invert `shift`: [B, T + lag, K, ...] -> [B, T, K, ...]."""
     if not lag:
         return shifted
     frames = shifted.shape[1] - lag
@@ -179,16 +181,16 @@ def unshift(shifted: Tensor, lag: int) -> Tensor:
 
 
 class CodesTransformer(nn.Module):
-    """Summed codebook embeddings, pre-norm blocks with rotary positions, K heads as one product.
+    """A causal transformer: summed codebook embeddings, pre-norm blocks, rotary positions, K heads.
 
-    Biases are left out throughout, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary
-    positions need no table, so any ctx can be trained or sampled with the same weights. The summed
-    embeddings are RMS-normalised before the first block: without that, gradients spike when
-    attention first forms (benchmarks/journal.md).
+    No layer has a bias, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary positions
+    need no table, so the same weights work with any ctx. The summed embeddings are RMS-normalised
+    before the first block: without this, gradients spike when attention first
+    forms (benchmarks/journal.md).
 
-    The keywords matter to training alone: `grad_checkpoint` keeps only the inputs of blocks and
-    runs blocks again in backward; `code_dropout` is the probability that a code goes in as ABSENT;
-    `depth_share` of the frames make depth's loss.
+    The keyword arguments affect training only: `grad_checkpoint` recomputes blocks in backward
+    instead of keeping their activations; `code_dropout` is the probability that an input code is
+    replaced by ABSENT; `depth_share` is the share of the frames in the loss of pattern "depth".
     """
 
     row_offset: Tensor  # [K] int64
@@ -205,7 +207,7 @@ class CodesTransformer(nn.Module):
         self.config = config
         self.grad_checkpoint = grad_checkpoint
         self.code_dropout = code_dropout
-        # A whole number: a float that differs between models becomes a symbol for the compiler.
+        # An integer: torch.compile would treat a float that differs between models as a symbol.
         self.drawn_of_1024 = max(1, round(1024 * depth_share))
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
@@ -220,11 +222,12 @@ class CodesTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights; gains are one already.
+        """Initialise all weights from normal distributions; gains of norms stay 1.
 
-        Outputs of blocks start at zero, so each block begins as the identity; inputs of blocks
-        keep the variance. Embeddings are normalised and the head's logits should begin even, so
-        both start small: Adam's steps have a size of their own, and turn small rows sooner.
+        Output projections start at zero, so each block begins as the identity; input projections
+        keep the variance. Embeddings (which are normalised) and the head start small, so the first
+        predictions are uniform; and since Adam's steps do not depend on the size of the weights,
+        small rows change direction sooner.
         """
         for name, p in self.named_parameters():
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
@@ -237,7 +240,7 @@ class CodesTransformer(nn.Module):
     # --- whole windows ---------------------------------------------------------------------------
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, K] int64 -> logits [B, T, K, V]; entries a codebook lacks are -inf."""
+        """Map codes [B, T, K] int64 to logits [B, T, K, V]; entries beyond V_k are -inf."""
         states = self.head_states(self.hidden_states(codes), codes)
         return self.logits_of(states).unflatten(0, codes.shape[:2])
 
@@ -247,10 +250,11 @@ class CodesTransformer(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> Losses:
-        """Losses of codes [B, T, K] under the pattern's order; weights [K] as in `layers/loss.py`.
+        """Return the losses of codes [B, T, K] int64 in nats per code.
 
-        In training the depth transformer sees a share `depth_share` of the frames, drawn anew each
-        time: an unbiased estimate at a fraction of its cost.
+        `weights` [K] are the loss weights of the codebooks, by default equal. In training mode the
+        depth transformer gets only a share `depth_share` of the frames, drawn anew in each call: an
+        unbiased estimate of the loss at a fraction of the cost.
         """
         hidden, frames = self.hidden_states(codes), codes
         if self.depth and self.training and self.drawn_of_1024 < 1024:
@@ -268,7 +272,7 @@ class CodesTransformer(nn.Module):
         )
 
     def hidden_states(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, K] -> the backbone's normalised output [B, T + lag, D]."""
+        """Map codes [B, T, K] to the normalised output of the last block, [B, T + lag, D]."""
         shifted = shift(codes, self.config.lag)
         if self.code_dropout and self.training:
             gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
@@ -284,22 +288,26 @@ class CodesTransformer(nn.Module):
         return self.norm(x)
 
     def embed_past(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, K] -> [B, T, D]: at frame t the summed embeddings of frame t - 1."""
+        """Map codes [B, T, K] to [B, T, D]: at t the summed embedding of frame t - 1, or BOS."""
         bos = self.bos.expand(len(codes), 1, -1)
         return torch.cat((bos, self.embed_frames(codes[:, :-1])), dim=1)
 
     def embed_frames(self, codes: Tensor) -> Tensor:
-        """Codes [B, T, K], some ABSENT -> summed embeddings [B, T, D]."""
+        """Map codes [B, T, K], some of them ABSENT, to summed embeddings [B, T, D]."""
         rows = (codes.clamp(min=0) + self.row_offset).flatten(0, 1)
         known = None
         if self.config.lag or (self.code_dropout and self.training):
             known = (codes >= 0).flatten(0, 1).to(self.embed.weight.dtype)
-        # One bag per frame: gathers and sums without the [B, T, K, D] in between.
+        # One bag per frame: gathers and sums without a tensor [B, T, K, D].
         x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=known)
         return x.unflatten(0, codes.shape[:2])
 
     def head_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """What the heads read: [1, N, D] for all codebooks, [K, N, D], or [K, N, E] of depth."""
+        """Return the inputs of the heads from the result of `hidden_states` and codes [B, T, K].
+
+        They are [1, N, D] for all heads with "parallel", [K, N, D] with "delay", [K, N, E] with
+        "depth".
+        """
         if self.depth:
             return self.depth(hidden.flatten(0, 1), codes.flatten(0, 1))
         if self.config.lag:
@@ -308,13 +316,13 @@ class CodesTransformer(nn.Module):
         return hidden.flatten(0, 1)[None]
 
     def logits_of(self, states: Tensor) -> Tensor:
-        """Head states [1 or K, N, D or E] -> [N, K, V]."""
+        """Map the heads' inputs [1 or K, N, D or E] to logits [N, K, V]."""
         if len(states) == 1:
             return self._masked(self.head(states[0]).unflatten(-1, (self.config.num_codebooks, -1)))
         return self._masked(head_logits(states, self.head.by_codebook()).transpose(0, 1))
 
     def _masked(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Logits [N, n, V] of the codebooks from `first` on, -inf at entries that one lacks."""
+        """Set entries that codebooks `first` to first + n - 1 lack to -inf in logits [N, n, V]."""
         sizes = self.config.vocab_sizes
         if min(sizes) < max(sizes):
             for k in range(logits.shape[1]):
@@ -326,15 +334,15 @@ class CodesTransformer(nn.Module):
     def new_cache(
         self, batch: int, ctx: int, dtype: torch.dtype = torch.float32, *, static: bool = False
     ) -> KeyValueCache:
-        """An empty cache for windows of ctx frames, on the model's device."""
+        """Return an empty key-value cache for windows of ctx frames, on the model's device."""
         size = ctx + self.config.lag
         return self.config.new_cache(batch, size, self.bos.device, dtype, static=static)
 
     @torch.no_grad()
     def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
-        """Fill an empty cache with BOS and what is known; state [B, D] of the column after it.
+        """Fill an empty cache with BOS and known columns; return the state [B, D] of the next.
 
-        Columns [B, T, K] are codes as `shift` leaves them; T is less than cache.size and may be 0.
+        Columns [B, T, K] are codes after `shift`; T may be 0 and must be less than cache.size.
         """
         x = self.bos.expand(len(columns), 1, -1)
         if columns.shape[1]:
@@ -345,12 +353,12 @@ class CodesTransformer(nn.Module):
 
     @torch.no_grad()
     def step(self, column: Tensor, cache: KeyValueCache) -> Tensor:
-        """Take in the column [B, K] just drawn; state [B, D] of the next."""
+        """Append the column [B, K] just drawn to the cache; return the state [B, D] of the next."""
         cache.begin(1)
         return self.advance(column, cache)
 
     def advance(self, column: Tensor, cache: KeyValueCache) -> Tensor:
-        """`step` after `cache.begin(1)`: static shapes and tensors alone, so it can be compiled."""
+        """Do the work of `step` after `cache.begin(1)`, with static shapes for torch.compile."""
         rope = self.config.rope(cache.position)
         return self._through_cache(self.embed_frames(column[:, None]), rope, cache)
 
@@ -362,9 +370,9 @@ class CodesTransformer(nn.Module):
 
     @torch.no_grad()
     def draw(self, state: Tensor, choose: Choose) -> Tensor:
-        """Draw the column [B, K] that follows: at once, or for depth one codebook after another.
+        """Draw the next column [B, K] from its state [B, D]; "depth" draws one codebook at a time.
 
-        `choose(logits [B, n, V], first)` draws codes [B, n] of codebooks first to first + n.
+        `choose(logits [B, n, V], first)` returns codes [B, n] of codebooks first to first + n - 1.
         """
         if self.depth is None:
             return choose(self.logits_of(state[None]), 0)
@@ -383,15 +391,15 @@ class CodesTransformer(nn.Module):
     # --- size ------------------------------------------------------------------------------------
 
     def num_parameters(self) -> int:
-        """Trainable parameters, all tables included."""
+        """Return the number of trainable parameters, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_frame(self, ctx: int) -> int:
-        """Floating-point operations to train on one frame, forward and backward.
+        """Return the floating-point operations to train on one frame, forward and backward.
 
-        6 per weight of a matrix product (Kaplan et al. 2020, section 2.1) and 6 * ctx * D a layer
-        for causal attention's two products, half of whose square is masked. The depth transformer
-        works on K positions of its share of the frames, its heads on one each.
+        They are 6 per weight of a matrix product (Kaplan et al. 2020, section 2.1), and 6 * ctx * D
+        per layer for the two products of causal attention, of which half is masked. The depth
+        transformer processes K positions in its share of the frames, each head one of them.
         """
         weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         head = self.head.weight.numel()
@@ -403,25 +411,25 @@ class CodesTransformer(nn.Module):
 
 
 class Heads(nn.Linear):
-    """The heads of K codebooks as one matrix [K * V, D]."""
+    """The output heads of K codebooks as one matrix [K * V, D] without bias."""
 
     def __init__(self, width: int, k: int, v: int) -> None:
         super().__init__(width, k * v, bias=False)
         self.k = k
 
     def forward(self, x: Tensor, k: int | None = None) -> Tensor:
-        """[..., D] -> logits of all codebooks [..., K * V], or of codebook k alone [..., V]."""
+        """Map x [..., D] to logits of all codebooks [..., K * V], or of codebook k [..., V]."""
         return F.linear(x, self.weight if k is None else self.by_codebook()[k])
 
     def by_codebook(self) -> Tensor:
-        """[K, V, D]."""
+        """Return the weight as [K, V, D], a view."""
         return self.weight.unflatten(0, (self.k, -1))
 
 
 class DepthTransformer(nn.Module):
-    """Blocks over the codes of one frame: position k sees its state and codes 0 to k - 1.
+    """A transformer over the codes of one frame: position k sees the state and codes 0 to k - 1.
 
-    Its codes have embeddings of their own, of all codebooks but the last, which nothing follows.
+    It has its own embeddings, for all codebooks except the last, whose code is never an input.
     """
 
     row_offset: Tensor
@@ -431,7 +439,7 @@ class DepthTransformer(nn.Module):
         own = config.depth()
         k, v, e = config.num_codebooks, max(config.vocab_sizes), own.d_model
         self.config = own
-        self.proj = nn.Linear(config.d_model, k * e, bias=False)  # of the state, for each position
+        self.proj = nn.Linear(config.d_model, k * e, bias=False)  # state -> input of each position
         self.embed = nn.Embedding((k - 1) * v, e)
         self.embed_norm = nn.RMSNorm(e, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
@@ -439,7 +447,7 @@ class DepthTransformer(nn.Module):
         self.register_buffer("row_offset", torch.arange(k - 1) * v, persistent=False)
 
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
-        """States [N, D], codes [N, k] -> [k, N, E], k <= K; the last code is not looked at."""
+        """Map states [N, D] and codes [N, k], k <= K, to [k, N, E]; the last code is not used."""
         k = codes.shape[1]
         x = self.inputs(states)[:, :k]
         lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
@@ -450,14 +458,18 @@ class DepthTransformer(nn.Module):
         return self.norm(x).transpose(0, 1)
 
     def inputs(self, states: Tensor) -> Tensor:
-        """States [N, D] -> what they give each position, [N, K, E]."""
+        """Map states [N, D] to their contribution to the input of each position, [N, K, E]."""
         return self.proj(states).unflatten(-1, (-1, self.config.d_model))
 
     def step(self, x: Tensor, lower: Tensor, rope: Rope, cache: KeyValueCache) -> Tensor:
-        """Position k from its input [N, 1, E] and codes [N, k] -> [N, E]; `cache` has the rest."""
+        """Compute position k from its input x [N, 1, E] and the codes `lower` [N, k] -> [N, E].
+
+        `cache` holds the positions before k.
+        """
         k = lower.shape[1]
         if k:
-            rows = lower[:, -1:].clamp(min=0) + self.row_offset[k - 1]  # ABSENT: could not be drawn
+            # A code that could not be drawn is ABSENT, which is no row of the embedding.
+            rows = lower[:, -1:].clamp(min=0) + self.row_offset[k - 1]
             x = x + self.embed_norm(self.embed(rows))
         here = rope[0][k : k + 1], rope[1][k : k + 1]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -466,9 +478,9 @@ class DepthTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each update under dropout in training.
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on each update.
 
-    Dropout stays off the attention weights: there it would push SDPA from its fused kernels.
+    Attention weights have no dropout: with it SDPA could not use its fused kernels.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -480,7 +492,7 @@ class Block(nn.Module):
         self.mlp = SquaredReluMlp(config)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Map x [B, T, D] to [B, T, D]; with a cache, x follows the cached positions."""
         x = x + F.dropout(self.attn(self.norm1(x), rope, cache), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
@@ -488,8 +500,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; queries and keys are RMS-normalised by default.
 
-    The norm bounds every attention logit by the product of the two gains times sqrt(C), so that
-    they cannot run away (QK-norm: Henry et al. 2020; Dehghani et al. 2023, section 3.2).
+    The normalisation bounds every attention logit by the product of the two gains times sqrt(C), so
+    logits cannot diverge (QK-norm: Henry et al. 2020; Dehghani et al. 2023, section 3.2).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -503,9 +515,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with a cache over what it holds, too."""
+        """Map x [B, T, D] to [B, T, D]; with a cache, attend to the cached positions as well."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        v = v.contiguous()  # a view would keep q and k of the product for backward as well
+        v = v.contiguous()  # a view would keep the whole qkv product in memory until backward
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if cache is None:
             mixed = causal_attention(rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v)
@@ -515,7 +527,7 @@ class Attention(nn.Module):
 
 
 class SquaredReluMlp(nn.Module):
-    """down(relu(up(x))^2), after Primer (So et al. 2021)."""
+    """The MLP down(relu(up(x))^2), after Primer (So et al. 2021)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -524,6 +536,6 @@ class SquaredReluMlp(nn.Module):
         self.down = nn.Linear(hidden, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Map x [B, T, D] to [B, T, D]."""
         hidden = F.relu(self.up(x))
-        return self.down(hidden * hidden)  # CUDA's autocast would make `square` in float32
+        return self.down(hidden * hidden)  # autocast on CUDA would compute `square` in float32

@@ -21,7 +21,7 @@ MOST_WINDOWS = 65_535  # CUDA's fused kernels lay the batch along a grid axis th
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention over the past: [B, H, T, C] each."""
+    """Return causal scaled dot-product attention; q, k, v and the result are [B, H, T, C]."""
     if cpu.prefers_blocks(q):
         return cpu.blocked_attention(q, k, v)
     with sdpa_kernels():
@@ -32,10 +32,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def find_sdpa_kernels() -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The context that lets SDPA choose flash, memory-efficient or plain kernels.
+    """Return a context in which SDPA uses flash, memory-efficient or plain kernels.
 
-    cuDNN's kernel is left out: it recompiles for every shape. A PyTorch that names the context
-    otherwise gets its own, one that has none chooses for itself.
+    cuDNN's kernel is excluded because it recompiles for every shape. An older PyTorch without this
+    context manager gets its former one, or none: then SDPA chooses.
     """
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel

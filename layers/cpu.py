@@ -1,9 +1,10 @@
-"""What a CPU does otherwise than the plain PyTorch of this folder, and when.
+"""Faster variants of this folder's plain PyTorch for a CPU, and the conditions for their use.
 
     if cpu.prefers_blocks(q): return cpu.blocked_attention(q, k, v)
 
-A variant stands here for as long as it saves a twentieth of a whole step on a CPU
-(benchmarks/cpu_variants.py). Elsewhere `PackedLinear` is a plain product; the rest does not run.
+A variant stays only while it saves a twentieth of a whole step on a CPU
+(benchmarks/cpu_variants.py). On other devices `PackedLinear` is a plain matrix product, and the
+others are not used.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ BLOCK = 256  # queries at a time
 
 
 def prefers_blocks(q: Tensor) -> bool:
-    """Whether `blocked_attention` is faster than PyTorch's own: a CPU's is slow in bfloat16."""
+    """Return whether `blocked_attention` is faster than SDPA: eagerly, on a CPU, in bfloat16."""
     eager = not torch.compiler.is_compiling()
     return eager and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [B, H, T, C] by products of BLOCK queries with the keys they may see.
+    """Return causal attention [B, H, T, C], computed for BLOCK queries and their keys at a time.
 
-    The attention weights are kept for backward, at least B * H * T^2 / 2 of them a layer.
+    It keeps the attention weights for backward: at least B * H * T^2 / 2 numbers a layer.
     """
     (batch, heads, frames, channels), mixed = q.shape, []
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * H, T, C]
@@ -38,14 +39,15 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 
 
-# --- sampling's products -------------------------------------------------------------------------
+# --- products in sampling ------------------------------------------------------------------------
 
 
 class PackedLinear(nn.Module):
-    """A product without bias for sampling's few rows; weight [out, in] is kept in `dtype`.
+    """A linear layer without bias for the few rows of sampling; weight [out, in] in `dtype`.
 
-    On CPUs in oneDNN's own layout: rearranging it at every call takes as long as the product
-    (benchmarks/journal.md). `parts` blocks of rows can be asked for one by one.
+    On CPUs the weight is kept in oneDNN's own layout: converting it at every call takes as long as
+    the product (benchmarks/journal.md). The rows of the weight are split into `parts` equal blocks,
+    which `forward` can use one at a time.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class PackedLinear(nn.Module):
             self.parts = [torch.ops.mkldnn._reorder_linear_weight(p) for p in self.parts]
 
     def forward(self, x: Tensor, part: int | None = None) -> Tensor:
-        """[..., in] of any dtype -> [..., out / parts] in `dtype`."""
+        """Map x [..., in] of any dtype to [..., out / parts] in `dtype`, by block `part` or 0."""
         weight = self.parts[part or 0]
         if self.is_packed:
             pointwise = torch.ops.mkldnn._linear_pointwise.default
@@ -68,14 +70,14 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this dtype here: float32 on CPUs, bfloat16 on some."""
+    """Return whether oneDNN can pack weights of this dtype: float32 on CPUs, bfloat16 on some."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class QuickNorm(nn.Module):
-    """RMSNorm from a vector norm: half of the operations, which is what a single row costs."""
+    """RMSNorm by a vector norm: half as many operations, and for one row each costs the same."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
@@ -85,6 +87,6 @@ class QuickNorm(nn.Module):
         self.eps = self.gain.new_tensor((norm.eps or 0.0) * size) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]: x over the square root of its mean square + eps."""
+        """Return gain * x / sqrt(mean(x^2) + eps) for x [..., D]."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * (self.gain / torch.hypot(norm, self.eps))

@@ -1,4 +1,4 @@
-"""Cross-entropy of K codebooks from the states that their heads read.
+"""Cross-entropy of K codebooks from the hidden states that are the input of the heads.
 
     ce, objective = linear_cross_entropy(states, head, codes, vocab_sizes, label_smoothing=0.05)
     objective.backward()  # states [1 or K, N, D], head [K, V, D], codes [N, K]
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """Means over the frames of a batch, nats per code, float32."""
+    """Losses averaged over the frames of a batch, in nats per code, float32."""
 
-    ce: Tensor  # [K], plain cross-entropy; carries no gradient
-    objective: Tensor  # scalar: smoothed, weighted; what training minimises
+    ce: Tensor  # [K], plain cross-entropy, without gradient
+    objective: Tensor  # scalar, smoothed and weighted: training minimises it
 
 
 def linear_cross_entropy(
@@ -32,15 +32,15 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Cross-entropy of codes [N, K] under the logits states @ head^T, and the training objective.
+    """Return the cross-entropy of codes [N, K] under the logits states @ head^T, and the objective.
 
-    States [K, N, D], or [1, N, D] that serve every codebook; head [K, V, D]; of codebook k the
-    first V_k = vocab_sizes[k] rows count; codes int64 below them; weights [K] of the codebooks in
-    the objective's mean, equal if None. Label smoothing spreads its share evenly over the V_k
-    entries (Szegedy et al. 2016, section 7).
+    `states` are [K, N, D], or [1, N, D] for all codebooks alike; `head` is [K, V, D]. Codebook k
+    uses the first V_k = vocab_sizes[k] rows of its head; its codes are int64 in [0, V_k). `weights`
+    [K] weight the codebooks in the objective's mean; None means equal weights. Label smoothing
+    spreads its share evenly over the V_k entries (Szegedy et al. 2016, section 7).
     """
     logits = head_logits(states, head)
-    books = 1 if len(states) == 1 else 0  # which dimension of the logits has the codebooks
+    books = 1 if len(states) == 1 else 0  # dimension of the logits that holds the codebooks
     codes = codes if books == 1 else codes.mT
     if min(vocab_sizes) == logits.shape[-1]:
         ce, smoothed = cross_entropy(logits, codes, label_smoothing)
@@ -54,16 +54,16 @@ def linear_cross_entropy(
 
 
 def head_logits(states: Tensor, head: Tensor) -> Tensor:
-    """One product for all heads: logits [N, K, V] of states [1, N, D], [K, N, V] of [K, N, D]."""
+    """Return logits [N, K, V] of states [1, N, D], or [K, N, V] of [K, N, D], by one product."""
     if len(states) == 1:
         return F.linear(states[0], head.flatten(0, 1)).unflatten(-1, (len(head), -1))
     return states @ head.mT
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Of each code [M, L] under its logits [M, L, V], plain and with label smoothing."""
+    """Return the cross-entropy [M, L] of codes [M, L] given logits [M, L, V], plain and smoothed."""
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     ce = F.nll_loss(log_p.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
-    # Not `mean`: its backward writes out a gradient of all logits, that of `sum` expands one.
-    even = -log_p.sum(-1) / log_p.shape[-1]
-    return ce, (1 - smoothing) * ce + smoothing * even
+    # Not `mean`: its backward allocates a gradient [M, L, V]; that of `sum` only expands a view.
+    uniform_ce = -log_p.sum(-1) / log_p.shape[-1]
+    return ce, (1 - smoothing) * ce + smoothing * uniform_ce

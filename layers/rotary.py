@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), for windows and for the single frames of sampling.
+"""Rotary position embedding (Su et al. 2021), for whole windows and for single frames in sampling.
 
 rope = rotary_angles(torch.arange(512), channels=64, base=10_000.0)
 q, k = rotate(q, rope), rotate(k, rope)  # [B, H, T, C] each
@@ -13,9 +13,9 @@ Rope = tuple[Tensor, Tensor]  # cosines and signed sines of each frame's angles,
 
 
 def rotary_angles(positions: Tensor, channels: int, base: float) -> Rope:
-    """Factors of `rotate` for positions [T]: the angle of pair i at t is t * base^(-2i/C).
+    """Return cosines and signed sines [T, C], float32, for `rotate` at positions [T].
 
-    [T, C] float32 each; C channels of a head, even.
+    C is the even number of channels of a head. At position t, pair i has angle t * base^(-2i/C).
     """
     exponent = torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels
     angle = positions.float()[:, None] * base**-exponent  # [T, C / 2]
@@ -24,6 +24,6 @@ def rotary_angles(positions: Tensor, channels: int, base: float) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[i], x[i + C/2]) of [B, H, T, C] by the angle of its frame."""
+    """Rotate each pair (x[i], x[i + C/2]) of x [B, H, T, C] by the angle of its frame."""
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
