@@ -61,7 +61,7 @@ def head_logits(states: Tensor, head: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy [M, L] of codes [M, L] given logits [M, L, V], plain and smoothed."""
+    """Return cross-entropies [M, L] of codes [M, L] given logits [M, L, V], plain and smoothed."""
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     ce = F.nll_loss(log_p.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
     # Not `mean`: its backward allocates a gradient [M, L, V]; that of `sum` only expands a view.
