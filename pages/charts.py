@@ -1,10 +1,10 @@
-"""Charts over steps as SVG, for a page that shows and scripts them (templates/chart.html).
+"""Draws charts over steps as SVG, with templates/chart.html; script.js adds a cursor.
 
     frame = Frame(low=0, high=5000, epochs=[(2500, 1.0), (5000, 2.0)])
     svg = draw(Chart("Loss", [Line("validation", [(2500, 4.6), (5000, 4.4)], "var(--c2)")]), frame)
 
-Axes fit the healthy part of a run and say how far the rest goes: an explosion must not flatten
-what came before it.
+Axes fit the healthy part of a run, and a note says how far the rest goes: a loss that explodes must
+not flatten the curve before it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from markupsafe import Markup
 from cli.command_line import figure
 from pages.html import render
 
-Points = list[tuple[int, float]]  # (step, value); a value that is not finite is a gap and a cross
-Rows = Sequence[dict[str, Any]]  # of metrics, each with a step
-EVENTS = ("skip", "quarantine", "rollback")  # rows of metrics that say what the guard did
+Points = list[tuple[int, float]]  # (step, value); a value that is not finite is drawn as a cross
+Rows = Sequence[dict[str, Any]]  # metrics rows, each with a step
+EVENTS = ("skip", "quarantine", "rollback")  # metrics rows of what the guard did
 
 
 class Line(NamedTuple):
-    """A series: its colour is CSS; lines without one are grey, and counted in the legend."""
+    """A line of a chart; `colour` is CSS, and lines without one are drawn grey, without a name."""
 
     name: str
     points: Points
@@ -34,50 +34,50 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over steps, and what else stands in their picture."""
+    """Lines over steps, with guides and event marks."""
 
     title: str
     lines: list[Line]
-    log: bool = False  # the axis of values
-    from_zero: bool = False  # it begins at 0: for what has a natural zero
-    guides: Sequence[tuple[str, float]] = ()  # level lines: name, value
+    log: bool = False  # logarithmic axis of values
+    from_zero: bool = False  # the axis of values begins at 0
+    guides: Sequence[tuple[str, float]] = ()  # horizontal lines: name, value
     events: Sequence[tuple[str, int]] = ()  # marks on the axis of steps: one of EVENTS, step
 
 
 class Frame(NamedTuple):
-    """What all pictures share: the steps from low to high, and what happened there."""
+    """The axis of steps that all charts of a page share, and the marks on it."""
 
-    low: int
-    high: int
+    low: int  # first step
+    high: int  # last step
     epochs: Points  # (step, epoch), as far as known
     onset: tuple[int | None, int | None] = (None, None)  # last good and first bad step of a fault
     healthy: int | None = None  # step of the last healthy file
-    passes_a_step: float | None = None  # over the music, where known
+    passes_a_step: float | None = None  # passes over the music in a step, if known
 
 
 # --- drawing -------------------------------------------------------------------------------------
 
-# Units of the view box; script.js knows them too.
+# Units of the SVG's view box; script.js repeats these numbers.
 WIDTH, HEIGHT = 480, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 472, 12, 176
-POINTS = 240  # that are drawn of a series, at most
-LABEL = 6  # characters of a tick's label that fit beside the axis, on a phone too
+POINTS = 240  # points drawn of a line, at most
+LABEL = 6  # characters of a tick's label that fit beside the axis, also on a phone
 
 
 class Axis(NamedTuple):
-    """A scale of values, linear or logarithmic; what lies outside is drawn at its edge."""
+    """An axis of values, linear or log10; values outside low to high are drawn at its edge."""
 
     low: float
     high: float
     log: bool
 
     def y(self, value: float) -> float:
-        """Height of a value in the view box."""
+        """Return the y coordinate of a value in the view box."""
         share = (_scaled(value, self.log) - self.low) / (self.high - self.low)
         return BOTTOM - (BOTTOM - TOP) * min(1.0, max(0.0, share))
 
     def ticks(self) -> list[float]:
-        """Round values within the scale, at most six."""
+        """Return round values within the axis, at most six."""
         if self.log and self.high - self.low >= 1.5:
             exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
             return [10.0**e for e in exponents][:: max(1, -(-len(exponents) // 5))]
@@ -86,7 +86,7 @@ class Axis(NamedTuple):
 
 
 def _scaled(value: Any, log: bool) -> Any:
-    """A value or an array of them on the scale of its axis."""
+    """Return a value or an array, or its log10, clipped so that it is finite."""
     value = np.clip(value, -1e290, 1e290)
     return np.log10(np.maximum(value, 1e-290)) if log else value
 
@@ -99,10 +99,11 @@ def _round_values(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def fit_axis(chart: Chart, good_until: float) -> Axis:
-    """A scale that shows the healthy part and the beginning of what left it.
+    """Return an axis that shows the values up to step `good_until`, and the beginning of the rest.
 
-    A loss that explodes to 1e30 would press all before it flat: the scale ends 0.6 healthy spans
-    beyond the healthy values, or at ten times their 5 to 95 % range, where all takes over four.
+    A loss that explodes to 1e30 would flatten everything before it. So if all values together span
+    more than four times the healthy ones, the axis ends 0.6 of the healthy span beyond them.
+    Outliers beyond ten times the 5 to 95 % range of the healthy values do not count as healthy.
     """
     points = np.array([p for line in chart.lines for p in line.points], float).reshape(-1, 2)
     points = points[np.isfinite(points[:, 1]) & (not chart.log or points[:, 1] > 0)]
@@ -127,7 +128,7 @@ def fit_axis(chart: Chart, good_until: float) -> Axis:
 
 
 def draw(chart: Chart, frame: Frame) -> Markup:
-    """A chart as a figure with inline SVG; steps and values travel along for the cursor."""
+    """Render a chart as a figure with inline SVG; it contains steps and values for the cursor."""
     until = frame.onset[0] if frame.onset[1] is not None else None
     axis = fit_axis(chart, math.inf if until is None else until)
     ticks = axis.ticks()
@@ -149,7 +150,7 @@ def draw(chart: Chart, frame: Frame) -> Markup:
 
 
 def share_of(step: float, frame: Frame) -> float:
-    """Where a step lies in a frame: 0 at its left end and before it, 1 at its right and beyond."""
+    """Return the place of a step in a frame, from 0 (low or before) to 1 (high or beyond)."""
     return min(1.0, max(0.0, (step - frame.low) / max(frame.high - frame.low, 1)))
 
 
@@ -158,7 +159,7 @@ def _x(step: float, frame: Frame) -> float:
 
 
 def _onset(frame: Frame) -> tuple[float, float] | None:
-    """Left edge and width of the span between the last good and the first bad step."""
+    """Return left edge and width of the span from the last good to the first bad step, or None."""
     good, bad = frame.onset
     if bad is None or bad < frame.low:
         return None
@@ -173,7 +174,7 @@ def _healthy(frame: Frame) -> float | None:
 
 
 def _steps(frame: Frame) -> list[tuple[float, str, str]]:
-    """Ticks of the axis of steps: place, step, and passes; else the nearest epoch, where known."""
+    """Return the ticks of the axis of steps: x, step, and passes or else the nearest epoch."""
     known, found = np.array([step for step, _ in frame.epochs], float), []
     for value in _round_values(frame.low, max(frame.high, frame.low + 1), 6):
         below = ""
@@ -186,7 +187,7 @@ def _steps(frame: Frame) -> list[tuple[float, str, str]]:
 
 
 def labels_of(ticks: Sequence[float]) -> tuple[list[str], int]:
-    """Labels of ticks, all different; and the power of ten that they leave out to be short."""
+    """Return the labels of ticks, all different, and the power of ten by which they are divided."""
     labels = [_short(value) for value in ticks]
     if all(len(label) <= LABEL for label in labels):
         return labels, 0
@@ -199,7 +200,10 @@ def _short(value: float) -> str:
 
 
 def thinned(points: Points, count: int = POINTS) -> Points:
-    """At most `count` points that keep every spike: the extremes, and a gap, of each stretch."""
+    """Return about `count` points or fewer that keep every spike.
+
+    Each stretch keeps its minimum, its maximum and its first value that is not finite.
+    """
     if len(points) <= count:
         return points
     size = math.ceil(len(points) / (count // 2))
@@ -216,15 +220,15 @@ def thinned(points: Points, count: int = POINTS) -> Points:
 
 
 class Stroke(NamedTuple):
-    """A line as SVG paths, and as the steps and values that the cursor reads."""
+    """A line as SVG paths, and as steps and values for the cursor."""
 
     line: Line
     path: str
-    dots: str  # at each point, where these are few
-    crosses: str  # where a value is not finite
+    dots: str  # a dot at each point, if there are few
+    crosses: str  # a cross for each value that is not finite
     steps: str
     values: str
-    last: str
+    last: str  # the last finite value, for the legend
 
 
 def _stroke(line: Line, axis: Axis, frame: Frame) -> Stroke:
@@ -247,7 +251,7 @@ def _stroke(line: Line, axis: Axis, frame: Frame) -> Stroke:
 
 
 def _off_scale(chart: Chart, axis: Axis) -> str:
-    """How far what is drawn at the upper edge really goes."""
+    """Return a note on the values above the axis, and on those that are not finite."""
     top = 10**axis.high if axis.log else axis.high
     beyond = [v for line in chart.lines for _, v in line.points if top < v < math.inf]
     lost = any(not math.isfinite(v) for line in chart.lines for _, v in line.points)
@@ -259,7 +263,7 @@ def _off_scale(chart: Chart, axis: Axis) -> str:
 
 
 def loss_chart(steps: Rows, epochs: Rows) -> Chart:
-    """Loss of training steps and epochs, and of validation; rows as in `*_metrics.jsonl`."""
+    """Return the chart of training and validation loss from rows of `*_metrics.jsonl`."""
     lines = [
         Line("training step", points_of(steps, "loss"), "var(--c1)", thin=True),
         Line("training epoch", points_of(epochs, "train"), "var(--c3)"),
@@ -269,7 +273,7 @@ def loss_chart(steps: Rows, epochs: Rows) -> Chart:
 
 
 def val_chart(epochs: Rows) -> Chart:
-    """Val beside train of the same kind: plain cross-entropy, without smoothing and weights."""
+    """Return the chart of val and train as plain cross-entropy, without smoothing and weights."""
     lines = [
         Line("validation", points_of(epochs, "val"), "var(--c2)"),
         Line("training", points_of(epochs, "train_ce"), "var(--c3)"),
@@ -278,14 +282,14 @@ def val_chart(epochs: Rows) -> Chart:
 
 
 def gap_chart(epochs: Rows) -> Chart:
-    """Val minus train: what the model has learned by heart."""
+    """Return the chart of val minus train, the gap that overfitting opens."""
     gaps = [(r["step"], _real(r["val"]) - _real(r["train_ce"])) for r in epochs if "train_ce" in r]
     line = Line("val minus train", gaps, "var(--c4)")
     return Chart("Gap that overfitting opens", [line], from_zero=True)
 
 
 def codebooks_chart(epochs: Rows, vocab_sizes: Sequence[int]) -> Chart:
-    """Validation's cross-entropy of each codebook, from blue to red, and that of guessing."""
+    """Return the chart of each codebook's val, from blue to red, with ln V as guides."""
     rows = [(r["step"], r.get("val_per_codebook")) for r in epochs]
     found = [(step, values) for step, values in rows if isinstance(values, list)]
     count = max((len(values) for _, values in found), default=0)
@@ -302,13 +306,13 @@ def codebooks_chart(epochs: Rows, vocab_sizes: Sequence[int]) -> Chart:
 
 
 def gradient_chart(steps: Rows, events: Sequence[tuple[str, int]]) -> Chart:
-    """Norm before clipping, and what the guard did."""
+    """Return the chart of the gradient norm before clipping, with what the guard did."""
     norm = Line("norm before clipping", points_of(steps, "grad_norm"), "var(--c1)", thin=True)
     return Chart("Gradient norm", [norm], log=True, events=events)
 
 
 def points_of(rows: Rows, key: str) -> Points:
-    """A figure of each row that has it, over steps."""
+    """Return (step, value) of field `key` for each row that has it."""
     return [(r["step"], _real(r[key])) for r in rows if key in r]
 
 

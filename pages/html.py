@@ -1,9 +1,9 @@
-"""HTML from the templates, the style and the script beside this file.
+"""Renders HTML pages from the templates, style.css and script.js of this folder.
 
-    page = render("run.html", story=story, ...)  # one file that loads nothing
+    page = render("run.html", story=story, ...)  # one file that loads no other
 
-Values may be hostile: Jinja2 escapes each, and control characters become visible. A page runs
-script.js alone, by its own content security policy.
+Values may be hostile: Jinja2 escapes each, and control characters become visible. The content
+security policy of a page allows no script but script.js.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A file of templates/ with values, which it escapes; the result is markup for another one."""
+    """Render a file of templates/ with escaped values; the result may be a value of another one."""
     return Markup(_environment().get_template(template).render(values))
 
 
 @functools.cache
 def _environment() -> Environment:
-    """Each file is read once: a checkout that changes under a long run does not change its page."""
+    """Return Jinja2's environment, which reads each file once.
+
+    So a checkout that changes during a long run does not change its pages.
+    """
     script = (FOLDER / "script.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(FOLDER / "templates"),

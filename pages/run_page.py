@@ -1,9 +1,9 @@
-"""A run as one page: how it goes, its curves, its sound, and what it was made with.
+"""Writes the HTML page of a run: its state, curves, evaluation audio, flags and versions.
 
     write_report(RunFiles("rvq_ckpts", "rvq_9cb"), Path("rvq_ckpts/samples"))
 
-All of it is read from the run's metrics and samples, so the page can be made again at any time. It
-is one file that loads nothing: curves are SVG, sound is MP3, both within it.
+Everything comes from the run's metrics and samples, so the page can be written again at any time.
+It is one file that loads no other: the curves (SVG) and the sound (MP3) are embedded.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ from run_folder.files import RunFiles
 from run_folder.metrics import RunMetrics, finite_number, number, perplexity, read_metrics
 from run_folder.validations import Trouble, trouble_of
 
-EVENT_ROWS = 30  # newest ones in the table
-HALF = 4  # validations in the last half of a run that are worth a picture of their own
+EVENT_ROWS = 30  # newest guard events in the table
+HALF = 4  # validations that the last half of a run needs for a chart of its own
 
-# --- what is known of a run ----------------------------------------------------------------------
+# --- the facts of a run --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Story:
-    """A run's metrics, sorted. Steps and epochs that a rollback or a restart took back are out."""
+    """A run's metrics rows by kind, without steps and epochs that a rollback or a resume undid."""
 
     start: dict[str, Any]  # the newest `start` or `resume` row: flags, versions, model, data
     steps: list[dict[str, Any]]
     epochs: list[dict[str, Any]]  # validations
     events: list[dict[str, Any]]  # what the guard did
     samples: list[dict[str, Any]]
-    end: dict[str, Any] | None  # None while the run goes on, or when it was killed
-    newest: dict[str, Any]  # row that has a step
-    trouble: Trouble | None  # what the newest validation shows
+    end: dict[str, Any] | None  # None while the run goes on, or if it was killed
+    newest: dict[str, Any]  # the newest row with a step
+    trouble: Trouble | None  # found in the newest validation
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Those of the newest start."""
+        """The flags of the newest start."""
         return self.start.get("flags") or {}
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the lowest val."""
+        """The row of the validation with the lowest val, or None."""
         finite = [r for r in self.epochs if isinstance(r.get("val"), float)]
         return min(finite, key=lambda r: r["val"], default=None)
 
     @property
     def since_best(self) -> int:
-        """Validations after the best one."""
+        """Number of validations after the best one."""
         best = self.best
         return len(self.epochs) - 1 - self.epochs.index(best) if best else len(self.epochs)
 
@@ -83,7 +83,7 @@ class Story:
 
     @property
     def share_done(self) -> float:
-        """Of the planned seconds, steps or epochs; 0 to 1."""
+        """Share of the planned seconds or steps that is done, 0 to 1."""
         step = int(self.newest.get("step") or 0)
         if seconds := self.flags.get("max_seconds"):
             return min(1.0, self.seconds / float(seconds))
@@ -91,18 +91,18 @@ class Story:
 
     @property
     def seconds_left(self) -> float:
-        """Training seconds to the planned end; 0 where unknown."""
+        """Estimated training seconds to the planned end; 0 if unknown."""
         share = self.share_done
         return self.seconds / share - self.seconds if share else 0.0
 
     def last(self, key: str) -> Any:
-        """The newest value of a figure of steps or validations."""
+        """Return the newest value of a field of `step` or `epoch` rows, or None."""
         rows = sorted([*self.epochs[-1:], *self.steps[-1:]], key=lambda r: r["step"])
         return next((r[key] for r in reversed(rows) if r.get(key) is not None), None)
 
 
 def story_of(rows: Sequence[dict[str, Any]]) -> Story:
-    """Sort the rows of a `*_metrics.jsonl`, given oldest first."""
+    """Sort the rows of a `*_metrics.jsonl`, given oldest first, by kind."""
     metrics = RunMetrics(rows)
     start: dict[str, Any] = {}
     newest: dict[str, Any] = {}
@@ -126,19 +126,21 @@ def story_of(rows: Sequence[dict[str, Any]]) -> Story:
 
 
 def write_report(files: RunFiles, samples: Path) -> Path:
-    """Write the page beside the run's checkpoints, whole or not at all; returns its path.
+    """Write the page atomically beside the run's checkpoints; return its path.
+
+    `samples` is the folder of evaluation audio.
 
     Raises:
-        OSError: no metrics, or no page can be written; an older page is as it was.
+        OSError: the metrics cannot be read or the page cannot be written; an older page stays.
     """
     story = story_of(read_metrics(files.metrics))
     page = as_html(story, files, samples).encode()
-    replace_file(files.report, page, durable=False)  # it can be made again
+    replace_file(files.report, page, durable=False)  # a lost page can be written again
     return files.report
 
 
 def as_html(story: Story, files: RunFiles, samples: Path) -> str:
-    """The page; `samples` is the folder that holds the run's .wav files."""
+    """Return the page as HTML; `samples` is the folder of evaluation audio."""
     frame = _frame(story)
     curves, inside = ([draw(c, frame) for c in charts] for charts in _charts(story))
     curves[1:1] = _last_half(story, frame)
@@ -165,7 +167,11 @@ def as_html(story: Story, files: RunFiles, samples: Path) -> str:
 
 
 def tone_of(story: Story) -> str:
-    """`bad` after the guard stopped the run or without a val, `warn` where val is in trouble."""
+    """Return the colour of a run's state.
+
+    It is `bad` if the run failed, the guard stopped it or val is not finite, `warn` for trouble
+    with val or after a rollback or quarantine, else `good`.
+    """
     val = story.epochs[-1].get("val") if story.epochs else None
     if {"reason", "error"} & (story.end or {}).keys() or (story.epochs and val is None):
         return "bad"
@@ -173,7 +179,7 @@ def tone_of(story: Story) -> str:
 
 
 def headline(story: Story) -> str:
-    """`val 4.1932`, or that there is none yet."""
+    """Return the page's headline: `val 4.1932`, or that there is no validation yet."""
     return f"val {number(story.epochs[-1].get('val'))}" if story.epochs else "no validation yet"
 
 
@@ -187,7 +193,7 @@ def _frame(story: Story) -> Frame:
 
 
 def _last_half(story: Story, frame: Frame) -> list[Markup]:
-    """Val and train from the middle on, where late progress is too small for the whole picture."""
+    """Draw val and train of the last half, whose progress is too small for the whole chart."""
     rows = [r for r in story.epochs if r["step"] >= frame.high // 2]
     if len(rows) < HALF or len(rows) == len(story.epochs):
         return []
@@ -196,7 +202,7 @@ def _last_half(story: Story, frame: Frame) -> list[Markup]:
 
 
 def _charts(story: Story) -> tuple[list[Chart], list[Chart]]:
-    """Those that say how good a run is, and those that say how it works; without empty ones."""
+    """Return the charts of a run's quality and those of its inner workings, without empty ones."""
     steps, epochs = story.steps, story.epochs
     sizes = (story.start.get("model") or {}).get("vocab_sizes") or []
     events = [(r["event"], r["step"]) for r in story.events if isinstance(r.get("step"), int)]
@@ -221,7 +227,7 @@ def _with_points(charts: Sequence[Chart]) -> list[Chart]:
 
 
 class Sample(NamedTuple):
-    """Evaluation audio: its row of metrics, and a player or why there is none."""
+    """Evaluation audio: its metrics row, and a player or the reason why there is none."""
 
     row: dict[str, Any]
     player: Markup | None
@@ -234,5 +240,5 @@ def _sample(row: dict[str, Any], folder: Path) -> Sample:
     path = (folder / str(row.get("file", ""))).with_suffix(".wav")
     try:
         return Sample(row, player(path, path.stat().st_mtime_ns), "")
-    except Exception as failure:  # the file is gone, or no sound: the page is no place to die
+    except Exception as failure:  # the file is missing or no sound; the page must be written anyway
         return Sample(row, None, f"{path.name}: {failure}")

@@ -1,5 +1,5 @@
-// What a page does: copy buttons, a cursor over charts, sound below its spectrogram.
-// 44, 428, 480, 12 and 176 are the view box of pages/charts.py, 150 that of pages/spectrogram.py.
+// The script of a page: copy buttons, a cursor over the charts, playing below a spectrogram.
+// 44, 428, 480, 12 and 176 come from the view box of pages/charts.py, 150 from spectrogram.py.
 "use strict";
 
 for (const code of document.querySelectorAll(".command code")) {
@@ -15,7 +15,7 @@ for (const code of document.querySelectorAll(".command code")) {
   };
 }
 
-// The cursor of one chart moves those beside it; the readings are the points nearest to its step.
+// Moving over one chart moves the cursors of its group; the legend shows the points nearest by step.
 const numbers = text => text ? text.split(" ").map(Number) : [];
 for (const group of document.querySelectorAll(".charts")) {
   const charts = [...group.querySelectorAll("figure")].map(figure => {
@@ -58,7 +58,7 @@ for (const group of document.querySelectorAll(".charts")) {
   }
 }
 
-// A spectrogram shows where its sound is, and plays it from where it is clicked.
+// A playhead on the spectrogram shows the position of the sound; a click plays from there.
 for (const sample of document.querySelectorAll(".sample")) {
   const audio = sample.querySelector("audio"), picture = sample.querySelector("svg");
   if (!audio) continue;

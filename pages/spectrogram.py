@@ -1,8 +1,8 @@
-"""A .wav as a player below its spectrogram, both as data within the markup.
+"""Draws the spectrogram of a .wav file above an audio player, both embedded in the markup.
 
     markup = player(Path("samples/x.wav"), modified=os.stat("samples/x.wav").st_mtime_ns)
 
-Sound becomes MP3, about 0.2 MB for 15 s.
+The sound is compressed as MP3, about 0.2 MB for 15 s.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 from pages.charts import LEFT, RIGHT, WIDTH
 from pages.html import render
 
-HZ = 50.0, 20_000.0  # lowest and highest that is drawn
-ROWS = 150  # bands, each one unit of the view box high; script.js knows it too
-KEPT = 4  # players in memory: those of one page
+HZ = 50.0, 20_000.0  # lowest and highest frequency drawn
+ROWS = 150  # frequency bands, each one unit of the view box high; script.js repeats this number
+KEPT = 4  # players kept in memory: those of one page
 
 
 @functools.lru_cache(KEPT)
 def player(path: Path, modified: int) -> Markup:
-    """Markup of a .wav file; `modified`, when the file was written, makes a new file a new entry.
+    """Return the markup of the spectrogram and player of a .wav file.
+
+    `modified`, the file's time stamp, is a part of the cache's key, so a new file is read again.
 
     Raises:
         OSError, soundfile.LibsndfileError: the file cannot be read, or is no sound.
     """
-    import soundfile  # training runs without it
+    import soundfile  # imported late: training does not need it
 
     wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     compressed = io.BytesIO()
@@ -49,9 +51,10 @@ def player(path: Path, modified: int) -> Markup:
 
 
 def spectrogram(wave: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
-    """Levels [F, T] of a waveform [N] in dB below its loudest, -80 to 0; F is logarithmic in Hz.
+    """Return levels [ROWS, T] of a waveform [N] in dB relative to its loudest, from -80 to 0.
 
-    F covers HZ, lowest first; a column is 1/86 s at 44.1 kHz. Hann windows of 2048.
+    The bands are spaced logarithmically over HZ, lowest first. A column is 512 samples, 1/86 s at
+    44.1 kHz; windows are Hann windows of 2048 samples.
     """
     window, hop = 2048, 512
     padded = np.pad(wave, (window // 2, window // 2 + hop))
@@ -59,7 +62,7 @@ def spectrogram(wave: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
     power = np.abs(np.fft.rfft(frames * np.hanning(window), axis=1)) ** 2
     edges = np.geomspace(*HZ, ROWS + 1) * window / rate
     sums = np.concatenate((np.zeros((len(power), 1)), power.cumsum(axis=1)), axis=1)
-    # Between two edges lies less than a bin at low frequencies: the running sum is interpolated.
+    # At low frequencies a band is narrower than an FFT bin, so the running sum is interpolated.
     bins = np.arange(sums.shape[1]) - 0.5
     between = np.stack([np.interp(edges, bins, row) for row in sums])
     bands = np.diff(between, axis=1) / np.diff(edges)

@@ -78,7 +78,7 @@ def test_patience_ends_a_run_that_learns_nothing_and_says_why(tmp_path: Any) -> 
     flags += ["--lr", "3e-3", "--ema", "0.9", "--epochs", "400", "--patience", "6"]
     code, said = run_trainer(*flags)
     assert code == 0, said
-    assert said.count("is above guessing, 2.773: this model of this music") == 1
+    assert said.count("is above guessing, 2.773: the model is worse than none") == 1
     (end,) = rows(tmp_path / "run", "end")
     validated = rows(tmp_path / "run", "epoch")
     best = min(validated, key=lambda row: row["val"])
