@@ -80,7 +80,7 @@ def test_the_first_words_say_how_good_how_far_and_whether_anything_is_wrong():
     assert "val 4.1932 The best so far, in epoch 10." in text
     assert "step 200 of 400; 3m 20s of training, 3m 20s left" in text
     assert "calm 0 steps refused, 0 rollbacks" in text
-    assert "100 x as fast as they sound" in text
+    assert "100 x real time" in text
     assert '<main class="good">' in page
 
 
@@ -121,7 +121,7 @@ def drawn(values: list[float]) -> str:
     ("end", "state", "tone"),
     [
         ({"best_val": 4.0}, "done", "good"),
-        ({"signal": "SIGTERM"}, "stopped by SIGTERM, to go on", "good"),
+        ({"signal": "SIGTERM"}, "stopped by SIGTERM, can be resumed", "good"),
         ({"reason": "ten refusals"}, "stopped by the guard: ten refusals", "bad"),
         ({"error": "OSError: full"}, "failed: OSError: full", "bad"),
         (None, "training", "good"),
