@@ -368,17 +368,26 @@ class CodesTransformer(nn.Module):
             x = block(x, rope, layer)
         return self.norm(x[:, -1])
 
+    def new_depth_cache(self, batch: int) -> KeyValueCache | None:
+        """Return a cache of a frame's codebooks for `draw`, which serves frame after frame."""
+        if self.depth is None:
+            return None
+        return self.depth.config.new_cache(batch, self.config.num_codebooks, self.bos.device)
+
     @torch.no_grad()
-    def draw(self, state: Tensor, choose: Choose) -> Tensor:
+    def draw(self, state: Tensor, choose: Choose, cache: KeyValueCache | None = None) -> Tensor:
         """Draw the next column [B, K] from its state [B, D]; "depth" draws one codebook at a time.
 
         `choose(logits [B, n, V], first)` returns codes [B, n] of codebooks first to first + n - 1.
+        `cache`, of `new_depth_cache`, may hold another frame; without it one is made.
         """
         if self.depth is None:
             return choose(self.logits_of(state[None]), 0)
         depth, (batch, k) = self.depth, (len(state), self.config.num_codebooks)
         column = torch.zeros(batch, k, dtype=torch.int64, device=state.device)
-        cache = depth.config.new_cache(batch, k, state.device)
+        cache = cache or self.new_depth_cache(batch)
+        assert cache is not None, "the model has depth"
+        cache.restart()
         rope = depth.config.rope(torch.arange(k, device=state.device))
         inputs = depth.inputs(state).to(state.dtype)
         for i in range(k):

@@ -53,6 +53,10 @@ class KeyValueCache:
         self.slot = torch.zeros_like(self.position)  # where it goes
         self.host_position = 0  # of the input after it; known without reading the device
 
+    def restart(self) -> None:
+        """Begin another sequence; nothing of the one before is looked at."""
+        self.host_position = 0
+
     def begin(self, inputs: int) -> None:
         """Set where the next inputs go and what they see, without reading from the device."""
         p, last = self.host_position, self.size - 1

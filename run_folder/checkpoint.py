@@ -318,7 +318,8 @@ def rng_kept() -> Iterator[None]:
 
 def rng_state() -> dict[str, Any]:
     """Return the state of torch's generators: {"cpu": uint8 [N], "cuda": a list of uint8 [M]}."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Asking CUDA's generators begins CUDA: hundreds of MiB on a card that the run does not use.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 

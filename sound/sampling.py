@@ -10,9 +10,10 @@ B samples at once, T frames, K codebooks, V entries of the largest.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,22 +94,38 @@ class Draw:
         temperature = [max(t, COLDEST) for t in self.temperature[of]]
         if len(set(temperature)) == 1:
             return logits / temperature[0]
-        return logits / logits.new_tensor(temperature)[:, None]
+        return logits / _limits(self, logits.device).temperature[of, None]
 
     def _narrow(self, logits: Tensor, of: slice) -> Tensor:
         """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
-        vocab = logits.shape[-1]
-        limits = [min(k or vocab, vocab) for k in self.top_k[of]]
-        likeliest, order = logits.topk(max(limits))  # a whole sort takes far longer
-        last = torch.tensor(limits, device=logits.device)
-        share = torch.tensor(self.top_p[of], device=logits.device)
+        vocab, limits = logits.shape[-1], _limits(self, logits.device)
+        most = max(min(k or vocab, vocab) for k in self.top_k[of])
+        likeliest, order = logits.topk(most)  # a whole sort takes far longer
         probabilities = (likeliest - logits.logsumexp(-1, keepdim=True)).exp()
         before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
-        rank = torch.arange(max(limits), device=logits.device)
-        dropped = (rank >= last[:, None]) | ((before >= share[:, None]) & (share < 1)[:, None])
+        rank = torch.arange(most, device=logits.device)
+        dropped = (rank >= limits.top_k[of, None]) | (before >= limits.top_p[of, None])
         dropped[..., 0] = False  # the likeliest always stays
         kept = likeliest.masked_fill(dropped, -torch.inf)
         return torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
+
+
+class _Limits(NamedTuple):
+    """The values of a Draw as tensors [K] on a device, where no limit is out of all reach."""
+
+    temperature: Tensor  # float32
+    top_k: Tensor  # int64
+    top_p: Tensor  # float32
+
+
+@functools.lru_cache(maxsize=8)
+def _limits(draw: Draw, device: torch.device) -> _Limits:
+    """Make them once: a GPU waits for the host at each new tensor of the host's numbers."""
+    return _Limits(
+        torch.tensor([max(t, COLDEST) for t in draw.temperature], device=device),
+        torch.tensor([k or torch.iinfo(torch.int64).max for k in draw.top_k], device=device),
+        torch.tensor([p if p < 1 else torch.inf for p in draw.top_p], device=device),
+    )
 
 
 @torch.inference_mode()
@@ -146,6 +163,7 @@ def generate(
     cache = model.new_cache(batch, ctx, kept, static=compiled)
     # Compiled twice at most: before the cache is full, and after.
     advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
+    inner = model.new_depth_cache(batch)
     start = known.shape[1] - lag
     end = start + frames
     columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
@@ -154,7 +172,7 @@ def generate(
     if not state.isfinite().all():
         raise NotFiniteError(0)
     for t in range(start, end + lag):
-        drawn = model.draw(state, lambda logits, first: draw(logits, generator, first))
+        drawn = model.draw(state, lambda logits, first: draw(logits, generator, first), inner)
         if t < known.shape[1]:
             drawn = torch.where(known[:, t] == TO_DRAW, drawn, known[:, t])
         if t >= end:  # lower codebooks have ended

@@ -332,6 +332,18 @@ def test_the_random_state_survives_a_checkpoint_and_a_detour(tmp_path):
     assert torch.equal(torch.rand(5), expected)
 
 
+def test_a_device_that_is_not_used_is_not_begun(monkeypatch):
+    """A card beside a run on the CPU: asking its generators would begin CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module, "device_count", lambda: 1)
+    assert not torch.cuda.is_initialized()
+    state = rng_state()
+    assert state["cuda"] == []
+    set_rng_state({**state, "cuda": [torch.zeros(16, dtype=torch.uint8)]})
+    assert not torch.cuda.is_initialized()
+
+
 def test_versions_that_decide_about_exactness_are_recorded():
     assert library_versions()["torch"] == str(torch.__version__)
     assert library_versions()["numpy"] == np.__version__

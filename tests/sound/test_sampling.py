@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from typing import Any
 
 import pytest
 import torch
 from kit.models import CONFIG, make_codes, make_model
+from torch.overrides import TorchFunctionMode
 
 from layers.rotary import rotate
 from model import (
@@ -199,6 +201,44 @@ def test_top_k_and_top_p_keep_the_likeliest(options, kept):
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 1, 4)
     codes = Draw.of(1, **options)(logits, torch.Generator().manual_seed(0))
     assert set(codes.unique().tolist()) == kept
+
+
+class Made(TorchFunctionMode):
+    """Counts tensors made of the host's numbers, each of which a GPU waits for."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__ in ("tensor", "new_tensor", "as_tensor", "item", "tolist")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_draw_waits_for_the_host_once():
+    draw = Draw.of(3, temperature=[0.8, 0.9, 1.1], top_k=[5, 0, 3], top_p=[0.9, 1.0, 0.5])
+    counts = []
+    for _ in range(3):
+        with Made() as made:
+            draw(torch.randn(2, 3, 16), torch.Generator(), 0)
+        counts.append(made.count)
+    assert counts[0] > 0, "what is counted is seen"
+    assert counts[1:] == [0, 0]
+
+
+def test_a_cache_of_depth_serves_frame_after_frame():
+    model = make_model(dataclasses.replace(CONFIG, pattern="depth")).eval()
+    cache = model.new_depth_cache(2)
+    states = torch.randn(3, 2, model.config.d_model)
+    for state in states:
+        seen: list[list[torch.Tensor]] = [[], []]
+        for logits, own in zip(seen, (None, cache), strict=True):
+
+            def choose(found: torch.Tensor, _: int, logits: Any = logits) -> torch.Tensor:
+                logits.append(found)
+                return found.argmax(-1)
+
+            model.draw(state, choose, own)
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        assert len(seen[0]) == model.config.num_codebooks
 
 
 def test_temperatures_may_differ_per_codebook_down_to_nothing():
