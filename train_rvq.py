@@ -118,10 +118,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, A
             f"--eta-min {flags.eta_min:g} is above --lr {flags.lr:g}; lower it, or raise --lr"
         )
     if "accum" in explicit and flags.batch == "auto":
-        parser.error(
-            "--accum: --batch auto chooses it; leave it out, or set the product by "
-            "--effective-batch"
-        )
+        parser.error("--accum: --batch auto chooses it; leave it out, or give --effective-batch")
     if set(flags.tag) & set('/\\*?[]" ') or not flags.tag.isprintable() or len(flags.tag) > 100:
         parser.error(
             f"--tag: expected at most 100 letters, digits, '.', '-' and '_', found {flags.tag!r}"

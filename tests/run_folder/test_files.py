@@ -565,7 +565,7 @@ def test_with_both_damaged_all_is_listed_and_nothing_touched(files, damage):
 
 def test_nothing_to_offer_is_said(files):
     files.latest.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no other one"):
+    with pytest.raises(CheckpointError, match="there is no other"):
         load_latest(files)
     assert files.latest.read_bytes() == b""
 

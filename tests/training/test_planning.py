@@ -199,7 +199,7 @@ def test_plan_without_data_or_rate_says_what_is_unknown():
     assert code == 0, said
     assert "9 codebooks are assumed" in said
     assert "give --device-tflops" in said
-    assert "--memory-gb says" in said
+    assert "give its memory by --memory-gb" in said
 
 
 def test_plan_says_what_to_change_where_memory_is_short():
