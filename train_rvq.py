@@ -590,9 +590,9 @@ def report_trouble(run: TrainingRun) -> None:
     if not run.world.is_first:
         return
     trouble = trouble_of(RunMetrics(read_metrics(run.files.metrics)))
-    if trouble is not None and trouble.kind != run.told_trouble:
+    if trouble is not None and trouble.kind != run.reported_trouble:
         run.console.problem(trouble.text)
-    run.told_trouble = trouble and trouble.kind
+    run.reported_trouble = trouble and trouble.kind
 
 
 # --- a whole run ---------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What model.py is built of: attention, rotary positions, cache, loss."""
+"""Building blocks of model.py: attention, rotary positions, cache, loss."""

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: checkpoints, file names, lock, metrics, weights to share."""
+"""The files that a run leaves on disk: checkpoints, file names, lock, metrics, weights to share."""

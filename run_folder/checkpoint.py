@@ -284,8 +284,8 @@ def _unpickle(path: Path, **options: Any) -> Any:
         _raise_unless_of_file(error, path)
         _raise_out_of_memory(error, path)
         # Around this sentence, torch advises to load without the safe reader.
-        told = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
-        reason = re.split(r"\.\s|\n", told)[0].removesuffix(".") or type(error).__name__
+        text = re.split(r"WeightsUnpickler error: |\n\n", str(error), maxsplit=1)[-1].strip()
+        reason = re.split(r"\.\s|\n", text)[0].removesuffix(".") or type(error).__name__
         raise CheckpointError(
             f"{path}: refused by the safe reader ({reason}); {ANOTHER}"
         ) from error

@@ -85,8 +85,8 @@ def failed(run: TrainingRun, error: Exception) -> int | None:
         save_first(run)
     if is_out_of_memory(error):
         tell_out_of_memory(run)
-    told = f"{type(error).__name__}: {error}"
-    run.metrics.write("end", step=run.state.progress.step, error=told)
+    text = f"{type(error).__name__}: {error}"
+    run.metrics.write("end", step=run.state.progress.step, error=text)
     update_page(run)
     return None
 
@@ -129,8 +129,8 @@ def update_page(run: TrainingRun) -> None:
         write_report(run.files, samples.folder(run.flags))
     except Exception as error:
         if not run.report_failed:
-            told = in_words(error).removeprefix(f"{run.files.report}: ")
-            run.console.problem(f"{run.files.report} was not written, training goes on: {told}")
+            cause = in_words(error).removeprefix(f"{run.files.report}: ")
+            run.console.problem(f"{run.files.report} was not written, training goes on: {cause}")
         run.report_failed = True
     else:
         run.report_failed = False

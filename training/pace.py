@@ -20,19 +20,19 @@ class Pace:
     def __init__(self) -> None:
         self.usual = 0.0  # frames a second
         self.slow_seconds = 0.0
-        self.was_told = False
+        self.has_warned = False
 
     def note(self, frames_per_s: float, seconds: float, device_type: str) -> str | None:
         """Add an interval of `seconds`; return a warning with a remedy, once for a slow spell."""
         if frames_per_s * SLOW_FACTOR >= self.usual:
             share = MEMORY if self.usual else 1.0
             self.usual += share * (frames_per_s - self.usual)
-            self.slow_seconds, self.was_told = 0.0, False
+            self.slow_seconds, self.has_warned = 0.0, False
             return None
         self.slow_seconds += seconds
-        if self.slow_seconds < SLOW_SECONDS or self.was_told:
+        if self.slow_seconds < SLOW_SECONDS or self.has_warned:
             return None
-        self.was_told = True
+        self.has_warned = True
         remedy = "check with `nvidia-smi` and `top` what else is running"
         if device_type == "cpu":
             threads = os.environ.get("OMP_NUM_THREADS")

@@ -1,4 +1,4 @@
-"""What a start takes from an earlier one: the checkpoint, the flags, the identity of the data.
+"""Resumes a run: finds its checkpoint, merges its flags, checks that the data is the same.
 
     checkpoint, source = find_checkpoint(flags, console, world)   # None for a new run
     flags = settle_flags(flags, explicit, checkpoint, console)
@@ -132,21 +132,23 @@ def settle_data_change(
     Raises:
         CheckpointError: the windows or the codec differ from the saved run's.
     """
-    if said := another_codec(saved, found):
-        raise CheckpointError(f"{source}: {said}; name its own data, or start anew (--no-resume)")
+    if mismatch := another_codec(saved, found):
+        raise CheckpointError(
+            f"{source}: {mismatch}; give the data of this run, or start anew (--no-resume)"
+        )
     found["codec"] = found["codec"] or saved.get("codec")
     identity = found.keys() - {"size", "codec"}  # these two follow from the files
     changed = sorted(name for name in identity if saved.get(name) != found[name])
     if not changed:
         return
-    said = ", ".join(f"{n} {saved.get(n)!s:.8} -> {found[n]!s:.8}" for n in changed)  # hashes
+    changes = ", ".join(f"{n} {saved.get(n)!s:.8} -> {found[n]!s:.8}" for n in changed)  # hashes
     if not flags.allow_data_change:
         raise CheckpointError(
-            f"{source}: the data is not the data of the saved run ({said}); restore data and "
+            f"{source}: the data is not the data of the saved run ({changes}); restore data and "
             "flags, or give --allow-data-change to go on with the present data, from the start of "
             "this epoch"
         )
-    console.problem(f"the data changed ({said}); epoch {state.progress.epoch + 1} starts again")
+    console.problem(f"the data changed ({changes}); epoch {state.progress.epoch + 1} starts again")
     state.guard.forget()
     state.policy.forget_windows()
     state.progress.begin_epoch()

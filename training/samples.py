@@ -99,8 +99,8 @@ def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
     from sound.codec import load_codec, not_the_trainings
 
     name, side = run.flags.eval_dac_repo, run.data["side_codebooks"]
-    if said := not_the_trainings(name, codec_of(run.data)):
-        run.console.problem(f"{said}; see --eval-dac-repo")
+    if mismatch := not_the_trainings(name, codec_of(run.data)):
+        run.console.problem(f"{mismatch}; see --eval-dac-repo")
     codec = load_codec(name, "cpu" if run.flags.eval_on_cpu else str(run.device))
     sizes = run.state.model.config.vocab_sizes
     if odd := codec.mismatch(sizes, side, run.data["frame_rate"]):

@@ -93,8 +93,8 @@ def prepare(
     config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, world)
     weighting = flags.cb_weights, flags.cb_weights_auto_alpha
     shares = codebook_weights(*weighting, config.num_codebooks)
-    if data and initial and (said := another_codec(initial.get("data", {}), data.facts)):
-        console.problem(f"--init-from {flags.init_from}: {said}")
+    if data and initial and (mismatch := another_codec(initial.get("data", {}), data.facts)):
+        console.problem(f"--init-from {flags.init_from}: {mismatch}")
     plan = plan_of(flags, config, device)
     console.lines(plan.settle_batch(explicit, world))
     if data is not None:

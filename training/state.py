@@ -114,7 +114,9 @@ class TrainingRun:
     failed_saves: int = 0
     report_failed: bool = False  # the newest attempt to write the HTML page failed
     has_graphs: bool = False  # CUDA graphs: losses and gradients lie where the next replay writes
-    told_trouble: str | None = None  # kind of trouble after the newest validation, already printed
+    reported_trouble: str | None = (
+        None  # kind of trouble after the newest validation, already printed
+    )
     guard_stop: str | None = None  # reason why the guard ends the run
     between_steps: bool = True  # False during an update, when weights and counters disagree
 
