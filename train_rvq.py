@@ -25,11 +25,9 @@ import math
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -46,11 +44,8 @@ from cli.command_line import (
     EXIT_DONE,
     FlagParser,
     exit_code_of,
-    known_cause,
     problem,
-    unexpected,
 )
-from cli.shortages import is_out_of_memory, shortage
 from cli.waiting import NoAnswerError
 from npq_dataset import BadFilesError
 from run_folder import flags as flags_of_runs
@@ -77,7 +72,7 @@ from training.compiling import (
     give_back,
     own_gradients,
 )
-from training.parallel import ParallelError, World, is_loss_of_peer, join, leave
+from training.parallel import ParallelError, World, join, leave
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
 from training.setup import set_up
@@ -632,7 +627,7 @@ def join_and_train(argv: list[str] | None) -> int:
         expected=EXPECTED,
         debug=flags.debug,
         interrupted="interrupted; nothing was changed" if flags.plan else f"{before}starts again",
-        explain=lambda error: explain(error, flags),
+        explain=lambda error: ends.explain(error, flags),
         report=lambda code, message: report_once(world, code, message),
     )
 
@@ -654,31 +649,6 @@ def train_as_one(flags: argparse.Namespace, explicit: dict[str, Any], world: Wor
         code = train_or_save(run)
         world.wait()
         return code
-
-
-def explain(error: BaseException, flags: argparse.Namespace) -> str:
-    """Return the message for an error that is none of EXPECTED: its cause and a remedy."""
-    if is_out_of_memory(error):
-        smaller = "lower --batch, --ctx, --d_model or --layers; --plan prints what fits"
-        return f"{shortage(error)}; {smaller}"
-    if torch.distributed.is_initialized() and is_loss_of_peer(error):
-        return f"another process of the run died ({error}); torchrun names it below"
-    return known_cause(error) or unexpected(error, write_traceback(error, flags))
-
-
-def write_traceback(error: BaseException, flags: argparse.Namespace) -> str:
-    """Write the traceback to a file in the run's folder; return where to find it.
-
-    A failure after days of training cannot be repeated just to see its traceback.
-    """
-    path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
-    try:
-        if not path.parent.is_dir() or flags.plan:
-            return "--debug shows where"
-        path.write_text("".join(traceback.format_exception(error)))
-    except OSError:
-        return "--debug shows where"
-    return f"traceback in {path}"
 
 
 def report_once(world: World, code: int, message: str) -> int:

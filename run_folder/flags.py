@@ -187,7 +187,7 @@ add("--amp-dtype", scope="run", is_settled=True, choices=("auto", "bf16", "fp16"
 add("--compile", scope="machine", action=SWITCH, help="use torch.compile; default: on CUDA only")
 add("--compile-mode", scope="machine", choices=("default", "reduce-overhead", "max-autotune"),
     default="default",
-    help="mode of torch.compile; reduce-overhead and max-autotune use CUDA graphs")
+    help="mode of torch.compile; the last two use CUDA graphs")
 add("--fused-optim", scope="machine", action=SWITCH, default=True, help="use the fused AdamW")
 
 add = in_group("planning")
@@ -280,8 +280,8 @@ def gone_flags(saved: Mapping[str, Any]) -> list[str]:
 
 
 def spelled(name: str) -> str:
-    """Return `--cb-weights` for `cb_weights`, also for a removed flag."""
-    return f"--{name.replace('_', '-')}"
+    """Return `--d_model` for `d_model`; of a removed flag, and of `no_amp`, with dashes."""
+    return FLAGS[name].spelling if name in FLAGS else f"--{name.replace('_', '-')}"
 
 
 def command_words(values: Mapping[str, Any]) -> list[list[str]]:

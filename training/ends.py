@@ -5,16 +5,24 @@ return ends.finished(run)     # the exit code
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import os
 import signal
+import time
+import traceback
+from pathlib import Path
 
-from cli.command_line import EXIT_DONE, in_words
-from cli.shortages import is_out_of_memory
+import torch
+
+from cli.command_line import EXIT_DONE, in_words, known_cause, unexpected
+from cli.shortages import is_out_of_memory, shortage
 from cli.waiting import NoAnswerError
 from pages.run_page import write_report
 from run_folder.metrics import number
 from training import samples, saving
 from training.building import plan_of
+from training.parallel import is_loss_of_peer
 from training.state import TrainingRun
 
 EXIT_GUARD = 3  # stopped by the guard
@@ -119,6 +127,31 @@ def tell_out_of_memory(run: TrainingRun) -> None:
     run.console.problem(
         "\n  ".join(["out of memory; these flags are predicted to take less:", *lines])
     )
+
+
+def explain(error: BaseException, flags: argparse.Namespace) -> str:
+    """Return the message for an error that no part of the trainer raises: its cause, a remedy."""
+    if is_out_of_memory(error):
+        smaller = "lower --batch, --ctx, --d_model or --layers; --plan prints what fits"
+        return f"{shortage(error)}; {smaller}"
+    if torch.distributed.is_initialized() and is_loss_of_peer(error):
+        return f"another process of the run died ({error}); torchrun names it below"
+    return known_cause(error) or unexpected(error, write_traceback(error, flags))
+
+
+def write_traceback(error: BaseException, flags: argparse.Namespace) -> str:
+    """Write the traceback to a file in the run's folder; return where to find it.
+
+    A failure after days of training cannot be repeated just to see its traceback.
+    """
+    path = Path(flags.save_dir, time.strftime(f"crash_%Y%m%d-%H%M%S_{os.getpid()}.txt"))
+    try:
+        if not path.parent.is_dir() or flags.plan:
+            return "--debug shows where"
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return "--debug shows where"
+    return f"traceback in {path}"
 
 
 def update_page(run: TrainingRun) -> None:

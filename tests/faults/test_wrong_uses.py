@@ -153,7 +153,7 @@ def test_a_list_says_first_what_to_do(damage, use, first, place, tunes, tmp_path
 def test_a_finished_run_says_what_goes_on(place, tunes, capsys):
     flags = [*TINY, "--data", str(tunes), "--save_dir", str(place / "run"), "--no-report"]
     assert train_rvq.main([*flags, "--max-steps", "16"]) == 0
-    assert "a larger --epochs, --max-steps or --max-seconds goes on" in capsys.readouterr().out
+    assert "give a larger --epochs, --max-steps, --max-seconds or" in capsys.readouterr().out
 
 
 def run(*flags: str | Path, **options) -> subprocess.CompletedProcess[str]:

@@ -77,7 +77,7 @@ def test_explicit_flags_win_architecture_stays_and_the_banner_says_so(tunes, tmp
     run = make_run(*flags, "--d_model", "64", "--weight-decay", "0.3", "--label-smoothing", "0.1")
     said = capsys.readouterr().out
     assert "Resuming at step 3" in said
-    assert "--d-model: saved 32, given 64; the saved value stays" in said
+    assert "--d_model: saved 32, given 64; the saved value stays" in said
     assert "--weight-decay: saved 0.02, given 0.3; the given value is used" in said
     assert run.state.model.config.d_model == 32
     assert run.state.optimizer.param_groups[0]["weight_decay"] == 0.3, "pitfall 17"
