@@ -22,6 +22,7 @@ import hashlib
 import os
 import resource
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -196,14 +197,20 @@ class _OpenFiles:
         return found
 
     def _open(self, file: int) -> int:
-        """A new descriptor. Where there are none left all that are kept are given back first."""
+        """A new descriptor. Where there are none left all that are kept are given back first.
+
+        Then it waits some seconds: a save or the page beside it may take the last ones meanwhile.
+        """
         *_, size, mtime_ns, _ = self.files[file].item()
-        try:
-            return open_unchanged(self.paths[file], size, mtime_ns)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.close():
-                raise
-        self.most = max(1, self.most // 2)  # others took what was spare
+        for seconds in (0.0, 0.1, 0.4, 1.6):
+            try:
+                return open_unchanged(self.paths[file], size, mtime_ns)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+            self.close()
+            self.most = max(1, self.most // 2)  # others took what was spare
+            time.sleep(seconds)
         return open_unchanged(self.paths[file], size, mtime_ns)
 
     def close(self) -> int:

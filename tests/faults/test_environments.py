@@ -40,7 +40,7 @@ def words(tunes: Path, tunes_of_the_demo: Path, tmp_path_factory) -> dict[str, l
     """A small command line of every kind; {out} is a folder to write to."""
     place = tmp_path_factory.mktemp("place")
     (place / "music").mkdir()
-    tone = np.sin(np.arange(44_100) / 20) * 0.3
+    tone = np.sin(np.arange(3 * 44_100) / 20) * 0.3
     soundfile.write(place / "music" / "a.wav", tone, 44_100)
     flags = ["--data", tunes_of_the_demo, "--save_dir", place / "run", "--max-steps", "1"]
     code, output = run_trainer(*TINY, *flags)
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_others(words, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_as_ctrl_c_does(kind, number, words, tmp_path):
     def signalled() -> None:
-        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -{int(number)} {os.getpid()}"])
 
     found, said = ending(DOORS[kind], words[kind], tmp_path, signalled)
     assert found == 128 + number, said
