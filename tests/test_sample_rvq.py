@@ -158,9 +158,10 @@ def test_a_signal_ends_a_sample_at_once(music, tmp_path):
     outdir = tmp_path / "samples"
 
     def interrupt_when_sampling() -> None:
-        while not outdir.exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            wait_for(outdir.exists)
+        finally:  # also where it is not made: the sample has no end of its own
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     thread = threading.Thread(target=interrupt_when_sampling)
@@ -212,7 +213,7 @@ def test_evaluation_audio_of_a_codec_of_another_shape_is_told_and_training_goes_
     tunes, tmp_path, capsys
 ):
     train("--data", tunes, "--save_dir", tmp_path, "--epochs", "1", *SOUND)
-    told = "--eval-dac-repo demo: has 9 codebooks of 1024"
+    told = "--eval-dac-repo demo: the codec has 9 codebooks of 1024"
     assert told in capsys.readouterr().err
     (row,) = rows(tmp_path, "sample")
     assert told in row["error"]

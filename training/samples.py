@@ -65,6 +65,7 @@ def draw(run: TrainingRun) -> Path:
         if run.stop.signal is not None or run.stop.received is not None:
             raise Stopped
 
+    folder(flags).mkdir(parents=True, exist_ok=True)  # drawing takes minutes: fail before it
     codes = generate(
         run.state.ema.model,
         flags.eval_frames,
@@ -78,7 +79,6 @@ def draw(run: TrainingRun) -> Path:
     )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = folder(flags) / f"{run.files.name}_e{p.epoch:04d}__{stamp}.npq"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_npq(
         path,
         codes[0].cpu().numpy(),
