@@ -77,8 +77,8 @@ def draw(run: TrainingRun) -> Path:
         dtype=run.amp_dtype,
         on_frame=stop_on_signal,
     )
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = folder(flags) / f"{run.files.name}_e{p.epoch:04d}__{stamp}.npq"
+    while (path := folder(flags) / sample_name(run)).exists():
+        time.sleep(0.1)  # a run begun anew within a second has the same names
     write_npq(
         path,
         codes[0].cpu().numpy(),
@@ -87,6 +87,12 @@ def draw(run: TrainingRun) -> Path:
         side_codebooks=run.data["side_codebooks"],
     )
     return path
+
+
+def sample_name(run: TrainingRun) -> str:
+    """Return the name of a sample of this moment: run, epoch, local time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{run.files.name}_e{run.state.progress.epoch:04d}__{stamp}.npq"
 
 
 def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
