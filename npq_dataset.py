@@ -208,8 +208,8 @@ class _OpenFiles:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
-            self.close()
-            self.most = max(1, self.most // 2)  # others took what was spare
+            if self.close():
+                self.most = max(1, self.most // 2)  # others took what was spare
             time.sleep(seconds)
         return open_unchanged(self.paths[file], size, mtime_ns)
 

@@ -62,16 +62,7 @@ from run_folder.metrics import (
 from run_folder.shared_weights import is_shared
 from run_folder.validations import trouble_of
 from sound.npq_format import NpqError
-from training import dry_run, ends, rollback, samples, saving
-from training.compiling import (
-    GRAPH_MODES,
-    MICRO_BATCHES_TO_TRUST,
-    attempts,
-    compiled,
-    first_words,
-    give_back,
-    own_gradients,
-)
+from training import compiling, dry_run, ends, rollback, samples, saving
 from training.parallel import ParallelError, World, join, leave
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
@@ -190,7 +181,7 @@ def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     flags, p, world = run.flags, run.state.progress, run.world
     loss_and_ce = torch.zeros(1 + len(run.weights), device=run.device)
     if run.has_graphs:
-        own_gradients(run.state.model.parameters())
+        compiling.own_gradients(run.state.model.parameters())
     mine = range(world.rank, flags.accum, world.size)
     for index, codes in zip(mine, batches, strict=False):
         codes = codes.to(run.device, non_blocking=True).long()
@@ -243,13 +234,13 @@ def compile_losses(run: TrainingRun) -> None:
     A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one.
     """
     eager = run.losses
-    for mode, instead in attempts(run.flags.compile_mode):
-        run.losses, run.compiled = compiled(eager, mode), True
-        run.has_graphs = mode in GRAPH_MODES and run.device.type == "cuda"
+    for mode, instead in compiling.attempts(run.flags.compile_mode):
+        run.losses, run.compiled = compiling.compiled(eager, mode), True
+        run.has_graphs = mode in compiling.GRAPH_MODES and run.device.type == "cuda"
         if (failure := run.world.first(failure_of_trial(run))) is None:
             return
         run.losses, run.compiled, run.has_graphs = eager, False, False
-        give_back()
+        compiling.give_back()
         run.console.problem(f"torch.compile failed in mode {mode}, going on {instead} ({failure})")
 
 
@@ -262,14 +253,14 @@ def failure_of_trial(run: TrainingRun) -> str | None:
         with rng_kept():
             first = np.zeros(run.flags.batch, dtype=np.int64)
             (trial,) = run.loader.read(run.train_windows, [first])
-            for _ in range(-(-MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1):
+            for _ in range(-(-compiling.MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1):
                 accumulate(run, itertools.repeat(trial))
         run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
     except torch.OutOfMemoryError:
         ends.tell_out_of_memory(run)
         raise
     except Exception as error:  # the compiler can fail in any way; training need not
-        return first_words(error)
+        return compiling.first_words(error)
     finally:
         state.scaler = scaler
         state.optimizer.zero_grad(set_to_none=True)

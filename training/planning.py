@@ -29,15 +29,7 @@ from cli.disk import free_space
 from model import CodesTransformer, ModelConfig
 from run_folder.files import RING_SIZE, megabytes
 from run_folder.flags import command_words
-from training.compiling import (
-    GRAPH_MODES,
-    MICRO_BATCHES_TO_TRUST,
-    attempts,
-    compiled,
-    first_words,
-    give_back,
-    own_gradients,
-)
+from training import compiling
 from training.memory_prediction import (
     FIXED,
     GIB,
@@ -202,12 +194,12 @@ class Plan:
         wanted = flags.compile or (flags.compile is None and device.type == "cuda")
         how = f"measured on {device} with random codes"
         step = self._step(flags, self.config)
-        for mode, instead in attempts(flags.compile_mode) if wanted else ():
+        for mode, instead in compiling.attempts(flags.compile_mode) if wanted else ():
             try:
                 return time_step(step, device, compile_mode=mode), how
             except Exception as error:  # the compiler can fail in any way
-                failure = first_words(error)
-            give_back()
+                failure = compiling.first_words(error)
+            compiling.give_back()
             how += f"; torch.compile failed in mode {mode}, so {instead} ({failure})"
         return time_step(step, device, compile_mode=None), how
 
@@ -401,10 +393,10 @@ def time_step(
     dtype = step.amp_dtype
     mixed = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     if compile_mode is not None:
-        forward = compiled(forward, compile_mode)
-    has_graphs = compile_mode in GRAPH_MODES
+        forward = compiling.compiled(forward, compile_mode)
+    has_graphs = compile_mode in compiling.GRAPH_MODES
     if has_graphs:
-        own_gradients(trained.model.parameters())
+        compiling.own_gradients(trained.model.parameters())
 
     def micro_batch() -> None:
         if has_graphs:
@@ -419,7 +411,7 @@ def time_step(
         trained.ema.update(1)
         next(trained.model.parameters()).sum().item()
 
-    for _ in range(MICRO_BATCHES_TO_TRUST if has_graphs else 1):
+    for _ in range(compiling.MICRO_BATCHES_TO_TRUST if has_graphs else 1):
         micro_batch()
     update()
     micro = _mean_seconds(micro_batch, 3, seconds)
