@@ -44,7 +44,7 @@ FLAGS = shlex.split(
     "--max-steps 150 --eval-audio-every 0 --log-lr-steps 5 --save-every-minutes 0.002 "
     "--archive-every 1"
 )
-CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds"}
+CLOCKS = {"seconds", "elapsed", "epoch_seconds", "log_seconds", "validated_seconds"}
 COMPARED = ("model", "ema", "optimizer", "scaler", "guard", "rng", "architecture", "data")
 KILLS_A_RUN = 5
 LONGEST = 600  # seconds that one start may take
