@@ -228,10 +228,14 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_others(words, tmp_path):
 @pytest.mark.parametrize("kind", ["encode", "sample", "doctor"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_as_ctrl_c_does(kind, number, words, tmp_path):
-    def signalled() -> None:
-        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -{int(number)} {os.getpid()}"])
+    def signalled_when_it_writes() -> None:
+        def hook(event: str, details: tuple[object, ...]) -> None:
+            if event == "open" and str(details[0]).startswith(f"{tmp_path}/"):
+                os.kill(os.getpid(), number)
 
-    found, said = ending(DOORS[kind], words[kind], tmp_path, signalled)
+        sys.addaudithook(hook)
+
+    found, said = ending(DOORS[kind], words[kind], tmp_path, signalled_when_it_writes)
     assert found == 128 + number, said
     assert "! interrupted; " in said.splitlines()[-1]
     assert not list(tmp_path.rglob("*.tmp"))
