@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import re
@@ -18,8 +19,9 @@ import stat
 import struct
 import sys
 import threading
+import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +35,7 @@ STATE_KEYS = ("model", "ema", "optimizer", "scaler", "guard", "progress", "rng")
 REQUIRED_KEYS = {*STATE_KEYS, "architecture", "flags", "data", "history", "libraries"}
 WEIGHTS_KEYS = {"ema", "architecture"}  # enough to start a new run
 DOS_FOLDER_BIT = 0x10  # in the external attributes of a zip entry
+ALIGNMENT = 64  # bytes, of tensors in host memory, as torch's own
 SAVING_NICENESS = 10  # on a busy core, saving gets a tenth of the time that training gets
 ANOTHER = "give a .pt file of train_rvq.py, or an older one of the run"  # a remedy
 
@@ -72,16 +75,30 @@ def size_of(value: Any) -> int:
     return (1 << 16) + tensor_bytes(value)
 
 
+def with_tensors(value: Any, use: Callable[[Tensor], Any]) -> Any:
+    """Copy nested dicts, lists and tuples with every tensor replaced by `use(tensor)`."""
+    if isinstance(value, Tensor):
+        return use(value)
+    if isinstance(value, dict):
+        return {key: with_tensors(part, use) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(part, use) for part in value)
+    return value
+
+
 class BackgroundSaver:
     """Copies a checkpoint and writes the copy in a thread, while training goes on.
 
-    The copy takes as much host memory as the checkpoint, page-locked for CUDA tensors; it is kept
-    and reused. Checksums, writing and syncing run without the interpreter lock, so training waits
-    only for the copy (after CheckFreq, Mohan et al., FAST 2021).
+    The copy takes as much host memory as the checkpoint, in one block that is kept and reused; for
+    CUDA tensors it is page-locked, and `tell` receives one message where it cannot be. Checksums,
+    writing and syncing run without the interpreter lock, so training waits only for the copy
+    (after CheckFreq, Mohan et al., FAST 2021).
     """
 
-    def __init__(self) -> None:
-        self.copies: dict[tuple[Any, ...], Tensor] = {}
+    def __init__(self, tell: Callable[[str], None] = print) -> None:
+        self.tell = tell
+        self.may_lock = True  # False after page-locking has failed
+        self.copies: list[Tensor] = []
 
     def start(
         self, checkpoint: dict[str, Any], write: Callable[[dict[str, Any]], Path]
@@ -91,27 +108,57 @@ class BackgroundSaver:
         The future receives the result of `write` or its error. Wait for it before the next start,
         which overwrites the copy.
         """
-        copy = self._copied(checkpoint, ())
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors: list[Tensor] = []
+        with_tensors(checkpoint, tensors.append)
+        if [(c.shape, c.dtype) for c in self.copies] != [(t.shape, t.dtype) for t in tensors]:
+            self.copies = []  # frees the old block before a new one is taken
+            self.copies = self._host_tensors(tensors)
+        for copy, tensor in zip(self.copies, tensors, strict=True):
+            copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if any(t.is_cuda for t in tensors):
             torch.cuda.synchronize()
+        rest = iter(self.copies)
+        copied = with_tensors(checkpoint, lambda _: next(rest))
         written: Future[Path] = Future()
         # A daemon thread: a disk that hangs must not keep the process from ending.
-        work = (written, write, copy)
+        work = (written, write, copied)
         threading.Thread(target=_write, args=work, name="saving", daemon=True).start()
         return written
 
-    def _copied(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(value, Tensor):
-            copy = self.copies.get(path)
-            if copy is None or (copy.shape, copy.dtype) != (value.shape, value.dtype):
-                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self.copies[path] = copy
-            return copy.copy_(value.detach(), non_blocking=value.is_cuda)
-        if isinstance(value, dict):
-            return {key: self._copied(part, (*path, key)) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copied(part, (*path, i)) for i, part in enumerate(value))
-        return value
+    def _host_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return uninitialised host tensors of the same shapes and dtypes in one block of memory.
+
+        torch's allocator of page-locked memory would round each tensor up to a power of two.
+        """
+        sizes = [-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors]
+        block = torch.empty(sum(sizes), dtype=torch.uint8).numpy()
+        if self.may_lock and any(t.is_cuda for t in tensors):
+            self._lock_pages(block)
+
+        def at(start: int, like: Tensor) -> Tensor:
+            if not like.numel():
+                return torch.empty(like.shape, dtype=like.dtype)
+            # A storage of its own: torch.save writes the whole storage of a tensor.
+            flat = torch.frombuffer(block, dtype=like.dtype, count=like.numel(), offset=start)
+            return flat.view(like.shape)
+
+        return list(map(at, itertools.accumulate(sizes, initial=0), tensors))
+
+    def _lock_pages(self, block: Any) -> None:
+        """Page-lock a NumPy array until it is freed, so that CUDA copies to it directly."""
+        runtime, address = torch.cuda.cudart(), block.ctypes.data
+        code = runtime.cudaHostRegister(address, block.nbytes, 0)
+        if code == runtime.cudaError.success:
+            weakref.finalize(block, runtime.cudaHostUnregister, address)
+            return
+        self.may_lock = False
+        self.tell(
+            f"{block.nbytes / 1e6:.0f} MB for copies of the state cannot be page-locked "
+            f"({runtime.cudaGetErrorString(code)}), so training waits longer for a save; free "
+            "memory, or raise `ulimit -l`"
+        )
+        with contextlib.suppress(RuntimeError):  # the next kernel reports the same error again
+            torch.zeros(1, device="cuda")
 
 
 def _write(

@@ -26,6 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from cli.command_line import problem, say
+from cli.shortages import first_line
 from cli.waiting import carry_out, in_thread, wait_for
 from npq_dataset import Corpus, WindowDataset, find_npq_files, scan_corpus
 
@@ -83,11 +84,23 @@ class Loader:
                     begun.append(self.begin(functools.partial(windows.__getitem__, numbers)))
                 if not begun:
                     return
-                codes = self.result(begun.popleft(), windows)
-                yield codes.pin_memory() if self.pinned else codes
+                yield self.page_locked(self.result(begun.popleft(), windows))
         finally:
             for future in begun:
                 future.cancel()
+
+    def page_locked(self, codes: Tensor) -> Tensor:
+        """Return a batch in page-locked memory with `pinned`, until it fails, which is told."""
+        if self.pinned:
+            try:
+                return codes.pin_memory()
+            except RuntimeError as error:
+                self.pinned = False
+                self.tell(
+                    f"micro-batches cannot be page-locked ({first_line(error)}), so each waits for "
+                    "its copy to the device; free memory, or raise `ulimit -l`"
+                )
+        return codes
 
     def give_back(self) -> None:
         """Close the reserved file descriptors after a failure, so that a save can open files."""

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cli.shortages import first_line
 from cli.waiting import in_thread, wait_for
+from run_folder.checkpoint import with_tensors
 
 # Ranks wait this long for one another: rank 0 may be drawing a sample or saving. A process that
 # dies is noticed at once, one that hangs only after this time.
@@ -176,7 +177,7 @@ class World:
 
         In other ranks its floating-point tensors are on the meta device: `scatter` sends them.
         """
-        outline = self.from_first(_outline(checkpoint) if self.size > 1 else None)
+        outline = self.from_first(with_tensors(checkpoint, _outline) if self.size > 1 else None)
         return checkpoint if self.is_first else outline
 
     @torch.no_grad()
@@ -318,10 +319,6 @@ class EveryNth(Generic[T]):
         return itertools.islice(self.order, self.world.rank, None, self.world.size)
 
 
-def _outline(value: Any) -> Any:
-    """Copy nested containers with every floating-point tensor replaced by one on meta."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _outline(part) for key, part in value.items()}
-    return [_outline(part) for part in value] if isinstance(value, list) else value
+def _outline(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor on the meta device; others and numbers as they are."""
+    return tensor.to("meta") if tensor.is_floating_point() and tensor.dim() else tensor

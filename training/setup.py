@@ -21,7 +21,7 @@ from cli.command_line import UsageError, shell_line
 from cli.device import device_name, faster_thread_count, pick_device, tune_for
 from model import ModelConfig
 from npq_dataset import EpochOrder
-from run_folder.checkpoint import library_versions, rng_kept
+from run_folder.checkpoint import BackgroundSaver, library_versions, rng_kept
 from run_folder.files import RunFiles, run_name
 from run_folder.flags import FLAGS, saved_flags, spelled
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version
@@ -138,7 +138,7 @@ def set_up(
         losses=Objective(state.model, flags.label_smoothing, weights), compiled=False,
         train_windows=data.train, val_windows=data.val, order=order, data=data.facts,
         loader=build_loader(flags, data.train, order, console, device, world),
-        stop=StopRequest(world),
+        stop=StopRequest(world), saver=BackgroundSaver(console.problem),
         best_on_disk=(state.progress.best_val, state.progress.best_epoch),
     )  # fmt: skip
     run.metrics.history = checkpoint["history"] if checkpoint is not None else []

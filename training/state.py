@@ -105,9 +105,9 @@ class TrainingRun:
     data: dict[str, Any]  # identity of the data, which a resume compares
     world: World
     stop: StopRequest
+    saver: BackgroundSaver
     started: float = dataclasses.field(default_factory=time.perf_counter)
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
-    saver: BackgroundSaver = dataclasses.field(default_factory=BackgroundSaver)
     saving: Saving | None = None  # the save in progress
     best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
     pace: Pace = dataclasses.field(default_factory=Pace)
