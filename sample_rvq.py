@@ -114,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the model: best, cpu, cuda, cuda:1 or mps; decoding is on the CPU")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="products in bfloat16; without it as in training")
-    add("--compile", action="store_true", help="compile the step of a frame, for long samples")
+    add("--compile", action="store_true",
+        help="compile the step of a frame, for long samples; on CUDA replay it as a CUDA graph")
     # fmt: on
     return parser
 

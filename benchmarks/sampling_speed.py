@@ -86,7 +86,9 @@ def recompute(
     for _ in range(frames):
         with torch.autocast(window.device.type, torch.bfloat16, enabled=mixed):
             logits = model(window)[:, -1]
-        drawn = draw(logits, generator)
+        drawn = draw(
+            logits, torch.rand(logits.shape[:2], generator=generator, device=logits.device)
+        )
         window = torch.cat((window[:, 1:], drawn[:, None]), dim=1)
 
 

@@ -27,8 +27,9 @@ class KeyValueCache:
     as far away as in training at the farthest: models lean on their first position, and fall apart
     when it leaves (attention sinks: Xiao et al. 2023).
 
-    A step attends over the slots in use; with `static` over all of them, the others masked, so that
-    its shapes never change and it can be compiled.
+    A step attends over the slots in use; with `static` over all of them, the others masked. Then
+    its shapes never change and only the device counts, so that it can be compiled and replayed as a
+    CUDA graph.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class KeyValueCache:
         ]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next input
         self.slot = torch.zeros_like(self.position)  # where it goes
-        self.host_position = 0  # of the input after it; known without reading the device
+        self.next = torch.zeros_like(
+            self.position
+        )  # the position after it; static caches count on it
+        self.host_position = 0  # the same, known without reading the device
 
     def restart(self) -> None:
         """Begin another sequence; nothing of the one before is looked at."""
@@ -62,16 +66,33 @@ class KeyValueCache:
         p, last = self.host_position, self.size - 1
         self.host_position += inputs
         self.prefilling, is_full = p == 0, p > last
-        self.position.fill_(p)
-        self.slot.fill_(p if p <= last else 1 + (p - 1) % last)
         self.held = self.size if self.static else min(p + 1, self.size)
         self.unseen: Tensor | None = None  # [1, size], -inf where nothing is yet
-        if self.static and not is_full:
-            empty = torch.arange(self.size, device=self.slot.device) > p
-            self.unseen = torch.zeros_like(self.keys[0, 0, 0, :, 0]).masked_fill(empty, -math.inf)
+        if self.static and p:
+            self._begin_static()
+            return
+        self.next.fill_(p + inputs)
+        self.position.fill_(p)
+        self.slot.fill_(p if p <= last else 1 + (p - 1) % last)
         if is_full:
-            rope = rotary_angles(self.position - last, self.channels, self.base)
-            self.keys[..., :1, :] = rotate(self.bos_keys, rope)
+            self._turn_bos()
+
+    def _begin_static(self) -> None:
+        """Do the work of `begin(1)` from what the device holds, whatever the position."""
+        last = self.size - 1
+        self.position.copy_(self.next)
+        self.next += 1
+        round_again = 1 + (self.position - 1) % last
+        self.slot.copy_(torch.where(self.position > last, round_again, self.position))
+        empty = torch.arange(self.size, device=self.slot.device) > self.position
+        self.unseen = torch.zeros_like(self.keys[0, 0, 0, :, 0]).masked_fill(empty, -math.inf)
+        self._turn_bos()
+
+    def _turn_bos(self) -> None:
+        """Turn BOS so that it seems size - 1 frames away at most."""
+        beyond = (self.position - (self.size - 1)).clamp(min=0)
+        rope = rotary_angles(beyond, self.channels, self.base)
+        self.keys[..., :1, :] = rotate(self.bos_keys, rope)
 
 
 class LayerCache(NamedTuple):

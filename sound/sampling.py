@@ -22,6 +22,7 @@ from layers.cpu import PackedLinear, QuickNorm
 from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
+COLUMNS_BEFORE_GRAPH = 1  # it loads kernels and makes work space, which no graph can hold
 COLDEST = 1e-30  # logits over less overflow; what is drawn is the likeliest code long before
 
 
@@ -72,20 +73,19 @@ class Draw:
             raise ValueError("expected 0 < top-p <= 1")
         return draw
 
-    def __call__(self, logits: Tensor, generator: torch.Generator, first: int = 0) -> Tensor:
+    def __call__(self, logits: Tensor, uniform: Tensor, first: int = 0) -> Tensor:
         """Logits [B, n, V] of codebooks `first` to first + n - 1 -> codes [B, n] int64.
 
-        On the same device, without a host read. ABSENT where logits are not finite.
+        `uniform` [B, n] are random numbers in [0, 1). On the same device, without a host read.
+        ABSENT where logits are not finite.
         """
         of = slice(first, first + logits.shape[1])
         logits = self._temper(logits.float(), of)
         if any(self.top_k[of]) or min(self.top_p[of]) < 1:
             logits = self._narrow(logits, of)
-        # One uniform number per code, looked up in the summed probabilities. It is scaled by the
-        # last sum, which strays from 1, and kept off 0, so that an entry without probability is
-        # never hit.
+        # Each number is looked up in the summed probabilities. It is scaled by the last sum, which
+        # strays from 1, and kept off 0, so that an entry without probability is never hit.
         summed = logits.softmax(-1).cumsum(-1)
-        uniform = torch.rand(logits.shape[:2], generator=generator, device=logits.device)
         target = (uniform[..., None] * summed[..., -1:]).clamp(min=1e-30)
         codes = torch.searchsorted(summed, target)[..., 0]
         return codes.masked_fill(codes == logits.shape[-1], ABSENT)  # NaN is found nowhere
@@ -145,8 +145,9 @@ def generate(
     """Draw `frames` new frames after an optional prompt [T, K]; codes [B, frames, K] int64.
 
     The model sees at most ctx frames, as in training. `compiled` compiles the one step of static
-    shape. Products are made in `dtype`, without it in that of the weights. `on_frame` is called
-    after each frame. The model is left in evaluation mode.
+    shape; on CUDA a frame, drawing included, is replayed as one CUDA graph instead. Products are
+    made in `dtype`, without it in that of the weights. `on_frame` is called after each frame. The
+    model is left in evaluation mode.
 
     Raises:
         ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
@@ -161,31 +162,73 @@ def generate(
     # A CPU attends faster in float32: it has no products of one row in bfloat16.
     kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
     cache = model.new_cache(batch, ctx, kept, static=compiled)
-    # Compiled twice at most: before the cache is full, and after.
-    advance = torch.compile(model.advance, fullgraph=True) if compiled else model.advance
+    in_graph = compiled and device.type == "cuda"
+    advance = model.advance
+    if compiled and not in_graph:
+        advance = torch.compile(advance, fullgraph=True)
     inner = model.new_depth_cache(batch)
     start = known.shape[1] - lag
-    end = start + frames
-    columns = torch.empty((batch, end + lag, k), dtype=torch.int64, device=device)
+    columns = torch.empty((batch, start + frames + lag, k), dtype=torch.int64, device=device)
     columns[:, :start] = known[:, :start]
+    given = _given_codes(known[0, start:], frames)
+    here = torch.empty_like(given[0])  # of the present column
+    # Made outside of the graph, in the order of drawing: with depth one codebook after another.
+    numbers = torch.empty((k, batch) if model.depth else (batch, k), device=device)
+    uniform = numbers.mT if model.depth else numbers
     state = model.prefill(columns[:, :start], cache)
-    if not state.isfinite().all():
-        raise NotFiniteError(0)
-    for t in range(start, end + lag):
-        drawn = model.draw(state, lambda logits, first: draw(logits, generator, first), inner)
-        if t < known.shape[1]:
-            drawn = torch.where(known[:, t] == TO_DRAW, drawn, known[:, t])
-        if t >= end:  # lower codebooks have ended
-            drawn = drawn.masked_fill(torch.arange(k, device=device) <= t - end, ABSENT)
-        columns[:, t] = drawn
+
+    def choose(logits: Tensor, first: int) -> Tensor:
+        return draw(logits, uniform[:, first : first + logits.shape[1]], first)
+
+    def take_column() -> Tensor:
+        drawn = torch.where(here == TO_DRAW, model.draw(state, choose, inner), here)
+        cache.begin(1)
+        state.copy_(advance(drawn, cache))
+        return drawn
+
+    for i, codes in enumerate(given):
+        here.copy_(codes)
+        numbers.uniform_(generator=generator)
+        if in_graph and i == COLUMNS_BEFORE_GRAPH:
+            take_column = _recorded(take_column)
+        columns[:, start + i] = drawn = take_column()
+        if i == 0 and ((drawn == ABSENT) & (codes == TO_DRAW)).any():
+            raise NotFiniteError(0)
         on_frame()
-        if t + 1 < end + lag:
-            cache.begin(1)
-            state = advance(drawn, cache)
     codes = unshift(columns, lag)[:, start:]
     if (spoiled := (codes < 0).any(-1).any(0)).any():
         raise NotFiniteError(int(spoiled.nonzero()[0]))
     return codes
+
+
+def _given_codes(known: Tensor, frames: int) -> Tensor:
+    """Codes [frames + lag, K] of the new columns that are not drawn; TO_DRAW in all other places.
+
+    The first are `known` [lag, K]; in the last `lag` columns lower codebooks have ended: ABSENT.
+    """
+    lag, k = known.shape
+    given = known.new_full((frames + lag, k), TO_DRAW)
+    given[:lag] = known
+    ended = torch.ones(lag, k, dtype=torch.bool, device=known.device).tril()
+    given[frames:].masked_fill_(ended, ABSENT)
+    return given
+
+
+def _recorded(action: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record what an action launches on a GPU as a CUDA graph; return what launches all at once.
+
+    The action must have been done before, so that nothing is loaded in it, and its tensors must
+    stay in their places. Its result is overwritten at the next call.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = action()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _known_columns(prompt: Tensor | None, config: ModelConfig, ctx: int) -> Tensor:

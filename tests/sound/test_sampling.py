@@ -24,6 +24,11 @@ from sound.sampling import Draw, NotFiniteError, generate, packed_copy
 ANY = Draw.of(3)
 
 
+def uniform_like(logits: torch.Tensor) -> torch.Tensor:
+    """Random numbers to draw each code of these logits by."""
+    return torch.rand(logits.shape[:2], generator=torch.Generator().manual_seed(0))
+
+
 def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> torch.Tensor:
     """Logits [B, T + 1, K, V] without a cache: each query sees BOS and the newest ctx - 1 frames.
 
@@ -71,10 +76,10 @@ def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_fram
     drawn_from: dict[int, list[torch.Tensor]] = {k: [] for k in range(3)}
     draw = Draw.__call__
 
-    def record(self, logits, generator, first=0):
+    def record(self, logits, uniform, first=0):
         for i in range(logits.shape[1]):
             drawn_from[first + i].append(logits[:, i])
-        return draw(self, logits, generator, first)
+        return draw(self, logits, uniform, first)
 
     monkeypatch.setattr(Draw, "__call__", record)
     codes = generate(model, 10, ctx=20, draw=ANY, batch=2, prompt=prompt)
@@ -96,6 +101,8 @@ def test_cached_equals_uncached_past_ctx(static):
     for frame in range(3, 30):
         logits = model.logits_of(state[None])
         torch.testing.assert_close(logits, expected[:, frame], rtol=1e-4, atol=1e-5)
+        if static:
+            cache.host_position = 3  # what a replayed CUDA graph was recorded at
         state = model.step(codes[:, frame], cache)
 
 
@@ -106,7 +113,8 @@ def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
     slow = torch.zeros(2, 14, 3, dtype=torch.int64)
     with torch.no_grad():
         for frame in range(14):
-            slow[:, frame] = ANY(model(slow[:, : frame + 1])[:, frame], generator)
+            uniform = torch.rand((2, 3), generator=generator)
+            slow[:, frame] = ANY(model(slow[:, : frame + 1])[:, frame], uniform)
     assert torch.equal(cached, slow)
     assert torch.equal(
         cached, generate(model, 14, ctx=16, draw=ANY, seed=3, batch=2, compiled=True)
@@ -117,6 +125,25 @@ def test_the_same_seed_draws_the_same_codes_cached_uncached_and_compiled():
     assert torch.equal(cached, generate(model, 14, compiled=True, **options))
     assert not torch.equal(cached, generate(model, 14, ctx=16, draw=ANY, seed=4, batch=2))
     assert not torch.equal(cached[0], cached[1])
+
+
+STATIC = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.cuda),  # there a frame is a CUDA graph
+]
+
+
+@pytest.mark.parametrize("device", STATIC)
+@pytest.mark.parametrize("prompt_frames", [0, 1, 20])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_static_step_draws_the_same_codes(pattern, prompt_frames, device):
+    config = dataclasses.replace(CONFIG, pattern=pattern)
+    model, prompt = make_model(config).eval().to(device), make_codes(config, 1, 20)[0]
+    draw = Draw.of(3, 0.9, [7, 0, 3], [0.95, 0.9, 1.0])
+    options: dict[str, Any] = {"ctx": 8, "draw": draw, "batch": 2, "prompt": prompt[:prompt_frames]}
+    with torch.compiler.set_stance("force_eager"):
+        static = generate(model, 24, compiled=True, **options)
+    assert torch.equal(static, generate(model, 24, **options))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -179,7 +206,7 @@ def test_entries_that_a_codebook_lacks_are_never_drawn(pattern):
 
 def test_draws_follow_the_probabilities():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, 1, 4)
-    counts = Draw.of(1)(logits, torch.Generator().manual_seed(0)).flatten().bincount() / 20_000
+    counts = Draw.of(1)(logits, uniform_like(logits)).flatten().bincount() / 20_000
     torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02, rtol=0)
 
 
@@ -199,7 +226,7 @@ def test_draws_follow_the_probabilities():
 )
 def test_top_k_and_top_p_keep_the_likeliest(options, kept):
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 1, 4)
-    codes = Draw.of(1, **options)(logits, torch.Generator().manual_seed(0))
+    codes = Draw.of(1, **options)(logits, uniform_like(logits))
     assert set(codes.unique().tolist()) == kept
 
 
@@ -218,7 +245,7 @@ def test_a_draw_waits_for_the_host_once():
     counts = []
     for _ in range(3):
         with Made() as made:
-            draw(torch.randn(2, 3, 16), torch.Generator(), 0)
+            draw(torch.randn(2, 3, 16), torch.rand(2, 3))
         counts.append(made.count)
     assert counts[0] > 0, "what is counted is seen"
     assert counts[1:] == [0, 0]
@@ -243,7 +270,7 @@ def test_a_cache_of_depth_serves_frame_after_frame():
 
 def test_temperatures_may_differ_per_codebook_down_to_nothing():
     logits = torch.log(torch.tensor([0.2, 0.3, 0.5])).expand(2000, 2, 3)
-    codes = Draw.of(2, temperature=[1e-40, 1.0])(logits, torch.Generator().manual_seed(0))
+    codes = Draw.of(2, temperature=[1e-40, 1.0])(logits, uniform_like(logits))
     assert [codes[:, k].unique().tolist() for k in range(2)] == [[2], [0, 1, 2]]
 
 
@@ -260,7 +287,7 @@ def test_a_diverged_model_is_named_and_draws_nothing(spoil, pattern):
 def test_limits_may_differ_per_codebook():
     logits = torch.zeros(2000, 3, 8) - torch.arange(8) * 0.01
     draw = Draw.of(3, top_k=[1, 3, 0])
-    codes = draw(logits, torch.Generator().manual_seed(0))
+    codes = draw(logits, uniform_like(logits))
     assert [len(codes[:, k].unique()) for k in range(3)] == [1, 3, 8]
     with pytest.raises(ValueError, match="expected 1 or 3 values, found 2"):
         Draw.of(3, top_p=[0.5, 0.9])
