@@ -17,14 +17,10 @@ B = batch, K = codebooks.
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
 import os
-import resource
 import threading
-import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,104 +130,7 @@ def _tails(files: np.ndarray[Any, Any], ctx: int, val_split: float) -> np.ndarra
 
 # --- windows -------------------------------------------------------------------------------------
 
-MAX_OPEN_FILES = 256  # of one dataset; more gain little
-SPARE_DESCRIPTORS = 64  # for checkpoints, metrics, sockets, libraries
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 spread evenly, however many there are
-
-
-def open_files_allowed() -> int:
-    """How many files a dataset may keep open: a run has two, and `ulimit -n` bounds them both."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return MAX_OPEN_FILES
-    left = limit - len(os.listdir("/proc/self/fd")) - SPARE_DESCRIPTORS
-    return max(1, min(MAX_OPEN_FILES, left // 2))
-
-
-class _OpenFiles:
-    """Reads a corpus's files, by number, from any number of threads; the last used stay open.
-
-    A descriptor that is in use is not among those kept, so no other thread closes it.
-    """
-
-    def __init__(self, paths: Sequence[str], files: np.ndarray[Any, Any]) -> None:
-        self.paths, self.files = paths, files
-        self.kept: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, last used at the end
-        self.reading: dict[int, int] = {}  # thread -> file
-        self.reads = 0
-        self.lock = threading.Lock()
-        self.most = open_files_allowed()
-
-    def read_into(self, buffer: memoryview, file: int, position: int) -> int:
-        """Fill the buffer with a file's bytes from `position` on, as far as there are any.
-
-        Raises:
-            OSError: names the file.
-            NpqError: it is no longer the file that was scanned.
-        """
-        thread = threading.get_ident()
-        with self.lock:
-            descriptor = self.kept.pop(file, None)
-            self.reading[thread] = file
-        try:
-            if descriptor is None:
-                descriptor = self._open(file)
-            found = os.preadv(descriptor, [buffer], position)
-        except BaseException as error:
-            with self.lock:
-                del self.reading[thread]
-            if descriptor is not None:
-                os.close(descriptor)
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, self.paths[file]) from error
-            raise
-        with self.lock:
-            del self.reading[thread]
-            self.reads += 1
-            twin = self.kept.pop(file, None)  # of another thread that read it at the same time
-            self.kept[file] = descriptor
-            oldest = self.kept.popitem(last=False)[1] if len(self.kept) > self.most else None
-        for unused in (twin, oldest):
-            if unused is not None:
-                os.close(unused)
-        return found
-
-    def _open(self, file: int) -> int:
-        """A new descriptor. Where there are none left all that are kept are given back first.
-
-        Then it waits some seconds: a save or the page beside it may take the last ones meanwhile.
-        """
-        *_, size, mtime_ns, _ = self.files[file].item()
-        for seconds in (0.0, 0.1, 0.4, 1.6):
-            try:
-                return open_unchanged(self.paths[file], size, mtime_ns)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    raise
-            if self.close():
-                self.most = max(1, self.most // 2)  # others took what was spare
-            time.sleep(seconds)
-        return open_unchanged(self.paths[file], size, mtime_ns)
-
-    def close(self) -> int:
-        """Close what is kept and not in use; how many that were."""
-        with self.lock:
-            closed, self.kept = self.kept, OrderedDict()
-        for descriptor in closed.values():
-            os.close(descriptor)
-        return len(closed)
-
-    def sign(self) -> tuple[int, str]:
-        """How many reads have ended, and the file of the one that began first of those going on."""
-        with self.lock:
-            file = next(iter(self.reading.values()), None)
-            return self.reads, "the data" if file is None else self.paths[file]
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _OpenFiles, (self.paths, self.files)  # descriptors stay with their process
 
 
 class WindowDataset(Dataset[torch.Tensor]):
@@ -239,8 +138,8 @@ class WindowDataset(Dataset[torch.Tensor]):
 
     Indexed by an array of window numbers, it returns a whole batch: [B, ctx, K], int16 (int32 where
     a vocabulary exceeds 2^15), so that codes travel narrow and are widened on the device. The index
-    is a few numbers per file and a binary search; a bounded number of files is open at a time.
-    Threads may share it.
+    is a few numbers per file and a binary search. A file is open only while a window is read, which
+    costs some microseconds and checks each time that it is unchanged. Threads may share it.
 
     Numbers count on from epoch to epoch: epoch * len + window. With a `jitter_seed` each file's
     windows move together, to other frames in each epoch, as (seed, epoch, file) alone say; else
@@ -264,7 +163,8 @@ class WindowDataset(Dataset[torch.Tensor]):
         self.frame_bytes = self.files["codebooks"] * code_bytes
         is_cut = self.files["codebooks"] != self.num_codebooks
         self.is_plain = (code_bytes == self.dtype.itemsize) & ~is_cut  # read as it lies on disk
-        self.open_files = _OpenFiles(self.paths, self.files)
+        self.reading: dict[int, str] = {}  # thread -> the file that it reads
+        self.reads = 0  # that have ended
         self.phase = None if jitter_seed is None else _phases(jitter_seed, len(spans.start))
         self._cut(ctx, stride)
 
@@ -353,12 +253,29 @@ class WindowDataset(Dataset[torch.Tensor]):
         """Fill the buffer with a file's bytes from `position` on.
 
         Raises:
+            OSError: names the file.
             NpqError: the file is no longer what it was when it was scanned.
         """
-        found = self.open_files.read_into(buffer, file, position)
+        path, thread = self.paths[file], threading.get_ident()
+        *_, size, mtime_ns, _ = self.files[file].item()
+        self.reading[thread] = path
+        try:
+            descriptor = open_unchanged(path, size, mtime_ns)
+            try:
+                found = os.preadv(descriptor, [buffer], position)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error
+        finally:
+            del self.reading[thread]
+        self.reads += 1
         if found != buffer.nbytes:
-            size, end = self.files["size"][file], position + found
-            raise file_changed(self.paths[file], f"{size} bytes", f"an end at byte {end}")
+            raise file_changed(path, f"{size} bytes", f"an end at byte {position + found}")
+
+    def sign(self) -> tuple[int, str]:
+        """Number of reads that have ended, and a file that is being read, for `wait_for`."""
+        return self.reads, next(iter(list(self.reading.values())), "the data")
 
 
 def _phases(seed: int, files: int) -> np.ndarray[Any, Any]:

@@ -29,13 +29,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from npq_dataset import MAX_OPEN_FILES, WindowDataset, find_npq_files, scan_corpus, split_corpus
+from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 from sound.npq_format import map_codes, read_header
 from training.loader import Loader
 
 CTX, CODEBOOKS, VOCAB, BATCH = 512, 9, 1024, 32
 RATE = 44_100 / 512  # frames per second
 SLOW = 10  # readers that take this many times as long get as many times fewer windows
+MOST_MAPS = 256  # kept at once
 Read = Callable[[np.ndarray], None]  # window numbers [n] -> reads them all, batch by batch
 
 
@@ -128,7 +129,7 @@ class WholeFiles(Dataset[torch.Tensor]):
 
 
 def by_maps(windows: WindowDataset) -> Read:
-    """Slices of memory maps into a batch; as many maps stay as the project keeps files open."""
+    """Slices of memory maps into a batch; MOST_MAPS of them stay."""
     headers = [read_header(path) for path in windows.paths]
     maps: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -138,7 +139,7 @@ def by_maps(windows: WindowDataset) -> Read:
         for row, file, start in zip(out, files.tolist(), starts.tolist(), strict=True):
             if file not in maps:
                 maps[file] = map_codes(headers[file])
-                if len(maps) > MAX_OPEN_FILES:
+                if len(maps) > MOST_MAPS:
                     maps.popitem(last=False)
             row[:] = maps[file][start : start + CTX]
         return torch.from_numpy(out)
@@ -164,9 +165,9 @@ def limit_of_system_calls(windows: WindowDataset) -> Read:
 
 
 def limit_of_slices(windows: WindowDataset) -> Read:
-    """A slice of a memory map a window, of MAX_OPEN_FILES made before: nothing read or copied."""
+    """A slice of a memory map a window, of MOST_MAPS made before: nothing read or copied."""
     files, starts = (column.tolist() for column in windows.locate(np.arange(len(windows))))
-    maps = [map_codes(read_header(path)) for path in windows.paths[:MAX_OPEN_FILES]]
+    maps = [map_codes(read_header(path)) for path in windows.paths[:MOST_MAPS]]
 
     def batch(numbers: np.ndarray) -> None:
         for number in numbers.tolist():
@@ -197,7 +198,7 @@ def readers_of(windows: WindowDataset, jittered: WindowDataset) -> dict[str, tup
         "through the loader, 2 threads": (by_loader(jittered, 2), 1),
         "peer: whole files, DataLoader, 0 workers": (by_peer_loader(files, 0), SLOW),
         "peer: whole files, DataLoader, 2 workers": (by_peer_loader(files, 2), SLOW),
-        f"memory maps, {MAX_OPEN_FILES} kept": (by_maps(windows), 1),
+        f"memory maps, {MOST_MAPS} kept": (by_maps(windows), 1),
         "limit: open, fstat, preadv, close": (limit_of_system_calls(windows), 1),
         "limit: bare slices of kept maps": (limit_of_slices(windows), 1),
         "limit: memcpy of the same bytes": (limit_of_memory(windows), 1),

@@ -195,33 +195,7 @@ def verify_file(path: Path) -> None:
                 f"{path}: expected a regular file, found a folder, pipe or device; give a .pt file"
             )
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            for entry in entries:
-                # torch.save never compresses, and a compressed entry can unpack to any size.
-                if (
-                    entry.compress_type != zipfile.ZIP_STORED
-                    or entry.file_size != entry.compress_size
-                ):
-                    raise CheckpointError(
-                        f"{path}: refused, entry {entry.filename!r} is compressed; {ANOTHER}"
-                    )
-                # For a folder, torch returns uninitialised memory without an error.
-                if entry.external_attr & DOS_FOLDER_BIT or entry.is_dir():
-                    raise CheckpointError(
-                        f"{path}: damaged, entry {entry.filename!r} is marked as a folder; "
-                        f"{ANOTHER}"
-                    )
-            if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-                raise CheckpointError(f"{path}: refused, entries overlap; {ANOTHER}")
-            # If two readers can disagree on a file's content, torch may read entries that the loop
-            # above and the CRC-32s below never checked.
-            if len({entry.filename.lower() for entry in entries}) < len(entries):
-                raise CheckpointError(f"{path}: damaged, two entries have one name; {ANOTHER}")
-            if not entries or not _has_one_directory(path, archive.start_dir, len(entries)):
-                raise CheckpointError(
-                    f"{path}: damaged, its zip directory is not at the recorded place; {ANOTHER}"
-                )
-            damaged = archive.testzip()
+            fault = _fault_of(archive, path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check the path") from error
     except (CheckpointError, MemoryError):
@@ -232,8 +206,30 @@ def verify_file(path: Path) -> None:
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint ({error}); {ANOTHER}"
         ) from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: damaged, CRC-32 of {damaged!r} is wrong; {ANOTHER}")
+    if fault:
+        raise CheckpointError(f"{path}: {fault}; {ANOTHER}")
+
+
+def _fault_of(archive: zipfile.ZipFile, path: Path) -> str:
+    """Return what torch would read wrongly or could be harmed by; "" if the zip is sound."""
+    entries = archive.infolist()
+    for entry in entries:
+        # torch.save never compresses, and a compressed entry can unpack to any size.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            return f"refused, entry {entry.filename!r} is compressed"
+        # For a folder, torch returns uninitialised memory without an error.
+        if entry.external_attr & DOS_FOLDER_BIT or entry.is_dir():
+            return f"damaged, entry {entry.filename!r} is marked as a folder"
+    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+        return "refused, entries overlap"
+    # If two readers can disagree on a file's content, torch may read entries that the loop above
+    # and the CRC-32s below never checked.
+    if len({entry.filename.lower() for entry in entries}) < len(entries):
+        return "damaged, two entries have one name"
+    if not entries or not _has_one_directory(path, archive.start_dir, len(entries)):
+        return "damaged, its zip directory is not at the recorded place"
+    damaged = archive.testzip()
+    return "" if damaged is None else f"damaged, CRC-32 of {damaged!r} is wrong"
 
 
 def _raise_unless_of_file(error: Exception, path: Path) -> None:
@@ -285,16 +281,12 @@ def load_checkpoint(
     path = Path(path)
     verify_file(path)
     checkpoint = _unpickle(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this trainer (no format {FORMAT!r}); {ANOTHER}"
-        )
-    version = checkpoint.get("version")
+    is_ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    version = checkpoint.get("version") if is_ours else None
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(
-            f"{path}: damaged, expected a format version of at least 1, found {version!r}; "
-            f"{ANOTHER}"
-        )
+        fault = f"damaged, expected a format version of at least 1, found {version!r}"
+        other = f"not a checkpoint of this trainer (no format {FORMAT!r})"
+        raise CheckpointError(f"{path}: {fault if is_ours else other}; {ANOTHER}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}, this program reads up to "

@@ -65,14 +65,14 @@ class RunFiles:
 
     def ring_steps(self) -> list[int]:
         """Return the steps of the existing step checkpoints, oldest first."""
-        return [step for step, _ in self._by_step("ring")]
+        return [step for step, _ in self._numbered("ring")]
 
     def prune_ring(self, newest: int) -> None:
         """Keep the RING_SIZE newest step checkpoints up to step `newest`; remove the others.
 
         Those after `newest` come from steps that a rollback or a resume has undone.
         """
-        ring = self._by_step("ring")
+        ring = self._numbered("ring")
         kept = [path for step, path in ring if step <= newest][-RING_SIZE:]
         for _, path in ring:
             if path not in kept:
@@ -80,7 +80,7 @@ class RunFiles:
 
     def remove_ring(self) -> None:
         """Remove all step checkpoints, after a run has finished."""
-        for _, path in self._by_step("ring"):
+        for _, path in self._numbered("ring"):
             remove(path)
 
     def quarantine(self, checkpoint: dict[str, Any], step: int, reason: str) -> Path:
@@ -93,15 +93,16 @@ class RunFiles:
         """
         path = self.folder / f"{self.name}_quarantine_s{step:08d}.pt"
         save_checkpoint({**checkpoint, "quarantine": reason}, path)
-        others = sorted((p.stat().st_mtime, p) for _, p in self._by_step("quarantine") if p != path)
-        for _, old in others[: len(others) - QUARANTINE_SIZE + 1]:
+        others = [p for _, p in self._numbered("quarantine") if p != path]
+        for old in sorted(others, key=os.path.getmtime)[: len(others) - QUARANTINE_SIZE + 1]:
             remove(old)
         return path
 
-    def _by_step(self, kind: str) -> list[tuple[int, Path]]:
-        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_s(\d+)\.pt")
+    def _numbered(self, kinds: str) -> list[tuple[int, Path]]:
+        """Return (epoch or step, path) of the files of a kind, or of `a|b`, oldest first."""
+        pattern = re.compile(rf"{re.escape(self.name)}_(?:{kinds})_[es](\d+)(?:__([\d-]+))?\.pt")
         found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
-        return sorted((int(m[1]), p) for m, p in found)
+        return [(n, p) for n, _, p in sorted((int(m[1]), m[2] or "", p) for m, p in found)]
 
     def save(
         self,
@@ -124,18 +125,19 @@ class RunFiles:
         Raises:
             OSError: as `save_checkpoint`, or there is no space; `latest` is intact.
         """
-        extra = [best_epoch, best_epoch, archive_epoch, ring_step]
-        names = len(extra) - extra.count(None) + self.latest.exists()
-        self.make_room(size_of(checkpoint) * (1 if self.has_links else 1 + names), tell)
+        names = []
+        if best_epoch is not None:
+            names += [self.best, self.unused_path(f"best_e{best_epoch:04d}_", ".pt")]
+        if archive_epoch is not None:
+            names.append(self.unused_path(f"epoch_e{archive_epoch:04d}_", ".pt"))
+        if ring_step is not None:
+            names.append(self.ring_file(ring_step))
+        copies = 0 if self.has_links else len(names) + self.latest.exists()
+        self.make_room(size_of(checkpoint) * (1 + copies), tell)
         temporary = write_beside(self.latest, functools.partial(dump, checkpoint))
         try:
-            if best_epoch is not None:
-                self._link(temporary, self.best)
-                self._link(temporary, self._archive("best", best_epoch))
-            if archive_epoch is not None:
-                self._link(temporary, self._archive("epoch", archive_epoch))
-            if ring_step is not None:
-                self._link(temporary, self.ring_file(ring_step))
+            for name in names:
+                self._link(temporary, name)
             if self.latest.exists():
                 self._link(self.latest, self.previous)
             replace(temporary, self.latest)
@@ -205,7 +207,7 @@ class RunFiles:
         If that takes more than there are, all that free anything are returned.
         """
         links: dict[int, list[Path]] = {}  # inode -> archives, oldest first
-        for path in sorted(self.archives("epoch") + self.archives("best"), key=_age):
+        for _, path in self._numbered("epoch|best"):
             links.setdefault(path.stat().st_ino, []).append(path)
         doomed: list[Path] = []
         freed = 0
@@ -216,40 +218,35 @@ class RunFiles:
                 freed += status.st_blocks * 512
         return doomed, freed
 
-    def _archive(self, kind: str, epoch: int) -> Path:
+    def unused_path(self, what: str, suffix: str = "") -> Path:
+        """Return a dated path that no file has: a second may see two, and clocks are set back."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = self.folder / f"{self.name}_{kind}_e{epoch:04d}__{stamp}.pt"
+        path = self.folder / f"{self.name}_{what}_{stamp}{suffix}"
         again = 1
-        while path.exists():  # two saves within a second, or the clock was set back
+        while os.path.lexists(path):
             again += 1
-            path = path.with_name(f"{self.name}_{kind}_e{epoch:04d}__{stamp}-{again}.pt")
+            path = path.with_name(f"{self.name}_{what}_{stamp}-{again}{suffix}")
         return path
 
     def archives(self, kind: str) -> list[Path]:
         """Return the archives of a kind ("epoch" or "best"), oldest epoch first."""
-        pattern = re.compile(rf"{re.escape(self.name)}_{kind}_e(\d+)__([\d-]+)\.pt")
-        found = [(m, p) for p in self.folder.iterdir() if (m := pattern.fullmatch(p.name))]
-        return [p for _, p in sorted(found, key=lambda f: (int(f[0][1]), f[0][2]))]
+        return [path for _, path in self._numbered(kind)]
 
     def others(self) -> list[Path]:
         """Return the checkpoints to resume if `latest` and `previous` are unusable, best first.
 
         They are step checkpoints, then archives, newest first, then `best`, which may not exist.
         """
-        ring = [path for _, path in reversed(self._by_step("ring"))]
-        archives = [*reversed(self.archives("epoch")), *reversed(self.archives("best"))]
-        return [*ring, *archives, self.best]
+        kinds = ("ring", "epoch", "best")
+        return [*(p for kind in kinds for _, p in reversed(self._numbered(kind))), self.best]
 
     def all_files(self) -> list[Path]:
         """Return every existing file of the run."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
         shared = self.folder / f"{self.name}_best.safetensors"
         named += [shared, shared.with_suffix(".md"), self.folder / f"{self.name}_tb"]
-        found = [p for p in named if os.path.lexists(p)]
-        found += self.archives("epoch") + self.archives("best")
-        for kind in ("ring", "quarantine", "panic"):
-            found += [path for _, path in self._by_step(kind)]
-        return found
+        numbered = [path for _, path in self._numbered("epoch|best|ring|quarantine|panic")]
+        return [path for path in named if os.path.lexists(path)] + numbered
 
     def remove_leftovers(self) -> None:
         """Remove partly written files of a killed save; call with the folder's lock held."""
@@ -265,12 +262,7 @@ class RunFiles:
         old = self.all_files()
         if not old:
             return None
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        aside = self.folder / f"{self.name}_before_{stamp}"
-        again = 1
-        while aside.exists():  # two new runs within a second
-            again += 1
-            aside = aside.with_name(f"{self.name}_before_{stamp}-{again}")
+        aside = self.unused_path("before")
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
@@ -288,13 +280,6 @@ def _identity(path: Path) -> tuple[int, ...]:
     """Return device, inode, size and modification time, which change when a file is replaced."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _age(archive: Path) -> tuple[int, str]:
-    """Return epoch and date of an archive, a sort key for archives of both kinds."""
-    match = re.search(r"_e(\d+)__([\d-]+)\.pt$", archive.name)
-    assert match is not None
-    return int(match[1]), match[2]
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -369,18 +354,12 @@ def load_latest(
         if path == files.latest:
             files.good = _identity(path)
         if path == files.previous and os.path.lexists(files.latest) and not keep_damaged:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            files.latest.rename(files.folder / f"{files.name}_damaged_{stamp}.pt")
+            files.latest.rename(files.unused_path("damaged", ".pt"))
         return checkpoint, path, complaints
     offers = [f"  --resume {p}" for p in files.others() if p.exists()]
     ways = "resume as below, or start anew with" if offers else "there is no other: start anew with"
-    raise CheckpointError(
-        "\n".join(
-            (
-                f"{files.folder}: neither latest nor previous of {files.name} can be loaded, "
-                f"nothing was changed; {ways} --no-resume",
-                *(f"  {c}" for c in complaints),
-                *offers,
-            )
-        )
+    said = (
+        f"{files.folder}: neither latest nor previous of {files.name} can be loaded, nothing was "
+        f"changed; {ways} --no-resume"
     )
+    raise CheckpointError("\n".join((said, *(f"  {c}" for c in complaints), *offers)))

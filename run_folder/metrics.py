@@ -152,9 +152,11 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path | None, *, tensorboard: bool = False, step: int = 0) -> None:
-        self.file = open(path or os.devnull, "ab")  # noqa: SIM115 - open for the whole run
-        if path and self.file.tell() and not _ends_with_newline(path):
-            self.file.write(b"\n")  # a killed run may have left half a row
+        self.file = open(path or os.devnull, "a+b")  # noqa: SIM115 - open for the whole run
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":  # a killed run may have left half a row
+                self.file.write(b"\n")
         self.failed = False  # the newest row was not written
         self.history: list[dict[str, Any]] = []
         self.board_path = board_folder(path) if path and tensorboard else None
@@ -298,12 +300,6 @@ def code_version(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip() or None
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _jsonable(value: Any) -> Any:

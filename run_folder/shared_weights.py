@@ -115,7 +115,8 @@ def _picked(part: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 def _without_infinity(part: dict[str, Any]) -> dict[str, Any]:
     """JSON has none, and no NaN."""
-    return {n: None if _is_number(v) and not math.isfinite(v) else v for n, v in part.items()}
+    odd = {n: None for n, v in part.items() if isinstance(v, float) and not math.isfinite(v)}
+    return part | odd
 
 
 def _validated(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -138,45 +139,7 @@ def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:
 
 # --- the model card ------------------------------------------------------------------------------
 
-CARD = """\
----
-license: TODO
-library_name: pytorch
-tags: [audio, audio-codec, transformer]
----
-
-# {title}
-
-A causal transformer over the codes of a neural audio codec: it draws codes, the codec turns them
-into sound. The file holds averaged weights (EMA) in float32.
-
-| | |
-|---|---|
-{facts}
-
-## Use
-
-```
-python sample_rvq.py {file} --codec {codec} --out song.wav
-python train_rvq.py --data "npq_out/*.npq" --init-from {file}
-```
-
-## Training
-
-```
-{command}
-```
-
-## Licence
-
-- TODO licence of the weights (and `license:` at the top of this file)
-- TODO licence and sources of the training data
-
-## Intended use and limits
-
-- TODO what the model is meant for
-- TODO what it must not be used for, what it does badly, whether it repeats its training data
-"""
+CARD = Path(__file__).with_name("model_card.md")  # with fields of str.format
 STAMP = b"\n<!-- as written by the trainer; sha256 %s -->\n"
 
 
@@ -184,7 +147,7 @@ def model_card(checkpoint: dict[str, Any], file_name: str) -> str:
     """Markdown with the facts of a checkpoint about its model; TODO where only a person knows."""
     flags = shared_flags(checkpoint["flags"])
     facts = _facts(checkpoint, flags)
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         title=Path(file_name).stem,
         file=shlex.quote(file_name),
         codec=flags.get("eval_dac_repo", "44khz"),
@@ -198,12 +161,7 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     progress, validated = checkpoint["progress"], _validated(checkpoint)
     vocab_sizes, side = architecture["vocab_sizes"], data["side_codebooks"]
     shape = {name: value for name, value in architecture.items() if name != "vocab_sizes"}
-    hours = "not recorded"
-    if size := data.get("size"):
-        hours = (
-            f"{size['files']} files; {size['train_hours']:.2f} hours to train, "
-            f"{size['val_hours']:.2f} hours to validate"
-        )
+    hours = "{files} files; {train_hours:.2f} hours to train, {val_hours:.2f} hours to validate"
     facts = {
         "parameters": f"{sum(t.numel() for t in checkpoint['ema'].values()) / 1e6:.2f} M",
         "architecture": ", ".join(f"{name} {value}" for name, value in shape.items()),
@@ -211,7 +169,7 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
         "vocab sizes": ", ".join(map(str, vocab_sizes)),
         "frame rate": f"{data['frame_rate']:.2f} frames per second",
         "codec": flags.get("eval_dac_repo", "TODO"),
-        "data": hours,
+        "data": hours.format(**data["size"]) if data.get("size") else "not recorded",
         "trained": f"{progress['step']} steps, {progress['epoch']} whole epochs",
         "val": _nats(validated.get("val")) + f"; best {_nats(progress['best_val'])}, of epoch "
         f"{progress['best_epoch']}",
@@ -228,11 +186,8 @@ def _nats(value: float | None) -> str:
 
 def _command(flags: dict[str, Any]) -> str:
     """The command that trains with these flags, wrapped for a page."""
-    words = [
-        "python train_rvq.py",
-        '--data "npq_out/*.npq"',
-        *map(shlex.join, command_words(flags)),
-    ]
+    given = map(shlex.join, command_words(flags))
+    words = ["python train_rvq.py", '--data "npq_out/*.npq"', *given]
     text = " ".join(word.replace(" ", "\0") for word in words)  # a flag and its value stay together
     lines = textwrap.wrap(text, 76, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
@@ -339,10 +294,6 @@ def _check_format(path: Path, metadata: dict[str, str]) -> None:
 # --- what a file may contain ---------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 Accepts = Callable[[Any], bool]
 
 
@@ -351,25 +302,20 @@ def _whole(low: int, high: int = 1 << 20) -> tuple[str, Accepts]:
 
 
 def _real(low: float, high: float) -> tuple[str, Accepts]:
-    return f"a number, {low:g} to {high:g}", lambda x: _is_number(x) and low <= x <= high
+    return f"a number, {low:g} to {high:g}", lambda x: type(x) in (int, float) and low <= x <= high
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(_whole(2)[1], value))
 
 
-AMP_DTYPES = ("bf16", "fp16", "float32", "auto")
 SWITCH = "true or false", lambda x: type(x) is bool
 # Fields that the program reads: the accepted values in words and as a test. All but NEEDED may be
 # missing.
 FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "architecture": {
         "vocab_sizes": ("a list of numbers from 2 on", _are_sizes),
-        "d_model": _whole(1),
-        "layers": _whole(1),
-        "heads": _whole(1),
-        "mlp_ratio": _whole(1),
-        "depth_layers": _whole(1),
+        **dict.fromkeys(("d_model", "layers", "heads", "mlp_ratio", "depth_layers"), _whole(1)),
         "dropout": _real(0, 1),
         "rope_base": _real(1, 1e12),
         "qk_norm": SWITCH,
@@ -379,26 +325,26 @@ FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "flags": {
         "ctx": _whole(2),
         "amp": SWITCH,
-        "amp_dtype": ("bf16, fp16, float32 or auto", lambda x: x in AMP_DTYPES),
+        "amp_dtype": ("bf16, fp16, ...", lambda x: x in ("bf16", "fp16", "float32", "auto")),
         "eval_dac_repo": ("a name", lambda x: type(x) is str and bool(CODEC_NAME.fullmatch(x))),
     },
     "progress": {"step": _whole(0, 1 << 60), "epoch": _whole(0, 1 << 60)},
 }
 NEEDED = {
-    "vocab_sizes", "d_model", "layers", "heads", "frame_rate", "side_codebooks", "ctx",
-    "step", "epoch",
-}  # fmt: skip
+    *("vocab_sizes", "d_model", "layers", "heads"),
+    *("frame_rate", "side_codebooks", "ctx", "step", "epoch"),
+}
 
 
 def _part(path: Path, metadata: dict[str, str], name: str) -> dict[str, Any]:
     """One part of the metadata, parsed; raises CheckpointError where a field is not as expected."""
     try:
         part = json.loads(metadata.get(name, ""))
-    except (ValueError, RecursionError) as error:
-        found = _shown(metadata.get(name))
-        raise _damaged(path, f"metadata {name!r}: expected JSON, found {found}") from error
+    except (ValueError, RecursionError):
+        part = None
     if not isinstance(part, dict):
-        raise _damaged(path, f"metadata {name!r}: expected a JSON object, found {_shown(part)}")
+        found = _shown(metadata.get(name))
+        raise _damaged(path, f"metadata {name!r}: expected a JSON object, found {found}")
     for field, (expected, accepts) in FIELDS[name].items():
         if (field in part or field in NEEDED) and not accepts(part.get(field)):
             found = _shown(part.get(field))
@@ -410,11 +356,7 @@ def _check_size(path: Path, architecture: dict[str, Any], weights: dict[str, Ten
     """Refuse an architecture far larger than the weights, before memory is taken to build it."""
     sizes, width = architecture["vocab_sizes"], architecture["d_model"]
     depth = architecture.get("depth_layers", 1) if architecture.get("pattern") == "depth" else 0
-    layers = architecture["layers"] * architecture.get("mlp_ratio", 1)
-    least = max(
-        len(sizes) * max(sizes) * width,  # the embedding
-        layers * width * width,  # the MLPs
-        depth * 32 * 32,
-    )
+    mlps = architecture["layers"] * architecture.get("mlp_ratio", 1) * width * width
+    least = max(len(sizes) * max(sizes) * width, mlps, depth * 32 * 32)
     if least > (found := sum(tensor.numel() for tensor in weights.values())):
         raise _damaged(path, f"its architecture takes {least} weights or more, it has {found}")

@@ -104,7 +104,6 @@ class Loader:
 
     def give_back(self) -> None:
         """Close the reserved file descriptors after a failure, so that a save can open files."""
-        self.windows.open_files.close()
         while self.reserve:
             os.close(self.reserve.pop())
 
@@ -118,7 +117,7 @@ class Loader:
         """Wait for work that reads these windows; return its result or raise its error."""
         return wait_for(
             future,
-            windows.open_files.sign,
+            windows.sign,
             meanwhile=lambda: self.meanwhile(),
             tell=self.tell,
         )

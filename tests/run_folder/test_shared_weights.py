@@ -263,11 +263,11 @@ def architecture(**fields) -> str:
         ({"version": None}, "format version '' is none"),
         ({"sha256": None}, "its checksum is wrong"),
         ({"sha256": "0" * 64}, "its checksum is wrong"),
-        ({"architecture": None}, "metadata 'architecture': expected JSON"),
-        ({"architecture": "{"}, "metadata 'architecture': expected JSON, found '{'"),
-        ({"architecture": "[" * 200_000}, "expected JSON"),
+        ({"architecture": None}, "metadata 'architecture': expected a JSON object"),
+        ({"architecture": "{"}, "expected a JSON object, found '{'"),
+        ({"architecture": "[" * 200_000}, "expected a JSON"),
         ({"architecture": "[]"}, "expected a JSON object, found"),
-        ({"architecture": '{"layers": 1' + "0" * 5000 + "}"}, "expected JSON"),
+        ({"architecture": '{"layers": 1' + "0" * 5000 + "}"}, "expected a JSON"),
         ({"architecture": architecture(d_model=True)}, "expected d_model 1 to 1048576, found True"),
         ({"architecture": architecture(layers=10**9)}, "expected layers"),
         (
@@ -288,7 +288,7 @@ def architecture(**fields) -> str:
         ({"flags": '{"ctx": "5"}'}, "expected ctx 2 to 1048576, found '5'"),
         ({"flags": '{"ctx": 32, "eval_dac_repo": "/etc/passwd"}'}, "expected eval_dac_repo a name"),
         ({"progress": '{"step": -1, "epoch": 0}'}, "expected step"),
-        ({"progress": '"\x1b[2J"'}, "expected JSON"),
+        ({"progress": '"\x1b[2J"'}, "expected a JSON"),
     ],
 )
 def test_what_a_file_says_is_checked(texts, message, tmp_path):

@@ -8,16 +8,14 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kit.trainer import ROOT, TINY, rows, start_trainer, wait_for
+from kit.trainer import ROOT, TINY, rows, wait_for
 
-import npq_dataset
 from npq_dataset import EpochOrder, WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import load_checkpoint
 from sound.npq_format import NpqError, map_codes, read_header, write_npq
@@ -62,22 +60,12 @@ def reading_threads() -> int:
 def test_batches_come_in_the_orders_order_in_every_epoch(many, threads, ahead):
     windows = windows_of(many)
     order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
+    before = len(os.listdir("/proc/self/fd"))
     loader = Loader(windows, order, threads=threads, ahead=ahead)
+    kept = len(os.listdir("/proc/self/fd")) - before
     for order.epoch in (0, 1, 5):
         assert torch.cat(list(loader)).tolist() == truth(windows, order)
-
-
-def test_threads_share_few_descriptors_and_never_read_another_file(many, monkeypatch):
-    """Eight threads, two files kept: a descriptor in use must not be closed."""
-    monkeypatch.setattr(npq_dataset, "MAX_OPEN_FILES", 2)
-    windows = windows_of(many)
-    order = EpochOrder(len(windows), batch=4, accum=1, seed=0)
-    before = len(os.listdir("/proc/self/fd"))
-    loader = Loader(windows, order, threads=8, ahead=4)
-    reserve = len(os.listdir("/proc/self/fd")) - before
-    for order.epoch in range(3):
-        assert torch.cat(list(loader)).tolist() == truth(windows, order)
-    assert len(os.listdir("/proc/self/fd")) == before + reserve + 2
+    assert len(os.listdir("/proc/self/fd")) == before + kept, "no file of the data stays open"
 
 
 def test_what_is_left_half_way_ends_and_threads_end_with_their_loader(many):
@@ -127,21 +115,12 @@ def flags_of(many: Path, save_dir: Path) -> list[str | Path]:
     return [*flags, "--codebooks", "2", "--log-lr-steps", "1"]
 
 
-def test_a_run_keeps_to_a_limit_of_256_open_files(many, tmp_path):
-    """With two threads and 600 files; errno 24 came as "killed, or no memory left"."""
-    flags = [*flags_of(many, tmp_path), "--max-steps", "180", "--epochs", "9"]
-    process = limited("-n 256", sys.executable, ROOT / "train_rvq.py", *flags)
-    most = 0
-    while process.poll() is None:
-        try:
-            most = max(most, len(os.listdir(f"/proc/{process.pid}/fd")))
-        except OSError:
-            break
-        time.sleep(0.02)
-    output, _ = process.communicate(timeout=60)
+def test_a_run_over_600_files_keeps_to_a_limit_of_64_open_ones(many, tmp_path):
+    flags = [*flags_of(many, tmp_path), "--max-steps", "100", "--epochs", "9"]
+    process = limited("-n 64", sys.executable, ROOT / "train_rvq.py", *flags)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "! " not in output
-    assert 80 < most < 256
 
 
 def test_a_soft_limit_is_raised_as_far_as_is_allowed(many, tmp_path):
@@ -153,28 +132,6 @@ def test_a_soft_limit_is_raised_as_far_as_is_allowed(many, tmp_path):
         assert soft == min(1024, hard)
     finally:
         process.kill()
-
-
-def test_descriptors_that_run_out_cost_files_kept_open_and_not_the_run(many, tmp_path):
-    """As when a library takes them: the limit falls while a run has nearly all files open."""
-    process = start_trainer(*flags_of(many, tmp_path), "--epochs", "100000")
-    try:
-        wait_for(lambda: any(tmp_path.glob("*.jsonl")) and len(rows(tmp_path, "step")) >= 60)
-        folder = Path(f"/proc/{process.pid}/fd")
-        numbers = {int(e.name): os.readlink(e) for e in folder.iterdir() if e.is_symlink()}
-        others = [n for n, target in numbers.items() if not target.endswith(".npq")]
-        assert len(numbers) - len(others) > 100
-        limit = max(others) + 4
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
-        step = len(rows(tmp_path, "step"))
-        wait_for(lambda: len(rows(tmp_path, "step")) > step + 20 or process.poll() is not None)
-        assert process.poll() is None, process.communicate()
-        process.terminate()
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 143, output
-    assert "! " not in output
 
 
 LEAK = f"""
