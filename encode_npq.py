@@ -53,7 +53,7 @@ from cli.command_line import (
     say,
     unexpected,
 )
-from cli.disk import remove, replace
+from cli.disk import check_writable, replace
 from cli.file_search import Found, FoundFile, NothingFoundError, Wanted, search
 from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
@@ -190,28 +190,19 @@ def find_jobs(files: Iterable[FoundFile], out_dir: Path, new_suffix: str) -> lis
 
 
 def make_out_dir(folder: Path) -> None:
-    """Make the folder of the targets.
-
-    Raises:
-        UsageError: it is a file, or not writable.
-    """
+    """Make the folder of the targets; raises UsageError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".encode_npq.{os.getpid()}.trial"
-        trial.touch()
+        check_writable(folder)
     except OSError as error:
-        reason = "a file" if folder.is_file() else error.strerror
-        raise UsageError(
-            f"--out-dir {folder}: {reason}; name a folder that can be written to"
-        ) from error
-    remove(trial)
+        raise UsageError(f"--out-dir {in_words(error)}") from error
 
 
 # --- how it goes ---------------------------------------------------------------------------------
 
 
-class NoRoomError(Exception):
-    """The disk is full or read-only."""
+AGAIN, SILENT, FAILED = "of before made again", "silent, not encoded", "FAILED"
+TWICE = "with the same audio as another, encoded all the same"
 
 
 @dataclass
@@ -222,11 +213,9 @@ class Report:
     done_before: int = 0
     unknown: int = 0
     seconds: float = 0.0  # of audio
-    silent: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-    again: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # of the search
+    files: dict[str, list[str]] = field(  # by what is said of them, in the order of the summary
+        default_factory=lambda: {title: [] for title in (AGAIN, SILENT, TWICE, FAILED)}
+    )
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -243,15 +232,10 @@ class Report:
                 f"{self.unknown} of unknown origin left as they are: no record tells the codec and "
                 "flags that made them (--overwrite makes them anew)"
             )
-        for title, files in (
-            ("of before made again", self.again),
-            ("silent, not encoded", self.silent),
-            ("with the same audio as another, encoded all the same", self.duplicates),
-            ("FAILED", self.failed),
-        ):
+        for title, files in self.files.items():
             if files:
                 lines += [f"{len(files)} {title}:", *(f"  {file}" for file in files)]
-        return lines + self.notes
+        return lines
 
 
 def do_all(
@@ -262,7 +246,7 @@ def do_all(
     A progress bar on a terminal, plain lines elsewhere.
 
     Raises:
-        CodecError, NoRoomError: an error that every other file would meet too.
+        CodecError, OSError: an error that every other file would meet too.
     """
     with tqdm(jobs, unit="file", miniters=1, leave=False, disable=not sys.stderr.isatty()) as bar:
         for count, job in enumerate(bar, 1):
@@ -272,31 +256,24 @@ def do_all(
                 report.seconds += work(job)
                 report.done += 1
                 if job.why:
-                    report.again.append(f"{job.target}: {job.why}")
+                    report.files[AGAIN].append(f"{job.target}: {job.why}")
             except CodecError:
                 raise
             except SilentError as error:
                 outcome = "silent"
-                report.silent.append(f"{job.source}: {error.found}")
+                report.files[SILENT].append(f"{job.source}: {error.found}")
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
-                    raise NoRoomError(
-                        f"{job.target}: {error.strerror}; make room, the same command goes on"
-                    ) from error
+                    raise
                 outcome, where = "failed", f"{job.source}: "
-                report.failed.append(where + reason_of(error).removeprefix(where))
+                is_told = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
+                why = in_words(error) if is_told else unexpected(error)
+                report.files[FAILED].append(where + why.splitlines()[0].removeprefix(where))
                 if debug:
                     traceback.print_exc()
             bar.set_postfix_str(report.pace)
             if bar.disable:
                 say(f"[{count}/{len(jobs)}] {job.source}: {outcome} ({report.pace})")
-
-
-def reason_of(error: Exception) -> str:
-    """An error of one file, in one line."""
-    if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error):
-        return in_words(error).splitlines()[0]
-    return unexpected(error)
 
 
 # --- one file ------------------------------------------------------------------------------------
@@ -331,7 +308,7 @@ class Coder:
         seconds: float = waveform.shape[1] / rate
         first = self.seen.setdefault(hashlib.blake2b(waveform.data).digest(), job.source)
         if first != job.source:
-            self.report.duplicates.append(f"{job.source} = {first}")
+            self.report.files[TWICE].append(f"{job.source} = {first}")
         if self.flags.loudness is not None:
             waveform = to_loudness(waveform, rate, self.flags.loudness, job.source)
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
@@ -459,12 +436,8 @@ def run(flags: argparse.Namespace) -> int:
     jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq")
     judge = Judge(flags)
     todo, done, unknown = sort_out(jobs, judge)
-    report = Report(
-        done_before=done,
-        unknown=unknown,
-        failed=[f"{path}: {why}" for path, why in found.unusable],
-        notes=found.lines(),
-    )
+    report = Report(done_before=done, unknown=unknown)
+    report.files[FAILED] += [f"{path}: {why}" for path, why in found.unusable]
     if todo:
         make_out_dir(flags.out_dir)
         if flags.device != "best":
@@ -474,14 +447,12 @@ def run(flags: argparse.Namespace) -> int:
     coder = Coder(judge, report)
     try:
         do_all(todo, coder.decode if flags.decode else coder.encode, report, debug=flags.debug)
-    except (KeyboardInterrupt, NoRoomError):
-        say("\n".join(report.lines()))
-        raise
-    say("\n".join(report.lines()))
-    if report.failed:
-        count = f"{len(report.failed)} of {len(jobs) + len(found.unusable)} files failed"
+    finally:
+        say("\n".join((*report.lines(), *found.lines())))
+    if failed := len(report.files[FAILED]):
+        count = f"{failed} of {len(jobs) + len(found.unusable)} files failed"
         problem(f"{count}, each row says why; the same command tries them again")
-    return EXIT_FAILED if report.failed else EXIT_DONE
+    return EXIT_FAILED if failed else EXIT_DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -489,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = build_parser().parse_args(argv)
     return exit_code_of(
         lambda: run(flags),
-        expected=(CodecError, NoRoomError),
+        expected=(CodecError, OSError),
         debug=flags.debug,
         interrupted="interrupted; the same command goes on from here",
     )

@@ -39,12 +39,14 @@ from cli.command_line import (
     exit_code_of,
     file_path,
     fraction_or_one,
+    in_words,
     list_of,
     positive,
     problem,
     say,
 )
 from cli.device import PRECISIONS, fast_precision, pick_device
+from cli.disk import check_writable
 from cli.shortages import is_out_of_memory
 from cli.signals import code_of_interruption
 from model import CodesTransformer, ModelConfig
@@ -52,13 +54,7 @@ from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError, read_audio, resample, write_wav
 from sound.codec import Codec, CodecError, load_codec, not_the_trainings
-from sound.npq_format import (
-    NpqError,
-    check_codes,
-    map_codes,
-    read_header,
-    write_npq,
-)
+from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 from sound.origin import are_different, codec_of, find_all
 from sound.sampling import Draw, NotFiniteError, generate
 
@@ -69,7 +65,7 @@ NEEDED = {"ema", "architecture", "data", "flags"}
 # --- flags ---------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """All flags, by group."""
     parser = FlagParser(__file__, usage="%(prog)s CHECKPOINT [flags]")
     # fmt: off
@@ -120,17 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """Flags that make sense together; else exits with code 2."""
-    parser = build_parser()
-    flags = parser.parse_args(argv)
-    try:
-        check_flags(flags)
-    except UsageError as error:
-        parser.error(str(error))
-    return flags
-
-
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError where flags do not fit together, or a name cannot be written or read."""
     draws = flags.out or flags.npq_out
@@ -160,17 +145,16 @@ def check_output(flag: str, path: str | None, ending: str) -> None:
     """Raise UsageError where no file of that name can be written; one that exists is replaced."""
     if path is None:
         return
-    folder, wrong = Path(path).parent, ""
     if Path(path).is_dir():
         wrong = f"is a folder; name a file in it, such as {Path(path, 'song' + ending)}"
-    elif Path(path).suffix.lower() != ending:
-        wrong = f"expected a name that ends in {ending}; try {Path(path).with_suffix(ending)}"
-    elif not folder.is_dir():
-        wrong = f"its folder does not exist; create it first: mkdir -p {folder}"
-    elif not os.access(folder, os.W_OK):
-        wrong = f"its folder {folder} may not be written to; name another"
-    if wrong:
         raise UsageError(f"{flag} {path}: {wrong}")
+    if Path(path).suffix.lower() != ending:
+        wrong = f"expected a name that ends in {ending}; try {Path(path).with_suffix(ending)}"
+        raise UsageError(f"{flag} {path}: {wrong}")
+    try:
+        check_writable(Path(path).parent)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: its folder {in_words(error)}") from error
 
 
 # --- what the flags name -------------------------------------------------------------------------
@@ -238,7 +222,7 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
     """
     if not flags.out and (flags.prompt is None or is_npq(flags.prompt)):
         return None
-    name = codec_name(flags, checkpoint["flags"])
+    name = flags.codec or checkpoint["flags"].get("eval_dac_repo") or USUAL_CODEC
     codec = load_codec(name)
     if said := not_the_trainings(name, codec_of(checkpoint["data"])):
         problem(f"{said}; see --codec")
@@ -249,11 +233,6 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
             "training data was encoded with"
         )
     return codec
-
-
-def codec_name(flags: argparse.Namespace, trained: dict[str, Any]) -> str:
-    """As asked for, else as in training, else the usual one."""
-    return flags.codec or trained.get("eval_dac_repo") or USUAL_CODEC
 
 
 def is_npq(path: str) -> bool:
@@ -345,12 +324,14 @@ def draw_samples(
             bar.update()
 
         for first in batches:
+            # Far from any --seed, as the next seed's sample is another command's first.
+            (seed,) = np.random.SeedSequence((flags.seed, first)).generate_state(1, np.uint64)
             drawn = generate(
                 model,
                 flags.frames,
                 ctx=flags.ctx or checkpoint["flags"]["ctx"],
                 draw=draw,
-                seed=seed_of_batch(flags.seed, first),
+                seed=int(seed >> 1) if first else flags.seed,
                 batch=TOGETHER,
                 prompt=prompt,
                 compiled=flags.compile,
@@ -362,13 +343,6 @@ def draw_samples(
     times = flags.frames / frame_rate / seconds
     say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
     return codes
-
-
-def seed_of_batch(seed: int, first: int) -> int:
-    """Of the batch that begins with a sample: --seed for the first, others far from any --seed."""
-    if first == 0:
-        return seed
-    return int(np.random.SeedSequence((seed, first)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def numbered(path: str, index: int, count: int) -> Path:
@@ -435,6 +409,7 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
 
 def work(flags: argparse.Namespace) -> int:
     """Load, export, draw, write; tells what was written when it is interrupted."""
+    check_flags(flags)
     written: list[Path] = []
     needed = NEEDED | ({"model"} if flags.raw else set())
     try:
@@ -456,7 +431,7 @@ def work(flags: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Mistakes become one line and an exit code."""
-    flags = parse_flags(argv)
+    flags = build_parser().parse_args(argv)
     expected = (CheckpointError, CodecError, AudioError, NotFiniteError, NpqError, OSError)
     return exit_code_of(lambda: work(flags), expected=expected, debug=flags.debug)
 

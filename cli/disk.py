@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -173,6 +174,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         tell_once(f"{path}: cannot be removed ({error.strerror}); going on, remove it by hand")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where no file can be made in a folder; before long work, not after it."""
+    with naming(folder):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def free_space(folder: Path) -> int | None:

@@ -362,9 +362,9 @@ def test_wrong_usage_says_what_to_do(tmp_path, song, capsys):
 def test_a_folder_that_cannot_be_written_to_stops_the_run_at_once(tmp_path, song, capsys):
     (tmp_path / "file").touch()
     for folder, reason in (
-        (tmp_path / "file", "a file; name a folder"),
-        (tmp_path / "file" / "deeper", "Not a directory; name a folder"),
-        (Path("/proc/nothing"), "No such file or directory; name a folder"),
+        (tmp_path / "file", "File exists; expected a folder or nothing there; name another place"),
+        (tmp_path / "file" / "deeper", "Not a directory; check the path"),
+        (Path("/proc/nothing"), "No such file or directory; check the path"),
     ):
         assert f"--out-dir {folder}: {reason}" in usage_error(capsys, song, "--out-dir", folder)
 
@@ -464,7 +464,7 @@ def test_a_full_disk_ends_the_run_and_says_so(tmp_path, small_disk, codec_path, 
     printed, error = capsys.readouterr()
     assert re.search(r"^\d+ files written", printed, re.M)
     assert "FAILED" not in printed
-    assert re.search(r"^! \S+npq: No space left on device; make room, the same command", error)
+    assert re.search(r"^! \S+npq: No space left on device; free some, or name a place", error)
     assert all(read_header(path).num_frames for path in disk.glob("*.npq"))
 
 

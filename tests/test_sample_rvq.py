@@ -27,7 +27,7 @@ from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import CheckpointError, load_checkpoint
 from run_folder.files import save_checkpoint
 from run_folder.shared_weights import export_weights
-from sound.codec import codec_id
+from sound.codec import CodecError, codec_id
 from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import CodecId, Records
 from sound.statistics import compare, describe
@@ -308,17 +308,19 @@ def test_shared_weights_draw_what_the_checkpoint_draws(shared, checkpoint, tmp_p
     assert (codes_in(tmp_path / "a.npq") == codes_in(tmp_path / "b.npq")).all()
 
 
-def test_shared_weights_that_name_no_codec_take_the_usual_one(checkpoint, tmp_path):
-    parts = load_checkpoint(checkpoint)
+def test_shared_weights_that_name_no_codec_take_the_usual_one(checkpoint, tmp_path, monkeypatch):
+    parts, opened = load_checkpoint(checkpoint), []
     parts["flags"]["eval_dac_repo"] = str(tmp_path / "weights.pth")
     path = export_weights(parts, tmp_path / "x.safetensors", tell=print)
-    parser = sample_rvq.build_parser()
-    asked = sample_rvq.load_parts(path, needed=sample_rvq.NEEDED)["flags"]
-    flags = parser.parse_args([str(path), "--out", "x.wav"])
-    assert sample_rvq.codec_name(flags, asked) == "44khz"
-    assert sample_rvq.codec_name(flags, {"eval_dac_repo": "demo"}) == "demo"
-    named = parser.parse_args([str(path), "--out", "x.wav", "--codec", "16khz"])
-    assert sample_rvq.codec_name(named, {"eval_dac_repo": "demo"}) == "16khz"
+
+    def refuse(name):
+        opened.append(name)
+        raise CodecError("none here")
+
+    monkeypatch.setattr(sample_rvq, "load_codec", refuse)
+    for flags in ((path,), (checkpoint,), (path, "--codec", "16khz")):
+        assert sample(*flags, "--out", tmp_path / "x.wav") == 1
+    assert opened == ["44khz", "44khz", "16khz"]
 
 
 def test_weights_that_do_not_fit_their_architecture_are_one_line(checkpoint, tmp_path, capsys):
@@ -380,7 +382,7 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{music}/0.npq", *NPQ), 1, "not a checkpoint (File is not a zip file); give a .pt file"),
         (("nowhere.safetensors", *NPQ), 1, "no such file"),
         (("{checkpoint}",), 2, "name --out FILE.wav"),
-        (("{checkpoint}", "--out", "{tmp}/no/x.wav"), 2, "its folder does not exist; create it"),
+        (("{checkpoint}", "--out", "{tmp}/no/x.wav"), 2, "/no: No such file or directory; check"),
         (("{checkpoint}", "--out", "{tmp}/x.mp3"), 2, "a name that ends in .wav; try {tmp}/x.wav"),
         (("{checkpoint}", "--out", "{tmp}"), 2, "is a folder; name a file in it"),
         (("{checkpoint}", "--export-safetensors", "{tmp}/x.pt"), 2, "ends in .safetensors"),
