@@ -264,7 +264,7 @@ def do_all(
                 report.files[SILENT].append(f"{job.source}: {error.found}")
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
-                    raise
+                    raise OSError(error.errno, error.strerror, str(job.target)) from error
                 outcome, where = "failed", f"{job.source}: "
                 is_told = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
                 why = in_words(error) if is_told else unexpected(error)

@@ -178,8 +178,10 @@ def remove(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise OSError where no file can be made in a folder; before long work, not after it."""
-    with naming(folder):
+    try:
         tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def free_space(folder: Path) -> int | None:

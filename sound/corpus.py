@@ -15,11 +15,12 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,8 @@ from sound.npq_format import (
 )
 from sound.origin import CodecId, find_all
 
+T = TypeVar("T")
+R = TypeVar("R")
 COLUMN_NAMES = "offset", "frames", "codebooks", "dtype_code", "size", "mtime_ns", "crc"
 FILE_COLUMNS = np.dtype([(name, "i8") for name in COLUMN_NAMES])
 
@@ -157,7 +160,13 @@ def scan_corpus(
             or codes of two codecs.
     """
     summary = DataSummary()
-    headers, bad = _read_headers(paths, on_file)
+    bad: list[NpqError] = []
+
+    def header_of(path: str) -> NpqHeader:
+        on_file(path)
+        return read_header(path)
+
+    headers = _keep_good(paths, header_of, bad)
     shape = _shape_of_run(headers, codebooks)
     frame_rate = _median_rate(h for h in headers if _shape_taken(h, codebooks) == shape)
     fitting = []
@@ -170,8 +179,9 @@ def scan_corpus(
             summary.drop(f"shorter than a window of {ctx} frames", h.hours)
         else:
             fitting.append(h)
-    good, bad_codes = _check_all_codes(fitting, _CheckedFiles(checked_file), on_file)
-    bad += bad_codes
+    checked = _CheckedFiles(checked_file, on_file)
+    good = _keep_good(zip(fitting, real_paths(h.path for h in fitting), strict=True), checked, bad)
+    checked.save()
     if bad and not skip_bad:
         lines = [f"  {error}" for error in bad[:10]] + ["  ..."] * (len(bad) > 10)
         raise BadFilesError(
@@ -254,38 +264,18 @@ def _shape_of_run(headers: Sequence[NpqHeader], codebooks: int | None) -> _Shape
 
 def _median_rate(headers: Iterable[NpqHeader]) -> float:
     """The median frame rate, which is that of a file; NaN without files."""
-    rates = sorted(h.frame_rate for h in headers)
-    return rates[len(rates) // 2] if rates else math.nan
+    return statistics.median_high([h.frame_rate for h in headers] or [math.nan])
 
 
-def _read_headers(
-    paths: Sequence[str], on_file: Callable[[str], None]
-) -> tuple[list[NpqHeader], list[NpqError]]:
-    headers: list[NpqHeader] = []
-    bad: list[NpqError] = []
-    for path in paths:
-        on_file(path)
+def _keep_good(items: Iterable[T], read: Callable[[T], R], bad: list[NpqError]) -> list[R]:
+    """What `read` makes of each item; files that are not valid go to `bad`."""
+    good: list[R] = []
+    for item in items:
         try:
-            headers.append(read_header(path))
+            good.append(read(item))
         except NpqError as error:
             bad.append(error)
-    return headers, bad
-
-
-def _check_all_codes(
-    headers: Sequence[NpqHeader], checked: _CheckedFiles, on_file: Callable[[str], None]
-) -> tuple[list[tuple[int, NpqHeader]], list[NpqError]]:
-    """CRC-32 and header of the files whose codes are all in range, and the errors of the others."""
-    good: list[tuple[int, NpqHeader]] = []
-    bad: list[NpqError] = []
-    for h, real_path in zip(headers, real_paths(h.path for h in headers), strict=True):
-        on_file(h.path)
-        try:
-            good.append((checked.crc(h, real_path), h))
-        except NpqError as error:
-            bad.append(error)
-    checked.save()
-    return good, bad
+    return good
 
 
 def _corpus_of(
@@ -320,22 +310,26 @@ class _CheckedFiles:
     Only a cache: where it cannot be read or written, the files are read again.
     """
 
-    def __init__(self, store: str | os.PathLike[str] | None) -> None:
-        self.store, self.is_changed = store, False
+    def __init__(
+        self, store: str | os.PathLike[str] | None, on_file: Callable[[str], None]
+    ) -> None:
+        self.store, self.on_file, self.is_changed = store, on_file, False
         self.known: dict[str, Any] = {}
         if store is not None:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 self.known = dict(json.loads(Path(store).read_bytes()))
 
-    def crc(self, header: NpqHeader, real_path: str) -> int:
+    def __call__(self, file: tuple[NpqHeader, str]) -> tuple[int, NpqHeader]:
+        """CRC-32 and header of a file, of (header, path without links); NpqError for a bad code."""
+        header, path = file
+        self.on_file(header.path)
         stamp = [header.file_size, header.mtime_ns]
-        match self.known.get(real_path):
+        match self.known.get(path):
             case [size, mtime_ns, int(crc)] if [size, mtime_ns] == stamp:
-                return crc
+                return crc, header
         crc = check_codes(header)
-        self.known[real_path] = [*stamp, crc]
-        self.is_changed = True
-        return crc
+        self.known[path], self.is_changed = [*stamp, crc], True
+        return crc, header
 
     def save(self) -> None:
         if self.store is not None and self.is_changed:

@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,18 +100,14 @@ def read_header(path: str | os.PathLike[str]) -> NpqHeader:
     if magic not in MAGICS:
         raise NpqError(path, "magic", "NPQ1 or NPQ2", magic, "name .npq files only")
 
-    def header_as(layout: str) -> NpqHeader:
-        fields = PARSERS[layout](head)
-        return NpqHeader(path, layout, *fields, status.st_size, status.st_mtime_ns)
-
-    if magic == b"NPQ2" or (version == 1 and codebooks >= 1):
-        header = header_as(magic.decode())
-        if problem := _problem(header):
-            raise NpqError(path, *problem)
-        return header
-    for header in map(header_as, LEGACY):
-        if _problem(header) is None:
+    is_ours = magic == b"NPQ2" or (version == 1 and codebooks >= 1)
+    for layout in [magic.decode()] if is_ours else ["legacy A", "legacy B"]:
+        header = _parse(layout, head, path, status.st_size, status.st_mtime_ns)
+        problem = _problem(header)
+        if problem is None:
             return header
+        if is_ours:
+            raise NpqError(path, *problem)
     raise NpqError(path, "version", "1, or a legacy layout that fits to the byte", version)
 
 
@@ -146,68 +142,45 @@ def _read_head(path: str) -> tuple[bytes, os.stat_result]:
     return head, status
 
 
-class _Fields(NamedTuple):
-    """Header fields in the order of NpqHeader; an impossible K leaves vocab_sizes empty."""
+class _Layout(NamedTuple):
+    """How a header begins, up to the vocab sizes; behind them legacy B has its frames."""
 
-    num_codebooks: int
-    side_codebooks: int
-    num_frames: int
-    frame_rate: float
-    bitrate: float
-    vocab_sizes: tuple[int, ...]
-    dtype: np.dtype[Any]
-    codes_offset: int
+    fields: str  # names of the fixed fields
+    form: str  # their struct
+    size: str  # struct letter of a vocab size
 
 
-def _parse_npq1(head: bytes) -> _Fields:
-    _, _, k, frame_rate, bitrate, frames = struct.unpack_from("<4sHHffI", head)
-    vocab_sizes = _read_vocab_sizes(head, 20, "I", k)
-    return _Fields(
-        k, 0, frames, frame_rate, bitrate, vocab_sizes, _read_dtype(head, 20 + 4 * k), 21 + 4 * k
-    )
-
-
-def _parse_npq2(head: bytes) -> _Fields:
-    _, version, mode, k_mid, k_side, frame_rate, bitrate, frames = struct.unpack_from(
-        "<4sHBHHffI", head.ljust(23, b"\0")
-    )
-    k = k_mid + k_side
-    # Mode 0 is mono and has no side codebooks; mode 1 is mid/side and has both. Anything else is no
-    # header.
-    sane = version == 1 and k_mid >= 1 and (mode, k_side > 0) in ((0, False), (1, True))
-    vocab_sizes = _read_vocab_sizes(head, 23, "I", k) if sane else ()
-    dtype = _read_dtype(head, 23 + 4 * k)
-    return _Fields(
-        k if sane else 0, k_side, frames, frame_rate, bitrate, vocab_sizes, dtype, 24 + 4 * k
-    )
-
-
-def _parse_legacy_a(head: bytes) -> _Fields:
-    _, k, frame_rate, bitrate, frames = struct.unpack_from("<4siffi", head)
-    vocab_sizes = _read_vocab_sizes(head, 20, "i", k)
-    return _Fields(k, 0, frames, frame_rate, bitrate, vocab_sizes, CODE_DTYPES[1], 20 + 4 * k)
-
-
-def _parse_legacy_b(head: bytes) -> _Fields:
-    _, k, frame_rate = struct.unpack_from("<4sif", head)
-    vocab_sizes = _read_vocab_sizes(head, 12, "i", k)
-    frames = int.from_bytes(head[12 + 4 * k :][:4], "little", signed=True) if vocab_sizes else 0
-    return _Fields(k, 0, frames, frame_rate, 0.0, vocab_sizes, CODE_DTYPES[1], 16 + 4 * k)
-
-
-LEGACY = "legacy A", "legacy B"
-PARSERS: dict[str, Callable[[bytes], _Fields]] = {
-    "NPQ1": _parse_npq1,
-    "NPQ2": _parse_npq2,
-    "legacy A": _parse_legacy_a,
-    "legacy B": _parse_legacy_b,
+LAYOUTS = {
+    "NPQ1": _Layout("version k frame_rate bitrate frames", "<4xHHffI", "I"),
+    "NPQ2": _Layout("version mode mid side frame_rate bitrate frames", "<4xHBHHffI", "I"),
+    "legacy A": _Layout("k frame_rate bitrate frames", "<4xiffi", "i"),
+    "legacy B": _Layout("k frame_rate", "<4xif", "i"),
 }
 
 
-def _read_vocab_sizes(head: bytes, offset: int, letter: str, k: int) -> tuple[int, ...]:
-    if not 1 <= k <= MAX_CODEBOOKS:
-        return ()
-    return _unpack_sizes(letter, head[offset : offset + 4 * k].ljust(4 * k, b"\0"))
+def _parse(layout: str, head: bytes, path: str, size: int, mtime_ns: int) -> NpqHeader:
+    """A header as one of LAYOUTS, unchecked; an impossible K leaves vocab_sizes empty."""
+    names, form, letter = LAYOUTS[layout]
+    pos, vocab_sizes = struct.calcsize(form), tuple[int, ...]()
+    dtype: np.dtype[Any] = CODE_DTYPES[1]
+    values = struct.unpack_from(form, head.ljust(pos, b"\0"))
+    f = {"side": 0, "bitrate": 0.0, **dict(zip(names.split(), values, strict=True))}
+    if layout == "NPQ2":
+        # Mode 0 is mono and has no side codebooks; mode 1 is mid/side and has both. Anything else
+        # is no header.
+        sane = f["version"] == 1 and f["mid"] and (f["mode"], f["side"] > 0) in ((0, 0), (1, 1))
+        f["k"] = f["mid"] + f["side"] if sane else 0
+    if 1 <= (k := f["k"]) <= MAX_CODEBOOKS:
+        vocab_sizes = _unpack_sizes(letter, head[pos : pos + 4 * k].ljust(4 * k, b"\0"))
+    pos += 4 * k
+    if "version" in f:
+        code = head[pos] if 0 <= pos < len(head) else 255
+        dtype, pos = CODE_DTYPES[code] if code < len(CODE_DTYPES) else NO_DTYPE, pos + 1
+    if "frames" not in f:
+        frames = int.from_bytes(head[max(0, pos) :][:4], "little", signed=True)
+        f["frames"], pos = frames if vocab_sizes else 0, pos + 4
+    read = f["side"], f["frames"], f["frame_rate"], f["bitrate"]
+    return NpqHeader(path, layout, k, *read, vocab_sizes, dtype, pos, size, mtime_ns)
 
 
 @functools.lru_cache  # nearly all files of a corpus have the same: one tuple for all
@@ -215,20 +188,12 @@ def _unpack_sizes(letter: str, content: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(content) // 4}{letter}", content)
 
 
-def _read_dtype(head: bytes, offset: int) -> np.dtype[Any]:
-    code = head[offset] if offset < len(head) else 255
-    return CODE_DTYPES[code] if code < len(CODE_DTYPES) else NO_DTYPE
-
-
 def _problem(header: NpqHeader) -> tuple[str, object, object] | None:
     """The first field that is not sane: (field, expected, found). K comes before all else."""
     h = header
-    if not (1 <= h.num_codebooks <= MAX_CODEBOOKS):
-        return (
-            "codebooks, version and channel mode",
-            f"1 to {MAX_CODEBOOKS} codebooks, version 1",
-            h.num_codebooks,
-        )
+    if not 1 <= h.num_codebooks <= MAX_CODEBOOKS:
+        expected = f"1 to {MAX_CODEBOOKS} codebooks, version 1"
+        return "codebooks, version and channel mode", expected, h.num_codebooks
     if h.file_size < h.codes_offset:
         return "header", f"{h.codes_offset} bytes (file truncated)", f"{h.file_size} bytes"
     if h.num_frames < 1:
@@ -385,7 +350,7 @@ def write_npq(
     # The check is of the header as it will be read: a float32 rounds.
     layout = head[:4].decode()
     size = len(head) + dtype.itemsize * codes.size
-    header = NpqHeader(path, layout, *PARSERS[layout](head), size, mtime_ns=0)
+    header = _parse(layout, head, path, size, mtime_ns=0)
     if problem := _problem(header):
         raise NpqError(path, *problem, remedy="nothing was written")
     if codes.min() < 0 or codes.max() >= min(vocab_sizes):

@@ -122,20 +122,9 @@ class Records:
             OSError: the record cannot be written.
         """
         status, crc = written.stat(), _crc(written)
-        self._append(
-            target.parent,
-            Record(
-                file=target.name,
-                size=status.st_size,
-                mtime_ns=status.st_mtime_ns,
-                crc=-1 if crc is None else crc,
-                codec=codec.name,
-                weights=codec.weights,
-                settings=settings,
-                source_size=source.st_size,
-                source_mtime_ns=source.st_mtime_ns,
-            ),
-        )
+        now = target.name, status.st_size, status.st_mtime_ns, -1 if crc is None else crc
+        record = Record(*now, *codec, settings, source.st_size, source.st_mtime_ns)
+        self._append(target.parent, record)
 
     def _append(self, folder: Path, record: Record) -> None:
         # A line break on either side: the line before may have been cut off.
