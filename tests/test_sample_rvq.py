@@ -320,7 +320,7 @@ def test_shared_weights_that_name_no_codec_take_the_usual_one(checkpoint, tmp_pa
     monkeypatch.setattr(sample_rvq, "load_codec", refuse)
     for flags in ((path,), (checkpoint,), (path, "--codec", "16khz")):
         assert sample(*flags, "--out", tmp_path / "x.wav") == 1
-    assert opened == ["44khz", "44khz", "16khz"]
+    assert opened == ["44khz", "demo", "16khz"]
 
 
 def test_weights_that_do_not_fit_their_architecture_are_one_line(checkpoint, tmp_path, capsys):
