@@ -161,12 +161,7 @@ def scan_corpus(
     """
     summary = DataSummary()
     bad: list[NpqError] = []
-
-    def header_of(path: str) -> NpqHeader:
-        on_file(path)
-        return read_header(path)
-
-    headers = _keep_good(paths, header_of, bad)
+    headers = _keep_good(zip(paths, paths, strict=True), read_header, bad, on_file)
     shape = _shape_of_run(headers, codebooks)
     frame_rate = _median_rate(h for h in headers if _shape_taken(h, codebooks) == shape)
     fitting = []
@@ -179,8 +174,9 @@ def scan_corpus(
             summary.drop(f"shorter than a window of {ctx} frames", h.hours)
         else:
             fitting.append(h)
-    checked = _CheckedFiles(checked_file, on_file)
-    good = _keep_good(zip(fitting, real_paths(h.path for h in fitting), strict=True), checked, bad)
+    checked = _CheckedFiles(checked_file)
+    with_paths = zip(fitting, real_paths(h.path for h in fitting), strict=True)
+    good = _keep_good(((h.path, (h, real)) for h, real in with_paths), checked, bad, on_file)
     checked.save()
     if bad and not skip_bad:
         lines = [f"  {error}" for error in bad[:10]] + ["  ..."] * (len(bad) > 10)
@@ -267,12 +263,18 @@ def _median_rate(headers: Iterable[NpqHeader]) -> float:
     return statistics.median_high([h.frame_rate for h in headers] or [math.nan])
 
 
-def _keep_good(items: Iterable[T], read: Callable[[T], R], bad: list[NpqError]) -> list[R]:
-    """What `read` makes of each item; files that are not valid go to `bad`."""
+def _keep_good(
+    files: Iterable[tuple[str, T]],
+    read: Callable[[T], R],
+    bad: list[NpqError],
+    on_file: Callable[[str], None],
+) -> list[R]:
+    """What `read` makes of each file's second part; errors of those not valid go to `bad`."""
     good: list[R] = []
-    for item in items:
+    for path, file in files:
+        on_file(path)
         try:
-            good.append(read(item))
+            good.append(read(file))
         except NpqError as error:
             bad.append(error)
     return good
@@ -310,10 +312,8 @@ class _CheckedFiles:
     Only a cache: where it cannot be read or written, the files are read again.
     """
 
-    def __init__(
-        self, store: str | os.PathLike[str] | None, on_file: Callable[[str], None]
-    ) -> None:
-        self.store, self.on_file, self.is_changed = store, on_file, False
+    def __init__(self, store: str | os.PathLike[str] | None) -> None:
+        self.store, self.is_changed = store, False
         self.known: dict[str, Any] = {}
         if store is not None:
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -322,7 +322,6 @@ class _CheckedFiles:
     def __call__(self, file: tuple[NpqHeader, str]) -> tuple[int, NpqHeader]:
         """CRC-32 and header of a file, of (header, path without links); NpqError for a bad code."""
         header, path = file
-        self.on_file(header.path)
         stamp = [header.file_size, header.mtime_ns]
         match self.known.get(path):
             case [size, mtime_ns, int(crc)] if [size, mtime_ns] == stamp:
