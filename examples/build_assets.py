@@ -44,6 +44,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from sound.codec import Codec, load_codec  # noqa: E402
 from sound.npq_format import map_codes, read_header, write_npq  # noqa: E402
+from sound.statistics import entropy  # noqa: E402
 
 SAMPLE_RATE, HOP = 44_100, 512
 FRAME_RATE = SAMPLE_RATE / HOP  # 86.13 frames per second, and the demo's unit of frequency in Hz
@@ -66,13 +67,7 @@ FORM = "AABA"  # phrases of a piece
 STEP_FRAMES, STEPS_PER_BAR = 16, 8
 BAR_FRAMES = STEP_FRAMES * STEPS_PER_BAR
 PIECES = {"train": range(48), "val": range(48, 56)}
-RHYTHMS = (
-    (2, 2, 2, 2),
-    (2, 1, 1, 2, 2),
-    (1, 1, 2, 2, 2),
-    (2, 2, 1, 1, 2),
-    (3, 1, 2, 2),
-)  # in steps
+RHYTHMS = ((2, 2, 2, 2), (2, 1, 1, 2, 2), (1, 1, 2, 2, 2), (2, 2, 1, 1, 2), (3, 1, 2, 2))  # steps
 CADENCE = (2, 2, 4)
 MELODY_PARTIALS = (0.20, 0.09, 0.045, 0.02)  # amplitudes of partials 1 to 4
 CHORD_AMPLITUDES = (0.10, 0.04, 0.04)  # a sine each
@@ -459,11 +454,11 @@ def demo_pool(codec: Codec, examples: Path, seed: int) -> Pool:
 
 def music_pool(examples: Path, build: Path) -> Pool:
     """The training tracks of Freedoom's music."""
-    pool = Pool([], [])
-    for track in TRAIN_TRACKS:
-        pool.waves.append(read_music(build, track))
-        pool.codes.append(read_codes(examples / "tokens" / "train" / f"{track}.npq"))
-    return pool
+    folder = examples / "tokens" / "train"
+    return Pool(
+        [read_music(build, track) for track in TRAIN_TRACKS],
+        [read_codes(folder / f"{track}.npq") for track in TRAIN_TRACKS],
+    )
 
 
 def read_music(build: Path, track: str) -> Floats:
@@ -484,13 +479,8 @@ def write_codec(examples: Path, decoder: dict[str, Tensor], path: Path) -> None:
     saved = torch.load(examples / "tiny_dac.pth", weights_only=True)
     saved["state_dict"].update({f"decoder.{name}": v.half() for name, v in decoder.items()})
     kwargs = saved["metadata"]["kwargs"]
-    torch.save(
-        {
-            "state_dict": saved["state_dict"],
-            "metadata": {"kwargs": kwargs, "licence": "MIT and BSD-3-Clause, see README.md"},
-        },
-        path,
-    )
+    metadata = {"kwargs": kwargs, "licence": "MIT and BSD-3-Clause, see README.md"}
+    torch.save({"state_dict": saved["state_dict"], "metadata": metadata}, path)
 
 
 # --- check: every figure of README.md ------------------------------------------------------------
@@ -531,15 +521,8 @@ def measure_codes(paths: Sequence[Path]) -> dict[str, Any]:
         "minutes": round(len(together) / FRAME_RATE / 60, 1),
         "distinct_frames": len(np.unique(together, axis=0)),
         "repeat_rate": np.round(repeats.mean(0), 3).tolist(),
-        "entropy_nats": [round(entropy(column), 3) for column in together.T],
+        "entropy_nats": np.round(entropy(together), 3).tolist(),
     }
-
-
-def entropy(codes: Codes) -> float:
-    """Entropy of the codes' frequencies, nats."""
-    share = np.bincount(codes) / len(codes)
-    share = share[share > 0]
-    return float(-(share * np.log(share)).sum())
 
 
 def demo_codes_match(codec: Codec, examples: Path, seed: int) -> float:
@@ -570,15 +553,13 @@ def measure_melodies(codec: Codec, examples: Path, seed: int) -> dict[str, float
         read = read_pitches(decoded)
         borders = np.flatnonzero(written[1:] != written[:-1]) + 1
         changes = np.flatnonzero(read[1:] != read[:-1]) + 1
-        per_note = [
-            (block == note.pitch).mean() > 0.5
-            for block, note in zip(split_at_notes(read, notes), notes, strict=True)
-        ]
+        ends = np.cumsum([note.frames for note in notes])[:-1]
+        is_right = [np.mean(part) > 0.5 for part in np.split(read == written, ends)]
         rows.append(
             {
                 "si_sdr_db": si_sdr(render(notes), decoded),
                 "frames_read_right": (read == written).mean(),
-                "notes_read_right": np.mean(per_note),
+                "notes_read_right": np.mean(is_right),
                 "changes_on_the_grid": np.mean(changes % STEP_FRAMES == 0),
                 "borders_found": np.isin(borders, changes).mean(),
             }
@@ -592,11 +573,6 @@ def read_pitches(wave: Floats) -> NDArray[np.int64]:
     scale = np.array(SCALE)
     strongest: NDArray[np.int64] = scale[spectrum[:, scale].argmax(1)]
     return strongest
-
-
-def split_at_notes(per_frame: NDArray[np.int64], notes: Sequence[Note]) -> list[NDArray[np.int64]]:
-    """One array per note."""
-    return np.split(per_frame, np.cumsum([note.frames for note in notes])[:-1])
 
 
 def measure_music(codec: Codec, examples: Path, build: Path) -> dict[str, float]:
@@ -619,7 +595,19 @@ def si_sdr(true: Floats, found: Floats) -> float:
 
 # --- the door ------------------------------------------------------------------------------------
 
-STAGES = ("music", "tokens", "demo", "tune", "check")
+# Each stage needs those before it only where the docstring above says so.
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "music": lambda args: make_music(args.build),
+    "tokens": lambda args: make_tokens(bundled(args), args.examples, args.build),
+    "demo": lambda args: make_demo(bundled(args), args.examples, args.seed),
+    "tune": lambda args: tune(args.examples, args.build, steps=args.steps, seed=args.seed),
+    "check": lambda args: check(bundled(args), args.examples, args.build, seed=args.seed),
+}
+
+
+def bundled(args: argparse.Namespace) -> Codec:
+    """The bundled codec, as the stages before left it."""
+    return load_codec(str(args.examples / "tiny_dac.pth"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -644,26 +632,10 @@ def main() -> int:
         parser.error(f"unknown stage {sorted(unknown)}; expected {' '.join(STAGES)}")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    for stage in STAGES:
+    for stage, run in STAGES.items():
         if not args.stages or stage in args.stages:
-            run_stage(stage, args)
+            run(args)
     return 0
-
-
-def run_stage(stage: str, args: argparse.Namespace) -> None:
-    """Run one stage by its name."""
-    if stage == "music":
-        make_music(args.build)
-    elif stage == "tune":
-        tune(args.examples, args.build, steps=args.steps, seed=args.seed)
-    else:
-        codec = load_codec(str(args.examples / "tiny_dac.pth"))
-        if stage == "tokens":
-            make_tokens(codec, args.examples, args.build)
-        elif stage == "demo":
-            make_demo(codec, args.examples, args.seed)
-        else:
-            check(codec, args.examples, args.build, seed=args.seed)
 
 
 if __name__ == "__main__":
