@@ -222,24 +222,28 @@ def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
 
 
 def prepare_losses(run: TrainingRun) -> None:
-    """Compile the losses with --compile, or by default on CUDA; then wrap them for DDP."""
+    """Compile the losses with --compile, or by default on CUDA; else only wrap them for DDP."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
         compile_losses(run)
-    run.losses = run.world.averaging(run.losses)
+    else:
+        run.losses = run.world.averaging(run.losses)
 
 
 def compile_losses(run: TrainingRun) -> None:
     """Switch to compiled losses after a trial; report what fails, and stay eager if nothing works.
 
-    A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one.
+    A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one. What DDP
+    finds inside it before the first call is compiled in parts, a bucket of gradients each: those of
+    one part are averaged while the next part's backward runs.
     """
     eager = run.losses
+    torch._dynamo.config.optimize_ddp = not run.flags.grad_checkpoint  # torch 2.10 splits none such
     for mode, instead in compiling.attempts(run.flags.compile_mode):
-        run.losses, run.compiled = compiling.compiled(eager, mode), True
+        run.losses, run.compiled = run.world.averaging(compiling.compiled(eager, mode)), True
         run.has_graphs = mode in compiling.GRAPH_MODES and run.device.type == "cuda"
         if (failure := run.world.first(failure_of_trial(run))) is None:
             return
-        run.losses, run.compiled, run.has_graphs = eager, False, False
+        run.losses, run.compiled, run.has_graphs = run.world.averaging(eager), False, False
         compiling.give_back()
         run.console.problem(f"torch.compile failed in mode {mode}, going on {instead} ({failure})")
 
@@ -250,7 +254,8 @@ def failure_of_trial(run: TrainingRun) -> str | None:
     state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
     mine = run.flags.accum // run.world.size
     try:
-        with rng_kept():
+        # Without exchanges: the compiler may fail in one process alone.
+        with rng_kept(), run.world.reducing(last=False):
             first = np.zeros(run.flags.batch, dtype=np.int64)
             (trial,) = run.loader.read(run.train_windows, [first])
             for _ in range(-(-compiling.MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1):
@@ -295,9 +300,8 @@ def evaluate(run: TrainingRun) -> Validation | None:
         if codes is None:
             return None
         with run.autocast():
-            losses = model.losses(
-                codes[0].to(run.device).long(), flags.label_smoothing, run.weights
-            )
+            on_device = codes[0].to(run.device, non_blocking=True).long()
+            losses = model.losses(on_device, flags.label_smoothing, run.weights)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
     objective, *ce = (total / count if count else total * math.nan).tolist()

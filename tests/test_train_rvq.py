@@ -196,22 +196,34 @@ def test_decay_is_on_matrices_alone():
 # --- one step ------------------------------------------------------------------------------------
 
 
-def test_a_step_reads_the_device_once(tunes, tmp_path, monkeypatch):
-    """Pitfall 9: every .item(), bool() or copy to the host is a sync on CUDA."""
-    run = make_run("--data", tunes, "--save_dir", tmp_path)
+@pytest.mark.parametrize("part", ["step", "validation"])
+def test_a_step_and_a_validation_read_the_device_once(part, tunes, tmp_path, monkeypatch):
+    """Pitfall 9: every .item(), bool() or copy that waits is a sync on CUDA."""
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--batch", "1")
     batches = iter(run.loader)
     train_rvq.train_step(run, batches)
     reads = []
 
     def spy(name: str) -> Callable[..., Any]:
         original = getattr(torch.Tensor, name)
-        return lambda self, *args, **kw: (reads.append(name), original(self, *args, **kw))[1]
 
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
+        def read(self: torch.Tensor, *args: Any, **kw: Any) -> Any:
+            if name != "to" or (args and args[0] is run.device and not kw.get("non_blocking")):
+                reads.append(name)
+            return original(self, *args, **kw)
+
+        return read
+
+    waits = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero", "to")
+    for name in waits:
         monkeypatch.setattr(torch.Tensor, name, spy(name))
-    stats = train_rvq.train_step(run, batches)
+    if part == "step":
+        result = train_rvq.train_step(run, batches).refused is None
+    else:
+        result = train_rvq.evaluate(run) is not None
     monkeypatch.undo()
-    assert stats.refused is None
+    assert result
+    assert len(run.val_windows) > 1
     assert reads == ["tolist"]
 
 

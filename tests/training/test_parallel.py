@@ -29,11 +29,16 @@ EXACT = ("--no-amp", "--optim", "adamw")
 STEPS = 8
 
 
-def start(processes: int, *flags: str | Path, torchrun: tuple[str, ...] = ()) -> Any:
+def start(
+    processes: int,
+    *flags: str | Path,
+    torchrun: tuple[str, ...] = (),
+    script: Path = ROOT / "train_rvq.py",
+) -> Any:
     """Torchrun with a trainer, as a user starts it."""
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     return subprocess.Popen(
-        [sys.executable, *launch, *torchrun, str(ROOT / "train_rvq.py"), *TINY, *map(str, flags)],
+        [sys.executable, *launch, *torchrun, str(script), *TINY, *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -302,3 +307,48 @@ def test_compiled_is_the_same_run(tunes, tmp_path):
         assert "torch.compile failed" not in output
         assert count == 1 or "compiled in" in output
     assert_same_run(tmp_path / "2", tmp_path / "1", 1e-4)
+
+
+WATCHED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import train_rvq
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 4096  # of a tiny model all would be one bucket
+prepare, step = train_rvq.prepare_losses, train_rvq.train_step
+
+def exchange(state, bucket):
+    with torch.profiler.record_function("exchange"):
+        return allreduce_hook(state, bucket)
+
+def prepare_losses(run):
+    prepare(run)
+    run.world.module.register_comm_hook(None, exchange)
+
+def train_step(run, batches):
+    with torch.profiler.profile() as profile:
+        stats = step(run, batches)
+    begun = {{name: [e.time_range.start for e in profile.events() if e.name == name]
+             for name in ("exchange", "CompiledFunctionBackward")}}
+    print("early", sum(t < max(begun["CompiledFunctionBackward"]) for t in begun["exchange"]),
+          "of", len(begun["exchange"]), "compiled", run.compiled, flush=True)
+    return stats
+
+train_rvq.prepare_losses, train_rvq.train_step = prepare_losses, train_step
+train_rvq.leave(train_rvq.main())
+"""
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_while_a_compiled_backward_still_runs(tunes, tmp_path):
+    """As one graph it hands over all of them at its end, and the exchange has nothing beside it."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    command = flags(tunes, "--save_dir", tmp_path / "run", "--compile", "--max-steps", "3")
+    trainers = start(2, *command, script=tmp_path / "watched.py")
+    output, _ = trainers.communicate(timeout=300)
+    assert trainers.returncode == 0, output
+    said = re.findall(r"early (\d+) of (\d+) compiled True", output)
+    assert said.count(("0", "1")) == 2, "DDP finds the order of the gradients in its first step"
+    assert said.count(("1", "2")) == 2 * 2, output
