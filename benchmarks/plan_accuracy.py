@@ -32,7 +32,7 @@ from sound.npq_format import write_npq
 from training import building
 from training import saving as run_saving
 from training import setup as run_setup
-from training.memory_prediction import FIXED, KEPT
+from training.memory_prediction import KEPT, LIBRARIES
 
 SMALL = "--d_model 256 --layers 6 --heads 4 --ctx 256"
 WIDE = "--d_model 512 --layers 8 --heads 8 --ctx 512"
@@ -89,31 +89,45 @@ def child(words: list[str], folder: str, *, allocated: bool) -> None:
     print(memory_of_this_process("VmHWM") - before)
 
 
-def measured(words: list[str], *, allocated: bool = False) -> int:
-    """Peak bytes of a child that trains with these flags."""
+def in_a_child(mode: str, words: list[str], *, allocated: bool) -> int:
+    """What a process of its own prints last: as a user's run it has nothing but its libraries."""
+    mode += "-allocated" if allocated else ""
     with tempfile.TemporaryDirectory() as folder:
         codes = np.random.default_rng(0).integers(1024, size=(60_000, 9))
         write_npq(Path(folder) / "a.npq", codes, vocab_sizes=[1024] * 9, frame_rate=86.13)
         env = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
         env |= {"OMP_NUM_THREADS": "1", **(RETURN if allocated else {})}
-        mode = "--child-allocated" if allocated else "--child"
         command = [sys.executable, __file__, mode, folder, *words, "--data", folder]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
+def measured(words: list[str], *, allocated: bool = False) -> int:
+    """Peak bytes of a process that trains with these flags."""
+    return in_a_child("--child-trains", words, allocated=allocated)
+
+
 def predicted(words: list[str], *, allocated: bool = False) -> int:
     """The same by prediction."""
+    return in_a_child("--child-predicts", words, allocated=allocated)
+
+
+def predict(words: list[str], *, allocated: bool) -> None:
+    """Print the prediction."""
     flags, _ = train_rvq.parse_flags(words)
     names = ("d_model", "layers", "heads", "dropout", "pattern")
     config = model.ModelConfig((1024,) * 9, **{name: getattr(flags, name) for name in names})
     memory = building.plan_of(flags, config, torch.device("cpu")).predict()
-    return memory.total - (FIXED["cpu"][1] + memory.parts[KEPT] if allocated else 0)
+    print(memory.total - (memory.parts[LIBRARIES] + memory.parts[KEPT] if allocated else 0))
 
 
 def main() -> None:
     if sys.argv[1:2] and sys.argv[1].startswith("--child"):
-        child(sys.argv[3:], sys.argv[2], allocated=sys.argv[1] == "--child-allocated")
+        allocated = sys.argv[1].endswith("-allocated")
+        if sys.argv[1].startswith("--child-predicts"):
+            predict(sys.argv[3:], allocated=allocated)
+        else:
+            child(sys.argv[3:], sys.argv[2], allocated=allocated)
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--only", default="", help="rows whose flags have one of these words")

@@ -12,10 +12,13 @@ prediction follows the code, needs no GPU, and takes seconds for a large model.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -32,10 +35,11 @@ from training.ema import Ema
 from training.objective import Objective
 
 GIB = 2**30
-# Estimates: CUDA driver and libraries in GPU memory; Python with PyTorch in host memory.
-FIXED = {"cuda": ("CUDA context (estimate)", GIB // 2), "cpu": ("Python (estimate)", GIB // 3)}
+CONTEXT = GIB // 2  # estimate: CUDA driver and libraries in GPU memory
+FIRST_STEPS = 45 << 20  # estimate: libraries that a run's first steps add to those of its set-up
 KEPT = "kept by glibc (estimate)"  # freed blocks on a CPU; measured: a third of the tensors' bytes
 MARGIN = 0.1  # share of the memory left free for fragmentation and the libraries' work space
+LIBRARIES = "Python and libraries"
 LOSS = "logits and loss"
 PARTS = {  # MemTracker's kinds of tensors -> names in the table
     _MemRefType.PARAM: "weights",
@@ -99,6 +103,17 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+@functools.cache
+def libraries() -> int:
+    """Return the host memory of Python and its libraries in bytes, from what this process has now.
+
+    To be called before a run has tensors; later calls return the same. With a CUDA build of torch
+    it is twice that of a CPU build.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") + FIRST_STEPS
+
+
 def predict_memory(step: Step, device: str) -> Memory:
     """Predict the peak memory of a run's steps on device type `cpu` or `cuda`."""
     tracker = _Tracker()
@@ -115,9 +130,9 @@ def predict_memory(step: Step, device: str) -> Memory:
     if device == "cpu":
         parts["copy that is saved"] = checkpoint
         parts[KEPT] = sum(parts.values()) // 3
-    if device in FIXED:
-        name, size = FIXED[device]
-        parts[name] = size
+        parts[LIBRARIES] = libraries()
+    if device == "cuda":
+        parts["CUDA context (estimate)"] = CONTEXT
     return Memory(parts, checkpoint)
 
 

@@ -31,13 +31,14 @@ from run_folder.files import RING_SIZE, megabytes
 from run_folder.flags import command_words
 from training import compiling
 from training.memory_prediction import (
-    FIXED,
+    CONTEXT,
     GIB,
     MARGIN,
     Memory,
     Step,
     Trained,
     gib,
+    libraries,
     predict_memory,
 )
 from training.optimizer import muon_flops
@@ -63,6 +64,10 @@ class Plan:
     amp_dtype: torch.dtype | None
     build: Callable[[argparse.Namespace, ModelConfig], Trained]
     predicted: dict[Any, Memory] = dataclasses.field(default_factory=dict)  # cache of `predict`
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            libraries()  # a run's first plan comes before its tensors
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -448,7 +453,7 @@ def free_memory(device: torch.device) -> float | None:
     Returns None if this machine has no such device, or for a device other than CUDA and CPU.
     """
     if device.type == "cuda" and torch.cuda.is_available():
-        own = torch.cuda.memory_reserved(device) + FIXED["cuda"][1]
+        own = torch.cuda.memory_reserved(device) + CONTEXT
         return float(torch.cuda.mem_get_info(device)[0] + own)
     if device.type == "cpu":
         lines = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
