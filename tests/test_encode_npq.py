@@ -369,14 +369,6 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_at_once(tmp_path, song
         assert f"--out-dir {folder}: {reason}" in usage_error(capsys, song, "--out-dir", folder)
 
 
-def test_help_names_every_flag_within_80_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    told = encode_npq.build_parser().format_help()
-    assert max(map(len, told.splitlines())) <= 80
-    assert "\nExit codes: 0 done" in told
-    assert all(action.help for action in encode_npq.build_parser()._actions)
-
-
 # --- files that fail, and what stays of a run ----------------------------------------------------
 
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import tempfile
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -209,69 +208,10 @@ def test_copies_of_a_listed_file_validate_too(tmp_path):
     )
 
 
-def test_a_list_names_the_validation_files(many):
-    content = (
-        b"\xef\xbb\xbf# held out\r\n003.npq\r\n\r\n" + os.fsencode(many / "007.npq") + b"\r\n"
-        b" \t# more\r  011.npq  \t\n   \n" + os.fsencode(many / "sub" / ".." / "013.npq")
-    )
-    assert listed_files(many, content) == ["003.npq", "007.npq", "011.npq", "013.npq"]
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_a_list_that_powershell_wrote(many, encoding):
-    text = "\r\n".join(["003.npq", "007.npq", ""])
-    mark = b"" if encoding == "utf-16" else b"\xfe\xff"  # "utf-16" writes its own
-    assert listed_files(many, mark + text.encode(encoding)) == ["003.npq", "007.npq"]
-
-
-def test_a_list_with_the_separators_of_windows(tmp_path, monkeypatch):
-    """As written where a file has that name, which may hold a backslash here."""
-    for i, name in enumerate(("a/one.npq", "a/two.npq", "b/one.npq", "a\\one.npq")):
-        put(tmp_path / "music" / name, npq1(some_codes(40, seed=i)))
-    monkeypatch.chdir(tmp_path)
-    assert listed_files(Path("music"), b"music\\a\\two.npq\r\n") == ["two.npq"]
-    assert listed_files(Path("music"), b".\\music\\b\\one.npq\n") == ["one.npq"]
-    assert listed_files(tmp_path, b"music\\a\\two.npq\n") == ["two.npq"]
-    assert listed_files(Path("music"), b"a\\one.npq") == ["a\\one.npq"]
-    assert listed_files(Path("music"), b"music/a\\one.npq") == ["a\\one.npq"]
-
-
-def test_a_listed_name_need_not_be_text(tmp_path):
-    names = [b"\xff\xfe.npq", b"caf\xc3\xa9 \xe2\x80\xa8.npq", b"plain.npq"]
-    for i, name in enumerate(names):
-        put(tmp_path / os.fsdecode(name), npq1(some_codes(40, seed=i)))
-    found = listed_files(tmp_path, b"plain.npq\n" + b"\n".join(names[:2]))
-    assert found == sorted(map(os.fsdecode, names))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"003.npq\n3.npq\nsong.npq\n", r"2 listed files are not in the data: 3\.npq, song\.npq;"),
-        (b"D:\\music\\003.npq\r\n", r"1 listed files are not in the data: D:\\music\\003\.npq;"),
-        (b"", "found none"),
-        (b"\xef\xbb\xbf# nothing\r\n\r\n", "found none"),
-        (npq1([[1, 2]]), "found a binary file"),
-        ("003.npq".encode("utf-16-le"), "found a binary file"),
-    ],
-)
-def test_a_list_that_does_not_fit_the_data_is_an_error(many, content, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf# nothing\r\n\r\n"])
+def test_a_list_that_names_no_file_is_an_error(many, content):
+    with pytest.raises(ValueError, match="found none"):
         listed_files(many, content)
-
-
-def test_a_long_list_is_read_in_good_time(many, tmp_path):
-    corpus = scan_corpus(find_npq_files([many]), ctx=CTX)
-    corpus.paths = [
-        f"{many}/{i}/{p}" for i in range(25) for p in map(os.path.basename, corpus.paths)
-    ]
-    corpus.files = np.tile(corpus.files, 25)
-    listed = tmp_path / "val.txt"
-    listed.write_text("\n".join(f"{i // 200}/{i % 200:03d}.npq" for i in range(5_000)))
-    started = time.process_time()
-    _, val = split_corpus(corpus, ctx=CTX, val_split=0.2, val_list=listed)
-    assert (val.stop > 0).all()
-    assert time.process_time() - started < 2  # seconds; files x names would take minutes
 
 
 # --- windows -------------------------------------------------------------------------------------
@@ -480,43 +420,11 @@ def test_golden_jitter():
     """Pinned: a resumed run goes on with the windows that another version of numpy began."""
     windows = spans_alone([(0, 2000), (0, 2100), (10, 1500)], ctx=512, stride=256, jitter_seed=0)
     assert places(windows, 0)[:, 1].tolist() == [
-        0,
-        213,
-        504,
-        795,
-        1086,
-        1377,
-        82,
-        345,
-        609,
-        872,
-        1136,
-        1400,
-        1588,
-        10,
-        200,
-        509,
-        818,
-    ]
+        0, 213, 504, 795, 1086, 1377, 82, 345, 609, 872, 1136, 1400, 1588, 10, 200, 509, 818,
+    ]  # fmt: skip
     assert places(windows, 7)[:, 1].tolist() == [
-        17,
-        308,
-        599,
-        890,
-        1181,
-        1471,
-        0,
-        168,
-        431,
-        695,
-        958,
-        1222,
-        1486,
-        10,
-        301,
-        610,
-        919,
-    ]
+        17, 308, 599, 890, 1181, 1471, 0, 168, 431, 695, 958, 1222, 1486, 10, 301, 610, 919,
+    ]  # fmt: skip
 
 
 def test_jitter_depends_on_seed_and_epoch_alone():

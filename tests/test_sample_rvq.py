@@ -363,14 +363,6 @@ def test_ctrl_c_tells_what_was_written(checkpoint, tmp_path):
     assert not out.exists()
 
 
-def test_help_is_readable_at_80_columns_and_every_flag_has_help(capsys):
-    parser = sample_rvq.build_parser()
-    assert all(action.help for action in parser._actions)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 NPQ = ("--npq-out", "{tmp}/x.npq")
 
 

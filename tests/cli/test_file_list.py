@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def listed(paths: list[str], text: str) -> list[str]:
+def listed(paths: list[str], text: str | bytes) -> list[str]:
     """The files, which are made, that a list of this text names."""
     for path in map(Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +118,53 @@ def test_what_differs_in_case_is_shown_and_not_guessed():
 def test_names_said_twice_count_once():
     assert listed(["t/a.npq", "t/b.npq"], "a.npq\nt/a.npq\n./t/a.npq\na.npq") == ["t/a.npq"]
     assert listed(["t/a.npq"], "# nothing\n\n") == []
+
+
+NAMES = ["t/1.npq", "t/2.npq", "t/3.npq"]
+LINES = "1.npq\r\n2.npq\r\n3.npq\r\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf# held out\r\n1.npq\r\n\r\nt/sub/../2.npq\r\n \t# more\r  3.npq  \t\n  \n",
+        LINES.encode("utf-16"),  # as PowerShell's `>` writes
+        b"\xfe\xff" + LINES.encode("utf-16-be"),
+    ],
+)
+def test_a_list_of_any_editor_is_read(content):
+    assert listed(NAMES, content) == NAMES
+
+
+def test_a_list_with_the_separators_of_windows():
+    """As written where a file has that name, which may hold a backslash here."""
+    paths = ["music/a/one.npq", "music/a/two.npq", "music/b/one.npq", "music/a\\one.npq"]
+    for line, path in (
+        (b"music\\a\\two.npq\r\n", paths[1]),
+        (b".\\music\\b\\one.npq\n", paths[2]),
+        (b"a\\one.npq", paths[3]),
+        (b"music/a\\one.npq", paths[3]),
+    ):
+        assert listed(paths, line) == [path]
+
+
+def test_a_listed_name_need_not_be_text():
+    paths = [os.fsdecode(b"\xff\xfe.npq"), "caf\xe9 \u2028.npq", "plain.npq"]
+    assert listed(paths, "plain.npq\n" + "\n".join(paths[:2])) == paths
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"3.npq\n03.npq\nsong.npq\n", r"2 listed files are not in the data: 03\.npq, song\.npq;"),
+        (b"D:\\music\\3.npq\r\n", r"1 listed files are not in the data: D:\\music\\3\.npq;"),
+        (b"NPQ1\1\0\2\0", "found a binary file"),
+        ("3.npq".encode("utf-16-le"), "found a binary file"),
+    ],
+)
+def test_a_list_that_does_not_fit_the_data_is_an_error(content, message):
+    with pytest.raises(ValueError, match=message):
+        listed(NAMES, content)
 
 
 def test_a_long_list_of_files_of_one_name_is_read_in_good_time(here):

@@ -236,13 +236,6 @@ def test_a_full_disk_for_the_metrics_does_not_change_the_exit(tunes, small_disk,
     assert re.match(rf"! {disk}.*No space left.*; free some", last), output
 
 
-@pytest.mark.parametrize("columns", [40, 80])
-def test_help_is_as_wide_as_the_terminal(columns):
-    done = run("--help", capture_output=True, env={"COLUMNS": str(columns)})
-    lines = done.stdout[done.stdout.index("data:") :].splitlines()
-    assert max(len(line) for line in lines if not line.startswith("  --")) <= columns
-
-
 @pytest.mark.parametrize("door", ["train_rvq", "encode_npq", "sample_rvq", "ckpt_doctor"])
 def test_a_python_without_the_packages_is_told_in_a_line(door):
     command = [sys.executable, "-S", str(ROOT / f"{door}.py"), "--help"]  # -S: no site-packages
