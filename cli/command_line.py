@@ -142,15 +142,6 @@ def has_default(action: argparse.Action) -> bool:
     )
 
 
-class Several(argparse.Action):
-    """Action of a flag that takes several values and may stand several times: all count."""
-
-    def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Add the values to those of earlier flags."""
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
-
-
 class Once(argparse.Action):
     """Action of a flag that must not be given twice with two values; argparse takes the last."""
 
@@ -337,14 +328,6 @@ def _tell_failed_start(
         sys.__excepthook__(kind, error, trace)
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """The message for a package that is not installed."""
-    return (
-        f"the package {error.name!r} is not installed for {sys.executable}; use the environment "
-        "that has it (`. .venv/bin/activate`), or `pip install -r requirements.txt`"
-    )
-
-
 def _leave_imports(*_: object) -> None:
     # Not an exception: an import that it interrupts may report a broken package.
     os.write(2, b"! interrupted before anything was done; the same command starts again\n")
@@ -475,7 +458,10 @@ def unexpected(error: BaseException, where: str = "--debug shows where") -> str:
 def known_cause(error: BaseException) -> str | None:
     """The message of an error of this machine or its set-up; None: perhaps one of the program."""
     if isinstance(error, ModuleNotFoundError):
-        return missing_package(error)
+        return (
+            f"the package {error.name!r} is not installed for {sys.executable}; use an environment "
+            "that has it (`. .venv/bin/activate`), or `pip install -r requirements.txt`"
+        )
     is_of_system = isinstance(error, OSError) and error.errno is not None
     return in_words(error) if is_of_system else shortage(error)
 

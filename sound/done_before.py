@@ -91,16 +91,15 @@ class Judge:
         self, job: Job, header: npq.NpqHeader | None, source: os.stat_result
     ) -> tuple[Verdict, str]:
         """The verdict on a target without a record: of another program or an older version."""
-        is_older = job.target.stat().st_mtime_ns < source.st_mtime_ns
-        if header is None:
-            return (Verdict.AGAIN if is_older else Verdict.UNKNOWN), ""  # `decode` refuses AGAIN
-        side = header.side_codebooks
-        mid = header.num_codebooks - side
-        if side != self.flags.side_codebooks or mid != (self.flags.codebooks or mid):
-            return Verdict.OTHER, f"of unknown origin, {mid} + {side} side codebooks"
-        if is_older:
-            return Verdict.AGAIN, "of unknown origin, and older than its source"
-        return Verdict.UNKNOWN, ""
+        if header is not None:
+            side = header.side_codebooks
+            mid = header.num_codebooks - side
+            if side != self.flags.side_codebooks or mid != (self.flags.codebooks or mid):
+                return Verdict.OTHER, f"of unknown origin, {mid} + {side} side codebooks"
+        if job.target.stat().st_mtime_ns >= source.st_mtime_ns:
+            return Verdict.UNKNOWN, ""
+        # Without a reason `decode` refuses: sound of unknown origin may be an original.
+        return Verdict.AGAIN, "of unknown origin, and older than its source" if header else ""
 
 
 def sort_out(jobs: Sequence[Job], judge: Judge) -> tuple[list[Job], int, int]:
