@@ -1,9 +1,10 @@
 # Every target sets itself up: a virtual environment in .venv, and what requirements*.txt name.
 PYTHON ?= python3
 BIN := .venv/bin
+NULL_CUDA ?= .null_cuda
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test lint smoke test-faults test-gpu bench-data bench-gpu clean
+.PHONY: demo test lint smoke test-faults test-gpu test-null-cuda bench-data bench-gpu clean
 
 demo: .venv/installed  ## train for two minutes, carry on a melody, write sounds, a picture and a page
 	rm -rf demo && mkdir -p demo
@@ -36,6 +37,10 @@ test-faults: .venv/installed-dev  ## kills, full disks and bit flips in earnest;
 
 test-gpu: .venv/installed-dev  ## needs a CUDA device
 	$(BIN)/python -m pytest -m cuda
+
+test-null-cuda:  ## CUDA's paths on a device that computes nothing; 5.5 GB once, and a quarter of an hour
+	PYTHON=$(PYTHON) tests/null_cuda/build.sh $(NULL_CUDA)
+	tests/null_cuda/on_device $(NULL_CUDA) -m pytest tests/null_cuda
 
 bench-data: .venv/installed  ## window speed and memory
 	$(BIN)/python benchmarks/data_path.py

@@ -1,0 +1,36 @@
+"""Tests of CUDA's paths on a device without a card: `make test-null-cuda`.
+
+Real are PyTorch's allocator, pinned memory, streams, autocast, GradScaler, compiler, Triton and
+ptxas, CUDA-graph trees, and copies between host and device. Kernels do nothing, so no number that
+the device computes means anything: what is seen is control flow, dtypes, launches, waits, graphs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from training import saving
+
+if not hasattr(ctypes.CDLL(None), "null_cuda_reset"):  # of runtime.cpp
+    collect_ignore_glob = ["test_*"]
+
+
+@pytest.fixture(autouse=True)
+def finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is summed on the device, so that sums are finite has to be said for it."""
+    launch_sums = saving.not_finite
+
+    def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+        launch_sums(tensors)
+        return []
+
+    monkeypatch.setattr(saving, "not_finite", not_finite)
+
+
+@pytest.fixture(autouse=True)
+def without_compiled_code() -> None:
+    """Each test compiles for itself, from the compiler's cache on disk."""
+    torch._dynamo.reset()
