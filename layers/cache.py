@@ -50,12 +50,9 @@ class KeyValueCache:
         self.layers = [
             LayerCache(self, self.keys[i], self.values[i], self.bos_keys[i]) for i in range(layers)
         ]
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next input
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest input
         self.slot = torch.zeros_like(self.position)  # where it goes
-        self.next = torch.zeros_like(
-            self.position
-        )  # the position after it; static caches count on it
-        self.host_position = 0  # the same, known without reading the device
+        self.host_position = 0  # of the next input; known without reading the device
 
     def restart(self) -> None:
         """Begin another sequence; nothing of the one before is looked at."""
@@ -71,8 +68,7 @@ class KeyValueCache:
         if self.static and p:
             self._begin_static()
             return
-        self.next.fill_(p + inputs)
-        self.position.fill_(p)
+        self.position.fill_(p + inputs - 1)
         self.slot.fill_(p if p <= last else 1 + (p - 1) % last)
         if is_full:
             self._turn_bos()
@@ -80,8 +76,7 @@ class KeyValueCache:
     def _begin_static(self) -> None:
         """Do the work of `begin(1)` from what the device holds, whatever the position."""
         last = self.size - 1
-        self.position.copy_(self.next)
-        self.next += 1
+        self.position += 1
         round_again = 1 + (self.position - 1) % last
         self.slot.copy_(torch.where(self.position > last, round_again, self.position))
         empty = torch.arange(self.size, device=self.slot.device) > self.position
