@@ -186,12 +186,13 @@ def generate(
         state.copy_(advance(drawn, cache))
         return drawn
 
+    take: Callable[[], Tensor] = take_column
     for i, codes in enumerate(given):
         here.copy_(codes)
         numbers.uniform_(generator=generator)
         if in_graph and i == COLUMNS_BEFORE_GRAPH:
-            take_column = _recorded(take_column)
-        columns[:, start + i] = drawn = take_column()
+            take = _recorded(take)
+        columns[:, start + i] = drawn = take()
         if i == 0 and ((drawn == ABSENT) & (codes == TO_DRAW)).any():
             raise NotFiniteError(0)
         on_frame()
