@@ -1,12 +1,14 @@
-"""Frames/s, MFU, peak memory and compile time of the user's runs on a GPU, in one go.
+"""Numerics, frames/s, MFU, memory and compile time of the user's runs on a GPU, in one go.
 
-    make bench-gpu                                        # a few minutes on an H100
+    make bench-gpu                                        # ends within 10 minutes
     python benchmarks/gpu.py --shapes run3 --modes eager,compile --json gpu.json
     python benchmarks/gpu.py --device cpu --shapes tiny --modes eager,compile
 
 The default recipe (depth pattern, Muon, dropout, EMA, guard) at the shapes of Run #2, Run #3 and
-896/20/14: eager, compiled, and compiled with CUDA graphs. Each row is a process of its own, so that
-peak memory is its own and one that runs out of memory costs only its row. MFU counts
+896/20/14: eager, compiled, and compiled with CUDA graphs. First gpu_numerics.py compares losses
+with the CPU's; where one is off, the exit code is 1. Each row is a process of its own, so that peak
+memory is its own and one that runs out of memory or time costs only its row. Peak memory stands
+beside what `--plan` predicts of it, which is without torch.compile. MFU counts
 `CodesTransformer.flops_per_frame` against the device's dense bf16 peak; beside it the share of the
 rate that a large bf16 product reaches here.
 """
@@ -29,6 +31,8 @@ import torch
 from measuring import print_table, seconds_of, spread
 
 import train_rvq
+from training import building
+from training.memory_prediction import CONTEXT
 
 
 class Shape(NamedTuple):
@@ -60,11 +64,13 @@ PEAKS = {
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--shapes", default="run2,run3,896", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default="run3,run2,896", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--modes", default="eager,compile,graphs")
     parser.add_argument("--batch", type=int, help="micro-batch; without it the run's own")
     parser.add_argument("--steps", type=int, default=10, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=9.5, help="rows after these are left out")
+    parser.add_argument("--no-numerics", action="store_true", help="speed and memory alone")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--device-tflops", type=float, help="dense bf16 peak; without it by name")
     parser.add_argument("--json", default="gpu.json", help="all rates, beside the table")
@@ -95,10 +101,12 @@ def measure(flags: argparse.Namespace, shape: Shape, mode: str) -> dict[str, Any
             frames / seconds_of(lambda: train_rvq.train_step(run, feed), flags.steps, flags.device)
             for _ in range(flags.rounds)
         ]
+    plan = building.plan_of(run.flags, run.state.model.config, run.device)
     return {
         "frames_per_s": rates,
         "warm_up_s": warm_up,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+        "plan_gb": (plan.predict().total - CONTEXT) / 1e9 if on_gpu else None,
         "flops_per_frame": run.state.model.flops_per_frame(shape.ctx),
         "parameters": run.state.model.num_parameters(),
         "batch": shape.batch,
@@ -119,12 +127,22 @@ def one_row(flags: argparse.Namespace) -> int:
     return 0
 
 
-def row_of(flags: argparse.Namespace, shape: str, mode: str) -> dict[str, Any]:
-    """The row that a process of its own measured, or its error."""
+def numerics_are_off(flags: argparse.Namespace) -> bool:
+    """Whether losses on the device differ from the CPU's; the table is printed."""
+    script = Path(__file__).with_name("gpu_numerics.py")
+    modes = ",".join(mode for mode in flags.modes.split(",") if MODES.get(mode))
+    command = [sys.executable, str(script), "--device", flags.device, "--modes", modes]
+    return subprocess.run(command).returncode != 0
+
+
+def row_of(shape: str, mode: str, seconds: float) -> dict[str, Any]:
+    """The row that a process of its own measured in so many seconds, or its error."""
     own = [sys.executable, __file__, *sys.argv[1:], "--row", shape, mode]
-    done = subprocess.run(own, capture_output=True, text=True)
     try:
+        done = subprocess.run(own, capture_output=True, text=True, timeout=max(0.0, seconds))
         row = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        row = {"error": "no time left; give more --minutes"}
     except (IndexError, ValueError):
         last = (done.stderr.strip() or "no output").splitlines()[-1]
         row = {"error": f"exit {done.returncode}: {last}"}
@@ -152,23 +170,24 @@ def cells(row: dict[str, Any], peak: float | None, product: float) -> list[str]:
     shape = "/".join(map(str, SHAPES.get(row["shape"], ())[:4]))
     name = [f"{row['shape']} {shape}", row["mode"]]
     if "error" in row:
-        return [*name, row["error"], *["-"] * 5]
+        return [*name, row["error"], *["-"] * 6]
     tflops = [r * row["flops_per_frame"] / 1e12 for r in row["frames_per_s"]]
     shares = [spread([100 * t / p for t in tflops], ".3g") if p else "-" for p in (peak, product)]
-    memory = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-    rest = [spread(row["frames_per_s"]), *shares, memory, f"{row['warm_up_s']:.0f}"]
+    memory = ["-" if row[m] is None else f"{row[m]:.2f}" for m in ("peak_gb", "plan_gb")]
+    rest = [spread(row["frames_per_s"]), *shares, *memory, f"{row['warm_up_s']:.0f}"]
     return [*name, f"{row['parameters'] / 1e6:.0f}, {row['batch']}", *rest]
 
 
 def main() -> int:
-    """Measure every row and print the table."""
-    flags = parse_flags()
+    """Compare with the CPU, measure every row, print the tables; 1 if anything is off."""
+    started, flags = time.perf_counter(), parse_flags()
     if flags.device.startswith("cuda") and not torch.cuda.is_available():
         print("! benchmarks/gpu.py needs a CUDA device, found none; --device cpu --shapes tiny "
               "tries it out", file=sys.stderr)  # fmt: skip
         return 2
     if flags.row:
         return one_row(flags)
+    is_off = not flags.no_numerics and numerics_are_off(flags)
     peak, product = peak_tflops(flags), product_tflops(flags.device)
     print(measuring.machine(flags.device))
     print(f"bf16: data sheet {peak or 'unknown'} TFLOP/s, a large product {product:.3g}")
@@ -176,19 +195,19 @@ def main() -> int:
     if flags.device.startswith("cuda"):
         torch.cuda.empty_cache()
     rows = [
-        row_of(flags, shape, mode)
+        row_of(shape, mode, 60 * flags.minutes - (time.perf_counter() - started))
         for shape in flags.shapes.split(",")
         for mode in flags.modes.split(",")
     ]
     print_table(
         ["", "mode", "M parameters, batch", "frames/s", "MFU, %", "% of the product", "peak GB",
-         "compile and 3 steps, s"],
+         "--plan GB", "compile and 3 steps, s"],
         [cells(row, peak, product) for row in rows],
     )  # fmt: skip
     measuring.write_json(
         flags.json, device=measuring.machine(flags.device), peak=peak, product=product, rows=rows
     )
-    return 0 if any("error" not in row for row in rows) else 1
+    return int(is_off or all("error" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -135,14 +135,18 @@ def flops_per_frame(model: torch.nn.Module, flags: argparse.Namespace) -> int:
 
 
 def trainer_run(
-    folder: Path, flags: argparse.Namespace, argv: Sequence[object]
+    folder: Path,
+    flags: argparse.Namespace,
+    argv: Sequence[object],
+    codes: np.ndarray[Any, Any] | None = None,
 ) -> run_state.TrainingRun:
-    """A real run of the trainer over random codes, that never ends by itself."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(flags.vocab, size=(40 * flags.ctx, flags.codebooks))
+    """A real run of the trainer over `codes` [T, K], or random ones, that never ends by itself."""
+    if codes is None:
+        rng = np.random.default_rng(0)
+        codes = rng.integers(flags.vocab, size=(40 * flags.ctx, flags.codebooks))
     (folder / "codes").mkdir(parents=True)
-    path = folder / "codes" / "random.npq"
-    write_npq(path, codes, vocab_sizes=(flags.vocab,) * flags.codebooks, frame_rate=86.13)
+    path = folder / "codes" / "a.npq"
+    write_npq(path, codes, vocab_sizes=(flags.vocab,) * codes.shape[1], frame_rate=86.13)
     shape = ["--d_model", flags.d_model, "--layers", flags.layers, "--heads", flags.heads]
     place = ["--data", folder / "codes", "--save_dir", folder / "run", "--num_workers", 0]
     endless = ["--ctx", flags.ctx, "--epochs", 10**6, "--outlier-skip-factor", 0]

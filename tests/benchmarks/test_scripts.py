@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
+import gpu_numerics
+import numpy as np
 import pytest
 import torch
 from kit import processes
@@ -73,13 +76,32 @@ def test_checkpoint_speed_has_saving_and_loading(tmp_path):
 
 
 def test_gpu_runs_every_mode_and_outlives_a_row_that_fails(tmp_path):
-    tiny = "--device cpu --rounds 1 --steps 1 --device-tflops 0.1"
+    tiny = "--device cpu --rounds 1 --steps 1 --device-tflops 0.1 --no-numerics"
     rows, _ = table_of("gpu.py", f"{tiny} --shapes none,tiny --modes eager,compile", tmp_path)
     assert [row[1] for row in rows] == ["eager", "compile"] * 2
     assert all(row[2].startswith("KeyError") for row in rows[:2])
     assert all(number(row[3]) > 0 and number(row[4]) > 0 for row in rows[2:])
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert ["error" in row for row in saved["rows"]] == [True, True, False, False]
+
+
+def test_numerics_of_a_device_are_compared_with_the_cpus(tmp_path):
+    rows, _ = table_of("gpu_numerics.py", "--device cpu --modes=", tmp_path)
+    assert [row[:2] for row in rows] == [["eager", "float32"], ["eager", "bf16"]]
+    assert all(row[-1] == "ok" for row in rows)
+
+
+def test_numerics_that_are_off_are_called_so():
+    losses, norms = np.linspace(4, 1, 20), np.ones(20)
+
+    def verdict(losses: np.ndarray, norms: np.ndarray) -> str:
+        return gpu_numerics.compared("", "float32", reference, (losses, norms))[-1]
+
+    reference = (losses, norms)
+    assert verdict(losses, norms) == "ok"
+    wrong = [(losses * 0, norms), (losses * math.nan, norms), (losses + 0.3, norms)]
+    wrong += [(losses, norms * 0), (losses, norms * math.nan), (losses, norms * 1.33)]
+    assert {verdict(*pair) for pair in wrong} == {"OFF"}
 
 
 def test_gpu_says_what_it_needs(tmp_path):
