@@ -6,12 +6,13 @@
     python benchmarks/doctor_scoreboard.py --muon --extra # the same of runs with --optim muon
     python benchmarks/doctor_scoreboard.py --pattern depth # of runs with another --pattern
     python benchmarks/doctor_scoreboard.py --single       # one file alone, diverged or healthy
+    python benchmarks/doctor_scoreboard.py --without G3   # what is lost without a check
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
 Every run is a real training by train_rvq.py's main at tiny size; tests/kit/planted_faults.py plants
 faults, in training or in the files, at a step that the seed draws, and remembers the truth. Then
-`ckpt_doctor.py FOLDER --json` is run on each folder. Ends with 1 under these figures: 57 of 60
+`ckpt_doctor.py FOLDER --json` judges each folder. Ends with 1 under these figures: 57 of 60
 found, 54 dated within one archive, at most one false alarm in 50 healthy checkpoints.
 """
 
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
+import io
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +62,12 @@ from kit.planted_faults import (  # noqa: E402
     plant_in_metrics,
     train,
 )
+
+import ckpt_doctor  # noqa: E402
+from doctor import diagnosis  # noqa: E402
+from doctor.checks import findings_of  # noqa: E402
+from doctor.examined_run import ExaminedRun  # noqa: E402
+from doctor.findings import Finding  # noqa: E402
 
 QUICK = ("NaN layer", "head drift", "lr x 10", "scale collapse", "wrong Adam", "swapped EMA",
          "bit flip", "truncation")  # fmt: skip
@@ -312,18 +321,24 @@ def make_overfit(bench: Bench, seed: int, folder: Path) -> Truth:
 # --- asking the doctor ---------------------------------------------------------------------------
 
 
-def ask(folder: Path, *more: str) -> Verdict:
-    """Run the doctor on a folder as a user would."""
+def ask(folder: Path, *more: str, without: Sequence[str] = ()) -> Verdict:
+    """What the doctor says of a folder, the findings of some checks left out."""
     report = folder.with_name(folder.name + ".json")
     report.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), str(folder), "--json", str(report)]
-    command += more
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    def kept(run: ExaminedRun) -> list[Finding]:
+        return [f for f in findings_of(run) if f.check not in without]
+
+    with (
+        mock.patch.object(diagnosis, "findings_of", kept),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        code = ckpt_doctor.main([str(folder), "--json", str(report), *more])
     if not report.exists():
-        raise RuntimeError(f"{folder}: the doctor ended with {done.returncode}: {done.stderr}")
+        raise RuntimeError(f"{folder}: the doctor ended with {code}")
     (run,) = json.loads(report.read_text())["runs"]
     return Verdict(
-        run["verdict"], done.returncode, run["findings"], run["onset"]["last_good_step"],
+        run["verdict"], code, run["findings"], run["onset"]["last_good_step"],
         run["onset"]["first_bad_step"], os.path.basename(run["last_healthy"] or ""),
     )  # fmt: skip
 
@@ -336,7 +351,7 @@ SINGLE_QUICK = (
 )
 
 
-def run_singles(bench: Bench, names: Sequence[str]) -> bool:
+def run_singles(bench: Bench, names: Sequence[str], without: Sequence[str]) -> bool:
     """Judge each file with nothing beside it and no data: the worst that a user can have."""
     for data in single_files.DATA:
         single_files.data_at(bench.root, data)
@@ -345,9 +360,8 @@ def run_singles(bench: Bench, names: Sequence[str]) -> bool:
     bases |= {"adamw"} if "fine-tuned" in names else set()
     for stage in (sorted({*names, *bases} - later), [n for n in names if n in later]):
         in_background([lambda n=n: single_files.make(bench.root, n) for n in stage])
-    answers = in_background(
-        [lambda n=n: ask(single_files.make(bench.root, n).parent, "--no-probe") for n in names]
-    )
+    folders = [single_files.make(bench.root, n).parent for n in names]
+    answers = in_background([lambda f=f: ask(f, "--no-probe", without=without) for f in folders])
     called = named = sick = accused = sound = 0
     for name, said in zip(names, answers, strict=True):
         where = single_files.TRUTH[name]
@@ -507,6 +521,9 @@ def main() -> int:
         "--single", action="store_true", help="single files instead of runs' folders"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults alone")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="CHECK", help="ignore what these checks find"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the runs there, leave them")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
     flags = parser.parse_args()
@@ -515,9 +532,10 @@ def main() -> int:
         root = (flags.keep or Path(name)).absolute()
         bench = Bench(root, quick=flags.quick, muon=flags.muon, pattern=flags.pattern)
         every = SINGLE_QUICK if flags.quick else tuple(single_files.TRUTH)
-        passed = (
-            run_singles(bench, flags.only or every) if flags.single else run_bench(bench, flags)
-        )
+        if flags.single:
+            passed = run_singles(bench, flags.only or every, flags.without)
+        else:
+            passed = run_bench(bench, flags)
     print(f"{time.perf_counter() - started:.0f} s")
     return 0 if passed else 1
 
@@ -543,7 +561,8 @@ def run_bench(bench: Bench, flags: argparse.Namespace) -> bool:
     print(
         f"runs made: {len(healthy)} healthy, {len(faulty) + len(beyond)} with a fault", flush=True
     )
-    answers = in_background([lambda c=c: ask(c.folder) for c in [*healthy, *faulty, *beyond]])
+    cases = [*healthy, *faulty, *beyond]
+    answers = in_background([lambda c=c: ask(c.folder, without=flags.without) for c in cases])
     files, alarms = print_healthy(healthy, answers[: len(healthy)])
     scores = [judge(c, a) for c, a in zip(faulty, answers[len(healthy) :], strict=False)]
     print_scores("planted faults of the list", scores, verbose=flags.verbose)
