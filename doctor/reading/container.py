@@ -26,14 +26,13 @@ from torch import Tensor
 
 from doctor.reading.foreign import (
     LIBRARIES,
-    Foreign,
     by_container,
     by_folder,
     by_keys,
     prefix_of,
     unwrapping,
 )
-from doctor.reading.summary import Unreadable, as_dict, as_list
+from doctor.reading.summary import Problem, Unreadable, as_dict, as_list
 from run_folder.checkpoint import FORMAT, CheckpointError, map_tensors, read_tensors, verify_file
 
 _maps_files = True  # False once a file had to be read: its pages must not be dropped
@@ -56,10 +55,11 @@ def open_safely(path: str) -> dict[str, Any]:
         Unreadable: its pickle is unsafe, its sizes are wrong, or it is no checkpoint.
         CheckpointError: missing or damaged.
     """
-    if os.path.isdir(path) or os.path.isfile(path):
-        _refuse_foreign(by_folder(path) if os.path.isdir(path) else by_container(path))
-    if os.path.isfile(path) and not zipfile.is_zipfile(path):
-        raise Unreadable("corrupt", _not_a_zip(path))
+    if os.path.isdir(path):
+        _refuse_foreign(by_folder(path))
+    if os.path.isfile(path):
+        _refuse_foreign(by_container(path))
+        _refuse_what_is_no_zip(path)
     verify_file(Path(path))
     with open(path, "rb") as file, torch.serialization.safe_globals(ALLOWED):
         # torch opens no name that is not UTF-8.
@@ -90,7 +90,7 @@ def _is_of_a_trainer_known(content: dict[Any, Any]) -> bool:
     )
 
 
-def _refuse_foreign(found: Foreign | None, content: Any = None) -> None:
+def _refuse_foreign(found: Problem | None, content: Any = None) -> None:
     if found is None:
         return
     facts = ""
@@ -99,7 +99,7 @@ def _refuse_foreign(found: Foreign | None, content: Any = None) -> None:
     for part in (content, *as_dict(content).values()):
         if isinstance(part, dict) and any(isinstance(t, Tensor) for t in part.values()):
             facts += unwrapping(n for n in part if isinstance(n, str))
-    raise Unreadable("foreign", found.name + facts, found.way)
+    raise Unreadable("foreign", found.text + facts, found.way)
 
 
 def _strip_prefix(content: dict[str, Any]) -> None:
@@ -128,16 +128,19 @@ def _content_of(path: str, opened: Path) -> Any:
         raise Unreadable("corrupt", str(error).partition(": ")[2]) from error
 
 
-def _not_a_zip(path: str) -> str:
+def _refuse_what_is_no_zip(path: str) -> None:
+    if zipfile.is_zipfile(path):
+        return
     with open(path, "rb") as file:
         head = file.read(64)
-    if not head.strip(b"\0"):
-        return "nothing but zero bytes" if head else "empty"
-    if head.startswith(b"PK"):
-        return "cut off: a zip archive without its end"
-    return (
+    what = (
         "neither a zip archive, as torch.save writes it, nor a file of another kind that is known"
     )
+    if not head.strip(b"\0"):
+        what = "nothing but zero bytes" if head else "empty"
+    elif head.startswith(b"PK"):
+        what = "cut off: a zip archive without its end"
+    raise Unreadable("corrupt", what)
 
 
 def _refuse_unsafe(path: str, opened: Path) -> None:
@@ -161,12 +164,10 @@ def _refuse_unsafe(path: str, opened: Path) -> None:
     listed = ", ".join(named[:5])
     if named and all(map(LIBRARIES.fullmatch, named)):
         strings = {a for _, a, _ in pickletools.genops(data) if isinstance(a, str)}
-        name, way = by_keys(path, strings)
+        _, name, way = by_keys(path, strings)
         trust = "weights_only=False), which runs code that it names: only if you trust its source"
-        raise Unreadable(
-            "foreign", f"{name}; its pickle names {listed}, so it was not loaded",
-            way.replace("weights_only=True)", trust, 1),
-        )  # fmt: skip
+        text = f"{name}; its pickle names {listed}, so it was not loaded"
+        raise Unreadable("foreign", text, way.replace("weights_only=True)", trust, 1))
     if named:
         raise Unreadable("unsafe", f"its pickle would call {listed}; it was not loaded")
 

@@ -3,7 +3,7 @@
     found = by_container("model.safetensors")     # by its first bytes or its zip's names; or None
     found = by_keys(path, {"model_args", "model", "iter_num"})
     found = by_folder("bert-base-uncased")
-    found.name, found.way                         # "a nanoGPT checkpoint", a line of Python
+    found.text, found.way                         # "a nanoGPT checkpoint", a line of Python
 
 Nothing is loaded: they are recognised by names, keys and first bytes. A `way` is what a user types.
 """
@@ -15,19 +15,14 @@ import re
 import zipfile
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from typing import NamedTuple
 
-
-class Foreign(NamedTuple):
-    """What a file is, and how to get at its weights."""
-
-    name: str
-    way: str
-
+from doctor.reading.summary import Problem
 
 LOAD = "torch.load({path!r}, map_location='cpu', weights_only=True)"
 ZERO = "python zero_to_fp32.py . weights, in the folder where DeepSpeed left that script"
 SAFETENSORS = "safetensors.torch.load_file({path!r})"
+SHARED = "python train_rvq.py --init-from {path}, or sample_rvq.py {path}"
+HUGGING_FACE = ("pytorch_model*.bin", "model*.safetensors", "adapter_model.*")
 
 # First bytes; the name of such a file; the way to its content.
 MAGIC = (
@@ -72,7 +67,7 @@ KEYS = (
 # Names in a folder, one of which such a folder has.
 FOLDERS = (
     (("zero_to_fp32.py", "global_step*", "*_model_states.pt"), "a DeepSpeed checkpoint", ZERO),
-    (("model*.safetensors", "pytorch_model*.bin", "adapter_model.*"), "a Hugging Face model",
+    (HUGGING_FACE, "a Hugging Face model",
      "transformers.AutoModel.from_pretrained({path!r}).state_dict()"),
     (("*.distcp",), "a torch.distributed checkpoint",
      "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt"),
@@ -86,62 +81,56 @@ LIBRARIES = re.compile(  # whose classes pickles of checkpoints name, to hold se
 )
 
 
-def by_container(path: str) -> Foreign | None:
+def _foreign(name: str, way: str, path: str) -> Problem:
+    return Problem("foreign", name, way.format(path=path))
+
+
+def by_container(path: str) -> Problem | None:
     """By its first bytes, or by the names in it if it is a zip; None for what torch.save writes."""
     with open(path, "rb") as file:
-        head = file.read(16)
+        head = file.read(1 << 20)
     for magic, name, way in MAGIC:
         if head.startswith(magic):
-            return Foreign(name, way.format(path=path))
+            return _foreign(name, way, path)
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 2 <= length <= os.path.getsize(path) - 8:
-        return _safetensors(path, length)
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    for patterns, name, way in ARCHIVES:
-        if all(any(fnmatch(n, pattern) for n in names) for pattern in patterns):
-            return Foreign(name, way.format(path=path))
+        if b'"rvq-weights"' in head[: length + 8]:
+            name = "weights that this trainer shares (.safetensors): the best average, and no run"
+            return _foreign(name, SHARED, path)
+        return _foreign(_of_hugging_face(path) or "weights (.safetensors)", SAFETENSORS, path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        for patterns, name, way in ARCHIVES:
+            if all(any(fnmatch(n, pattern) for n in names) for pattern in patterns):
+                return _foreign(name, way, path)
     return None
 
 
-def _safetensors(path: str, length: int) -> Foreign:
-    with open(path, "rb") as file:
-        header = file.read(min(length + 8, 1 << 20))
-    if b'"rvq-weights"' in header:
-        name = "weights that this trainer shares (.safetensors): the best average, and no run"
-        return Foreign(name, f"python train_rvq.py --init-from {path}, or sample_rvq.py {path}")
-    name = _of_hugging_face(path) or "weights (.safetensors)"
-    return Foreign(name, SAFETENSORS.format(path=path))
-
-
 def _of_hugging_face(path: str) -> str:
-    names = r"pytorch_model.*\.bin|model.*\.safetensors|adapter_model\..*"
-    is_one = re.fullmatch(names, os.path.basename(path))
-    return "the weights of a Hugging Face model" if is_one else ""
+    of_it = any(fnmatch(os.path.basename(path), pattern) for pattern in HUGGING_FACE)
+    return "the weights of a Hugging Face model" if of_it else ""
 
 
-def by_keys(path: str, keys: Iterable[str], *, bare: bool = False) -> Foreign:
+def by_keys(path: str, keys: Iterable[str], *, bare: bool = False) -> Problem:
     """By the keys of its dictionary; `bare` if its values are the weights themselves."""
     known = set(keys)
     for needed, name, way in KEYS:
         if needed <= known:
-            return Foreign(name, way.format(path=path))
+            return _foreign(name, way, path)
     if bare:
         is_ours = {"blocks"} < {n.split(".")[0] for n in known} & {"blocks", "embed", "embeds"}
         what = " of this trainer's kind of model" if is_ours else ""
-        name = _of_hugging_face(path) or f"a bare state_dict{what}"
-        return Foreign(name, LOAD.format(path=path))
-    return Foreign("no checkpoint: no dictionary of weights", "it holds none that are known")
+        return _foreign(_of_hugging_face(path) or f"a bare state_dict{what}", LOAD, path)
+    return _foreign("no checkpoint: no dictionary of weights", "it holds none that are known", path)
 
 
-def by_folder(path: str) -> Foreign | None:
+def by_folder(path: str) -> Problem | None:
     """By the names of the files in a folder."""
     names = sorted(os.listdir(path))
     for patterns, name, way in FOLDERS:
         if any(fnmatch(n, pattern) for n in names for pattern in patterns):
-            return Foreign(name, way.format(path=path))
+            return _foreign(name, way, path)
     return None
 
 

@@ -56,61 +56,47 @@ def _parts(parameter: Parameter, raw: Tensor, others: dict[str, Any]) -> dict[st
 
 # --- by element ----------------------------------------------------------------------------------
 
+SUMS = tuple((x, x) for x in ("raw", "ema", "apart", "m", "momentum", "update"))
+SUMS += (("apart", "update"),)  # of products of elements
+
 
 def _measure_elements(
     parameter: Parameter, parts: dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Fill in the figures that are sums over elements, a chunk at a time.
-
-    In the names of the sums w are weights, e their EMA, d = w - e, u the update.
-    """
-    sums, bad = Counter[str](), Counter[str]()
-    parameter.largest = 0.0
+    """Fill in the figures that are sums over elements, a chunk at a time."""
+    sums: Any = Counter()
+    bad = Counter[str]()
     for first in range(0, parameter.numel, CHUNK):
         span = slice(first, first + CHUNK)
         chunk = {part: finite_chunk(flat[span], part, bad) for part, flat in parts.items()}
-        w, e = chunk["raw"], chunk.get("ema")
-        parameter.largest = max(parameter.largest, float(w.abs().max()))
-        _add(sums, ww=w @ w)
-        d = None
-        if e is not None:
-            d = w - e
-            _add(sums, ee=e @ e, dd=d @ d)
+        sums["largest"] = max(sums["largest"], float(chunk["raw"].abs().max()))
+        if "ema" in chunk:
+            chunk["apart"] = chunk["raw"] - chunk["ema"]
         if "momentum" in chunk:
             # Muon's update is its momentum, orthogonalised: that would take a matrix product.
-            u = m = chunk["momentum"]
-            _add(sums, mm=m @ m)
+            chunk["update"] = chunk["momentum"]
         elif "m" in chunk:
-            u = _add_moments(parameter, sums, chunk["m"], chunk["v"], settings)
-        else:
-            continue
-        _add(sums, uu=u @ u, du=-(d @ u) if d is not None else 0.0)
+            chunk["update"] = _adams_update(parameter, sums, chunk["m"], chunk["v"], settings)
+        for a, b in SUMS:
+            if a in chunk and b in chunk:
+                sums[a, b] += float(chunk[a] @ chunk[b])
     parameter.bad = {part: n for part, n in bad.items() if n}
-    _note_sums(parameter, sums, set(parts))
+    parameter.largest = sums["largest"]
 
+    def rms(part: str) -> float:
+        return math.sqrt(sums[part, part] / parameter.numel) if (part, part) in sums else math.nan
 
-def _add(sums: Counter[str], **values: Tensor | float) -> None:
-    for name, value in values.items():
-        sums[name] += float(value)  # type: ignore[assignment]
-
-
-def _note_sums(parameter: Parameter, sums: Counter[str], parts: set[str]) -> None:
-    count = parameter.numel
-
-    def rms(name: str) -> float:
-        return math.sqrt(max(sums[name], 0.0) / max(count, 1))
-
-    parameter.rms = rms("ww")
-    if "ema" in parts:
-        parameter.ema_rms, parameter.ema_distance = rms("ee"), rms("dd")
-    if "momentum" in parts or ("m" in parts and count):
-        parameter.m_rms = rms("mm")
-        norms = math.sqrt(max(sums["dd"] * sums["uu"], 0.0))
-        parameter.update_cos = sums["du"] / norms if norms else math.nan
-    if "m" in parts and count:
-        parameter.v_root = rms("v")
-        parameter.v_zero = sums["zero"] / count
-        parameter.update_rms = rms("uu")
+    parameter.rms, parameter.ema_rms, parameter.ema_distance = map(rms, ("raw", "ema", "apart"))
+    parameter.m_rms = rms("momentum" if "momentum" in parts else "m")
+    norms = math.sqrt(sums["apart", "apart"] * sums["update", "update"])
+    if norms:
+        # The update is subtracted, so it points against the way that the weights went.
+        parameter.update_cos = -sums["apart", "update"] / norms
+    if "v" in sums:
+        parameter.v_root = math.sqrt(sums["v"] / parameter.numel)
+        parameter.v_zero = sums["zero"] / parameter.numel
+        parameter.v_negative, parameter.m_over_bound = sums["negative"], sums["over"]
+        parameter.update_rms = rms("update")
 
 
 def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
@@ -123,21 +109,19 @@ def finite_chunk(chunk: Tensor, what: str, bad: Counter[str]) -> Tensor:
     return chunk
 
 
-def _add_moments(
-    parameter: Parameter, sums: Counter[str], m: Tensor, v: Tensor, settings: dict[str, Any]
+def _adams_update(
+    parameter: Parameter, sums: Any, m: Tensor, v: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """Count impossible moments, add up the others; returns Adam's update before lr."""
+    """Adam's update before lr; counts moments that are impossible or zero."""
     beta1, beta2 = settings["betas"] or (math.nan, math.nan)
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         beta1 = beta2 = math.nan
-    eps, step = settings["eps"], max(parameter.adam_step, 1.0)
-    parameter.v_negative += int((v < 0).sum())
-    root = v.clamp_min(0.0).sqrt()
+    step, root = max(parameter.adam_step, 1.0), v.clamp_min(0.0).sqrt()
     # float32's v underflows below gradients of 4e-23, and a sum of rounded terms may be 1 % off.
     over = m.abs() > 1.01 * parameter.step_bound * root + 1e-18
-    parameter.m_over_bound += int(over.sum())
-    _add(sums, mm=m @ m, v=root @ root, zero=(root == 0).sum())
-    return m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + eps)
+    sums.update(negative=int((v < 0).sum()), over=int(over.sum()), zero=int((root == 0).sum()))
+    sums["v"] += float(root @ root)
+    return m / (1 - beta1**step) / (root / math.sqrt(1 - beta2**step) + settings["eps"])
 
 
 # --- by role -------------------------------------------------------------------------------------

@@ -29,11 +29,9 @@ def settings_of(state: Any) -> dict[str, Any]:
     groups = [group_settings(g) for g in groups_of(state)]
     if not groups:
         return {}
-    adam = next((g for g in groups if g["method"] != "Muon"), groups[0])
     return {
         "method": " + ".join(dict.fromkeys(g["method"] for g in groups if g["method"])),
         "lr": max(g["lr"] / g["lr_factor"] for g in groups),
-        "betas": adam["betas"],
         "weight_decay": max(g["weight_decay"] for g in groups),
         "groups": groups,
     }
@@ -45,12 +43,9 @@ def group_settings(group: dict[str, Any]) -> dict[str, Any]:
     factor = as_number(group.get("lr_factor", 1.0))
     return {
         "method": method_of(group),
-        "lr": as_number(group.get("lr")),
         "lr_factor": factor if 0 < factor < math.inf else 1.0,
         "betas": betas if len(betas) == 2 else [],
-        "eps": as_number(group.get("eps")),
-        "momentum": as_number(group.get("momentum")),
-        "weight_decay": as_number(group.get("weight_decay")),
+        **{name: as_number(group.get(name)) for name in ("lr", "eps", "momentum", "weight_decay")},
     }
 
 
@@ -92,19 +87,6 @@ def _names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
 # --- how far a step can go -----------------------------------------------------------------------
 
 
-def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
-    """Fill in a parameter's optimizer, its share of the run's learning rate, the limit of a step.
-
-    Its shape must be known. Adam's update is measured later, from its moments.
-    """
-    settings = group_settings(group)
-    parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
-    if parameter.optimizer == "Muon" and len(parameter.shape) == 2:
-        _describe_muon(parameter, group)
-    elif parameter.optimizer == "AdamW" and settings["betas"]:
-        parameter.step_bound = moment_bound(*settings["betas"])
-
-
 def moment_bound(beta1: float, beta2: float) -> float:
     """Largest possible abs(m) / sqrt(v) of Adam, before bias correction (Cauchy-Schwarz).
 
@@ -121,19 +103,24 @@ def moment_bound(beta1: float, beta2: float) -> float:
 NEWTON_SCHULZ_GAIN = 1.20236
 
 
-def _describe_muon(parameter: Parameter, group: dict[str, Any]) -> None:
-    """Size and limit of a step of Muon, which are the same for all gradients.
+def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
+    """Fill in a parameter's optimizer, its share of the run's learning rate, the limit of a step.
 
-    Orthogonalised, an update of shape [A, B] has min(A, B) singular values near 1, so RMS
-    1 / sqrt(max(A, B)), and no element above the largest of them; then `adjust_lr_fn` scales it by
-    the shape (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable", section 2.2).
+    Its shape must be known. Adam's update is measured later, from its moments; Muon's is the same
+    for all gradients: orthogonalised, an update of shape [A, B] has min(A, B) singular values near
+    1, so RMS 1 / sqrt(max(A, B)), and no element above the largest of them; then `adjust_lr_fn`
+    scales it by the shape (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable", section 2.2).
     """
-    rows, columns = parameter.shape
-    ratio = math.sqrt(max(1.0, rows / max(columns, 1)))
-    if group.get("adjust_lr_fn") == "match_rms_adamw":
-        ratio = 0.2 * math.sqrt(max(rows, columns))
-    parameter.update_rms = ratio / math.sqrt(max(rows, columns, 1))
-    parameter.step_bound = ratio * NEWTON_SCHULZ_GAIN
-    momentum = as_number(group.get("momentum"))
-    if 0 <= momentum < 1:
-        parameter.noise_steps = (1 + momentum) / (1 - momentum)
+    settings = group_settings(group)
+    parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
+    if parameter.optimizer == "Muon" and len(parameter.shape) == 2:
+        rows, columns = (max(n, 1) for n in parameter.shape)
+        ratio = math.sqrt(max(1.0, rows / columns))
+        if group.get("adjust_lr_fn") == "match_rms_adamw":
+            ratio = 0.2 * math.sqrt(max(rows, columns))
+        parameter.update_rms = ratio / math.sqrt(max(rows, columns))
+        parameter.step_bound = ratio * NEWTON_SCHULZ_GAIN
+        if 0 <= settings["momentum"] < 1:
+            parameter.noise_steps = (1 + settings["momentum"]) / (1 - settings["momentum"])
+    elif parameter.optimizer == "AdamW" and settings["betas"]:
+        parameter.step_bound = moment_bound(*settings["betas"])

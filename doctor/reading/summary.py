@@ -134,13 +134,11 @@ class Summary:
 
     def flag(self, name: str, default: float = math.nan) -> float:
         """A flag of the run as a number; the default where it is none."""
-        value = as_number(self.flags.get(name))
-        return default if math.isnan(value) else value
+        return as_number(self.flags.get(name), default)
 
     def counter(self, name: str, default: float = math.nan) -> float:
         """A number of the run's progress; the default where it is none."""
-        value = as_number(self.progress.get(name))
-        return default if math.isnan(value) else value
+        return as_number(self.progress.get(name), default)
 
     @property
     def measurable(self) -> list[Parameter]:
@@ -162,23 +160,18 @@ class Summary:
 class Place(NamedTuple):
     """Position of a tensor in the network; sorts in the order of a forward pass."""
 
-    stage: int
-    layer: int
-    part: int
-    codebook: int
+    order: tuple[int, ...]
+    codebook: int  # -1: none, or all
     role: str
 
 
-BLOCK_PARTS = (
+STAGES = ("embed", "bos", "pos", "proj", "blocks", "norm", "depth", "head")
+PARTS = (
     *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.out"),
     *("norm2", "mlp.up", "mlp.down"),
 )
-OLD_PARTS = {"mlp.0": "mlp.up", "mlp.3": "mlp.down"}
-STAGES = (
-    *(("embed", "embeds"), ("bos",), ("pos",), ("blocks",), ("norm", "ln_f")),
-    *(("depth",), ("head", "heads")),
-)
-LAST = 1 << 30  # layer of what follows the blocks of a depth transformer
+OLD_NAMES = {"embeds": "embed", "heads": "head", "ln_f": "norm"}
+OLD_NAMES |= {"mlp.0": "mlp.up", "mlp.3": "mlp.down"}
 
 
 def place_of(name: str) -> Place:
@@ -187,23 +180,18 @@ def place_of(name: str) -> Place:
     What belongs to a depth transformer has the roles of the main one after `depth.`; a name that is
     not known stands last, under a role of its own.
     """
-    words = name.split(".")
-    if words[0] == "depth" and len(words) > 1:
-        inner = place_of(".".join(words[1:]))
-        layer = LAST if inner.role in ("norm", "head") else inner.layer
-        return Place(
-            STAGES.index(("depth",)), layer, inner.part, inner.codebook, f"depth.{inner.role}"
-        )
-    stage = next((i for i, names in enumerate(STAGES) if words[0] in names), len(STAGES))
-    kind = ".bias" if words[-1] == "bias" else ""
-    if words[0] == "blocks" and len(words) > 2 and words[1].isdigit():
-        part_name = ".".join(words[2:-1])
-        part_name = OLD_PARTS.get(part_name, part_name)
-        part = BLOCK_PARTS.index(part_name) if part_name in BLOCK_PARTS else len(BLOCK_PARTS)
-        return Place(stage, int(words[1]), part, -1, part_name + kind)
-    codebook = int(words[1]) if len(words) > 2 and words[1].isdigit() else -1
-    role = STAGES[stage][0] if stage < len(STAGES) else name
-    return Place(stage, -1, 0, codebook, role + kind)
+    depth, inner = ("depth.", name[6:]) if name.startswith("depth.") else ("", name)
+    first, *rest = inner.split(".")
+    number = int(rest[0]) if len(rest) > 1 and rest[0].isdecimal() else -1
+    is_block = first == "blocks" and number >= 0
+    part = ".".join(rest[1:-1]) if is_block else first
+    part = OLD_NAMES.get(part, part)
+    stage = "blocks" if is_block else part
+    role = depth + (part if stage in STAGES else inner) + ".bias" * (rest[-1:] == ["bias"])
+    stages = (stage, "") if not depth else ("depth", stage)
+    order = [(*STAGES, x).index(x) for x in stages]
+    order += [number if is_block else -1, (*PARTS, part).index(part)]
+    return Place(tuple(order), -1 if is_block else number, role)
 
 
 # --- untrusted values ----------------------------------------------------------------------------
@@ -224,12 +212,12 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def as_number(value: Any) -> float:
-    """A number as float, NumPy's and a tensor of one element too; NaN for anything else."""
+def as_number(value: Any, default: float = math.nan) -> float:
+    """A number as float, NumPy's and a tensor of one element too; the default for anything else."""
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
         with contextlib.suppress(OverflowError, RuntimeError):  # too large; complex, meta
-            return float(value)
-    return math.nan
+            return default if math.isnan(value) else float(value)
+    return default
 
 
 def as_whole(value: Any) -> int | None:

@@ -48,7 +48,7 @@ def test_names_of_a_compiled_module(tmp_path):
     torch.save({"model": weights, "global_step": 5, "cfg": {}}, path)
     summary = summarize(path)
     assert summary.prefix == "_orig_mod."
-    assert [p.place.layer for p in summary.parameters] == [0, 1]
+    assert [p.place.role for p in summary.parameters] == ["attn.qkv"] * 2
 
 
 def test_an_older_scripts_file_may_be_without_its_optimizer(tmp_path):
