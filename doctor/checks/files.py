@@ -1,4 +1,4 @@
-"""Faults of a single file: I1 to I4 and F1.
+"""Faults of a single file: I1 to I4, F1 and G8.
 
     findings = [*check_container(run), *check_keys(run), *check_steps(run), *check_finite(run)]
 
@@ -115,3 +115,19 @@ def check_finite(run: ExaminedRun) -> Iterator[Finding]:
         if s.scale is not None and not math.isfinite(s.scale):
             text = f"GradScaler's scale is {s.scale}"
             yield in_file(s, "F1", text, cause=Cause.SCALER, value=s.scale)
+
+
+@check("G8", "dead codes: rows of a codebook that are zero", Level.SUSPECT)
+def check_codebooks(run: ExaminedRun) -> Iterator[Finding]:
+    """Rows of embeddings and heads start at random, and training never makes one exactly zero."""
+    sound: dict[tuple[str, str], int | None] = {}  # last step without zero rows
+    for s in run.series:
+        for p in s.parameters:
+            for k, zero in p.zero_rows.items():
+                where = f"{p.name} codebook {k}"
+                if not zero:
+                    sound[p.name, k] = s.step
+                    continue
+                size = p.shape[0] // len(p.zero_rows)
+                text = f"{zero} of {size} rows of codebook {k} in {p.name} are zero: dead codes"
+                yield in_file(s, "G8", text, after=sound.get((p.name, k)), where=where, value=zero)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,42 +155,43 @@ def _metric_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
 
 
 def _tensor_charts(d: Diagnosis, frame: Frame) -> Iterator[Chart]:
-    tensors: dict[str, list[tuple[int, Parameter]]] = {}
+    tensors: dict[str, Found] = {}
     for s in _files_within(d, frame):
         for p in s.parameters:
             tensors.setdefault(p.name, []).append((s.step or 0, p))
     grave = [f for f in d.findings if f.level >= Level.SUSPECT and f.where]
     grave.sort(key=lambda f: f is not d.first_sign)
     named = [f.where.split(" ")[0] for f in grave]
-    size = {name: _relative(found) for name, found in tensors.items()}
-    yield Chart("Weights: RMS, first file = 1", _highlighted(size, named), log=True)
-    apart = {
-        name: [(step, p.ema_distance / p.rms) for step, p in found if p.ema_distance * p.rms > 0]
-        for name, found in tensors.items()
-    }
-    yield Chart("Distance raw to EMA, share of RMS", _highlighted(apart, named), log=True)
-    update = {
-        name: [(step, p.update_rms) for step, p in found if p.update_rms > 0]
-        for name, found in tensors.items()
-        if found[-1][1].optimizer != "Muon"
-    }
-    yield Chart("Adam's step before lr, RMS", _highlighted(update, named), log=True)
-    momentum = {
-        name: [(step, p.m_rms) for step, p in found if p.m_rms > 0]
-        for name, found in tensors.items()
-        if found[-1][1].optimizer == "Muon"
-    }
-    yield Chart("Muon's momentum, RMS", _highlighted(momentum, named), log=True)
+    for title, values in TENSOR_CHARTS.items():
+        series = {name: values(found) for name, found in tensors.items()}
+        yield Chart(title, _highlighted({n: p for n, p in series.items() if p}, named), log=True)
+
+
+Found = list[tuple[int, Parameter]]  # a tensor in each file, by step
+
+
+def _size(found: Found) -> Points:
+    """RMS over that of the first file that has any."""
+    first = next((p.rms for _, p in found if p.rms > 0 and not p.bad.get("raw")), math.nan)
+    return [(step, math.nan if p.bad.get("raw") else p.rms / first) for step, p in found]
+
+
+TENSOR_CHARTS: dict[str, Callable[[Found], Points]] = {
+    "Weights: RMS, first file = 1": _size,
+    "Distance raw to EMA, share of RMS": lambda found: [
+        (step, p.ema_distance / p.rms) for step, p in found if p.ema_distance * p.rms > 0
+    ],
+    "Adam's step before lr, RMS": lambda found: [
+        (step, p.update_rms) for step, p in found if p.optimizer != "Muon" and p.update_rms > 0
+    ],
+    "Muon's momentum, RMS": lambda found: [
+        (step, p.m_rms) for step, p in found if p.optimizer == "Muon" and p.m_rms > 0
+    ],
+}
 
 
 def _files_within(d: Diagnosis, frame: Frame) -> list[Summary]:
     return [s for s in d.run.series if frame.low <= (s.step or 0) <= frame.high]
-
-
-def _relative(found: list[tuple[int, Parameter]]) -> Points:
-    """RMS over that of the first file that has any."""
-    first = next((p.rms for _, p in found if p.rms > 0 and not p.bad.get("raw")), math.nan)
-    return [(step, math.nan if p.bad.get("raw") else p.rms / first) for step, p in found]
 
 
 def _highlighted(series: dict[str, Points], named: list[str]) -> list[Line]:

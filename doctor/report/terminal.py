@@ -285,10 +285,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-NUMBERS = (
-    *("lr_factor", "rms", "largest", "ema_rms", "ema_distance", "m_rms", "v_root", "v_negative"),
-    *("m_over_bound", "v_zero", "update_rms", "update_cos", "adam_step"),
-)
+LEFT_OUT = ("name", "shape", "bad", "sample", "zero_rows")  # or in columns of their own
+NUMBERS = [f.name for f in dataclasses.fields(Parameter) if f.name not in LEFT_OUT]
 BAD = ("raw", "ema", "m", "v", "momentum")
 
 
@@ -296,20 +294,22 @@ def as_csv(diagnoses: Sequence[Diagnosis]) -> str:
     """A row for each tensor of each file; one without a tensor for a file that was not read."""
     text = io.StringIO()
     table = csv.writer(text)
-    head = ("run", "file", "kind", "step", "epoch", "state", "tensor", "shape", "dtype")
-    table.writerow([*head, "optimizer", *NUMBERS, *(f"bad_{part}" for part in BAD)])
+    head = ("run", "file", "kind", "step", "epoch", "state", "tensor", "shape")
+    table.writerow([*head, *NUMBERS, *(f"bad_{part}" for part in BAD)])
     for d in diagnoses:
         for s in by_step(d):
-            start = [printable(d.run.name), printable(s.path), s.kind, s.step, s.epoch]
-            start.append(state_of(d, s).word)
-            table.writerows([*start, *_csv_cells(p)] for p in s.parameters)
+            start = [d.run.name, s.path, s.kind, s.step, s.epoch, state_of(d, s).word]
+            for p in s.parameters:
+                cells = [*start, p.name, "x".join(map(str, p.shape))]
+                cells += [getattr(p, name) for name in NUMBERS]
+                table.writerow(map(_csv_cell, [*cells, *(p.bad.get(part, 0) for part in BAD)]))
             if not s.parameters:
-                table.writerow(start)
+                table.writerow(map(_csv_cell, start))
     return text.getvalue()
 
 
-def _csv_cells(p: Parameter) -> list[Any]:
-    numbers = [getattr(p, name) for name in NUMBERS]
-    known = ["" if isinstance(x, float) and math.isnan(x) else x for x in numbers]
-    words = [printable(p.name), "x".join(map(str, p.shape)), printable(p.dtype)]
-    return [*words, printable(p.optimizer), *known, *(p.bad.get(part, 0) for part in BAD)]
+def _csv_cell(value: Any) -> Any:
+    """Nothing for NaN; text on one line."""
+    if isinstance(value, str):
+        return printable(value)
+    return "" if isinstance(value, float) and math.isnan(value) else value
