@@ -22,7 +22,7 @@ import pytest
 import torch
 from kit import processes
 from kit.planted_faults import MUON_FAULTS, copy_run, plant, train
-from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
+from kit.trainer import ROOT, TINY, rows, run_doctor, run_trainer, wait_for
 
 from ckpt_doctor import ExitCode, build_parser, find_checkpoints
 from doctor.checks.metrics import check_learning_rate
@@ -76,16 +76,9 @@ def other_muon_run(tunes, tmp_path_factory) -> Path:
     return muon_run_of(1, tunes, tmp_path_factory.mktemp("doctor") / "other")
 
 
-def doctor(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The doctor as a process."""
-    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return processes.run(command, capture_output=True, text=True, timeout=120, env=env, **options)
-
-
 def findings(folder: Path, tmp_path: Path, *words: str | Path) -> dict[str, Any]:
     """The JSON report of the only run in a folder."""
-    doctor(folder, "--json", tmp_path / "report.json", *words)
+    run_doctor(folder, "--json", tmp_path / "report.json", *words)
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     return run
 
@@ -113,7 +106,7 @@ def digest(folder: Path) -> dict[str, tuple[str, int]]:
 
 def test_a_healthy_run_is_healthy_and_left_as_it_was(healthy_run, tmp_path):
     before = digest(healthy_run)
-    done = doctor(
+    done = run_doctor(
         healthy_run, "--html", tmp_path / "a.html", "--csv", tmp_path / "a.csv",
         "--json", tmp_path / "a.json",
     )  # fmt: skip
@@ -128,7 +121,7 @@ def test_the_printed_command_is_what_a_shell_takes_whatever_the_folder_is_called
     folder = tmp_path / "two\nlines 'and' \udcff"
     folder.mkdir()
     path = good.rename(folder / good.name)
-    said = doctor(folder, "--no-probe").stdout
+    said = run_doctor(folder, "--no-probe").stdout
     (command,) = re.findall("^RESUME WITH: (.*)$", said, re.MULTILINE)
     script = f"set -- {command}; printf '%s\\0' \"$@\""
     words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
@@ -136,7 +129,7 @@ def test_the_printed_command_is_what_a_shell_takes_whatever_the_folder_is_called
 
 
 def test_a_healthy_run_with_muon_is_healthy_and_says_who_trained_it(muon_run, tmp_path):
-    done = doctor(muon_run, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
+    done = run_doctor(muon_run, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
     assert done.returncode == ExitCode.HEALTHY, done.stdout
     assert "Muon + AdamW" in done.stdout
     page = (tmp_path / "a.html").read_text()
@@ -156,9 +149,9 @@ def test_a_healthy_run_of_another_pattern_is_healthy_with_a_probe_too(pattern, t
         *TINY, "--data", tunes, "--save_dir", folder, *flags, "--pattern", pattern
     )
     assert code == 0, output
-    done = doctor(folder)
+    done = run_doctor(folder)
     assert done.returncode == ExitCode.HEALTHY, done.stdout
-    done = doctor(folder, "--probe-data", tunes, "--json", tmp_path / "report.json")
+    done = run_doctor(folder, "--probe-data", tunes, "--json", tmp_path / "report.json")
     assert done.returncode == ExitCode.HEALTHY, done.stdout
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     grave = [f for f in run["findings"] if f["level"] not in ("info", "warn")]
@@ -213,7 +206,7 @@ def explode_metrics(folder: Path, from_epoch: int) -> int:
 def test_the_users_blow_up_is_dated_and_its_command_trains_on(healthy_run, run_folder, tmp_path):
     harm(run_folder, explode, from_epoch=6)
     onset = explode_metrics(run_folder, 6)
-    done = doctor(run_folder, "--html", tmp_path / "r.html", "--json", tmp_path / "report.json")
+    done = run_doctor(run_folder, "--html", tmp_path / "r.html", "--json", tmp_path / "report.json")
     assert done.returncode == ExitCode.DIVERGED, done.stdout
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert onset - 10 <= run["onset"]["first_bad_step"] <= onset + 10
@@ -227,7 +220,7 @@ def test_the_users_blow_up_is_dated_and_its_command_trains_on(healthy_run, run_f
     assert code == 0, output
     clean, saved = rows(healthy_run, "epoch")[-1]["val"], rows(run_folder, "epoch")[-1]["val"]
     assert saved < clean + 0.1, (saved, clean)
-    again = doctor(run_folder)
+    again = run_doctor(run_folder)
     assert again.returncode == ExitCode.HEALTHY, "the files of the lost course are not held against"
 
 
@@ -236,7 +229,7 @@ def test_one_bad_archive_is_named_and_the_run_goes_on_from_its_newest_file(run_f
     checkpoint = load_checkpoint(path)
     checkpoint["model"]["blocks.0.mlp.up.weight"][3, 5] = float("nan")
     save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, path)
-    done = doctor(run_folder)
+    done = run_doctor(run_folder)
     assert done.returncode == ExitCode.DIVERGED
     assert "blocks.0.mlp.up.weight" in done.stdout
     assert "latest.pt" in done.stdout.splitlines()[-1]
@@ -261,7 +254,7 @@ def test_a_malicious_file_costs_a_row_and_never_runs(run_folder, tmp_path):
     (run_folder / "cut.pt").write_bytes((run_folder / "rvq_4cb_latest.pt").read_bytes()[:-900])
     os.mkfifo(run_folder / "pipe.pt")
     (run_folder / "dangling.pt").symlink_to("nowhere")
-    done = doctor(run_folder)
+    done = run_doctor(run_folder)
     assert not canary.exists()
     assert done.returncode == ExitCode.CORRUPT
     for said in ("UNSAFE", "posix.system", "cut.pt", "pipe.pt", "dangling.pt", "latest.pt"):
@@ -274,14 +267,14 @@ def test_what_the_trainer_set_aside_itself_is_no_verdict_on_the_run(run_folder):
     checkpoint["model"]["blocks.0.mlp.up.weight"].fill_(float("nan"))
     aside = run_folder / "rvq_4cb_quarantine_s00000200.pt"
     save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, aside)
-    done = doctor(run_folder)
+    done = run_doctor(run_folder)
     assert done.returncode == ExitCode.HEALTHY, done.stdout
     assert "set this file aside" in " ".join(done.stdout.split())
 
 
 def test_nothing_usable(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
-    done = doctor(tmp_path)
+    done = run_doctor(tmp_path)
     assert done.returncode == ExitCode.NOTHING
     assert "RESUME WITH" not in done.stdout
 
@@ -306,7 +299,7 @@ def test_old_checkpoints_are_diagnosed_as_far_as_the_checks_apply(tmp_path):
              "cfg": {"lr": 1e-3}, "saved_at": "2025-08-01", "scaler": {}, "scheduler": {}},
             tmp_path / f"rvq_4cb_epoch_e{epoch:04d}__20250801-00000{epoch // 10}.pt",
         )  # fmt: skip
-    done = doctor(tmp_path)
+    done = run_doctor(tmp_path)
     assert done.returncode == ExitCode.DIVERGED, done.stdout
     assert "heads.2.weight" in done.stdout
     assert "e0020" in next(x for x in done.stdout.splitlines() if x.startswith("LAST HEALTHY"))
@@ -349,7 +342,7 @@ def test_the_probe_finds_what_only_running_the_model_shows(run_folder, tunes, tm
 def test_wrong_usage_is_one_line_and_exit_code_2(healthy_run, words, said, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "[x].pt").touch()
-    done = doctor(*[w.format(run=healthy_run) for w in words], cwd=tmp_path)
+    done = run_doctor(*[w.format(run=healthy_run) for w in words], cwd=tmp_path)
     assert done.returncode == ExitCode.USAGE
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -364,7 +357,9 @@ def test_a_quoted_glob_of_folders_is_what_a_shell_makes_of_it(healthy_run, tmp_p
 
 
 def test_json_on_standard_output_is_json_alone(healthy_run):
-    assert json.loads(doctor(healthy_run, "--json", "-").stdout)["runs"][0]["verdict"] == "HEALTHY"
+    assert (
+        json.loads(run_doctor(healthy_run, "--json", "-").stdout)["runs"][0]["verdict"] == "HEALTHY"
+    )
 
 
 def test_a_reader_that_leaves_early_is_no_error(healthy_run):

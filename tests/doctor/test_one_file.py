@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import processes
 from kit.checkpoints import content_of
-from kit.single_files import DATA, Old, OldModel, train_old
-from kit.trainer import ROOT, TINY, run_trainer
+from kit.single_files import Old, OldModel, train_old
+from kit.trainer import TINY, run_doctor, run_trainer
 
 from doctor.diagnosis import Verdict, diagnose
 from doctor.examined_run import ExaminedRun
@@ -37,16 +35,7 @@ Content = dict[str, Any]
 def ask(path: Path, *words: str | Path, **options: Any) -> tuple[dict[str, Any], str, int]:
     """The only run of the JSON report, what was printed with its lines joined, the exit code."""
     report = path.parent / "report.json"
-    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), str(path), "--json", str(report)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = processes.run(
-        [*command, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=env,
-        **options,
-    )
+    done = run_doctor(path, "--json", report, *words, **options)
     assert report.exists(), done.stderr
     (run,) = json.loads(report.read_text())["runs"]
     return run, " ".join(done.stdout.split()), done.returncode
@@ -349,11 +338,3 @@ def test_the_issues_own_old_file_is_diverged_and_its_head_is_named(old_run, tmp_
     assert (run["verdict"], code) == ("DIVERGED", 3), text
     assert "heads.1.weight" in grave(run)["A1"]
     assert "restore a backup" not in text
-
-
-def test_the_set_of_single_files_has_what_it_should():
-    from kit.single_files import BLOWN, HEALTHY, SPOILED
-
-    assert len(HEALTHY) >= 20
-    assert len(BLOWN) + len(SPOILED) >= 20
-    assert {run.data for run in (*HEALTHY.values(), *BLOWN.values())} <= {*DATA, "tokens"}

@@ -45,6 +45,13 @@ def start_trainer(*flags: str | Path, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def run_doctor(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """ckpt_doctor.py as a process."""
+    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return processes.run(command, capture_output=True, text=True, timeout=240, env=env, **options)
+
+
 def run_trainer(*flags: str | Path, timeout: float = 120, **options: Any) -> tuple[int, str]:
     """Exit code and everything printed."""
     process = start_trainer(*flags, **options)

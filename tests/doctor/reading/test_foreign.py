@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import re
 import shlex
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ import safetensors.torch
 import torch
 from kit import processes
 from kit.checkpoints import content_of
-from kit.trainer import ROOT, run_trainer
+from kit.trainer import ROOT, run_doctor, run_trainer
 from torch import nn
 
 import ckpt_doctor
@@ -30,12 +28,6 @@ from run_folder.shared_weights import export_weights
 
 WEIGHTS = {"wte.weight": torch.ones(5, 4), "h.0.attn.c_attn.weight": torch.ones(4, 4)}
 MODULE = {f"module.{n}": t for n, t in WEIGHTS.items()}
-
-
-def doctor(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return processes.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def saved(name: str, content: Any, **options: Any) -> Callable[[Path], Path]:
@@ -191,7 +183,7 @@ def test_a_lightning_checkpoint_that_needs_its_library_is_named_and_not_loaded(
 
 
 def test_a_pickled_module_is_not_loaded_and_no_backup_is_spoken_of(tmp_path):
-    text = doctor(saved("module.pt", nn.Linear(2, 2))(tmp_path)).stdout
+    text = run_doctor(saved("module.pt", nn.Linear(2, 2))(tmp_path)).stdout
     assert "torch.nn.modules.linear.Linear" in text
     assert "backup" not in text
 
@@ -199,14 +191,14 @@ def test_a_pickled_module_is_not_loaded_and_no_backup_is_spoken_of(tmp_path):
 def test_shared_weights_of_this_trainer_say_so(good, tmp_path):
     path = tmp_path / "tunes.safetensors"
     export_weights(content_of(good), path, tell=lambda _: None)
-    text = doctor(path).stdout
+    text = run_doctor(path).stdout
     assert "this trainer shares" in text
     assert "--init-from" in text
 
 
 def test_beside_a_run_a_foreign_file_costs_a_row(good):
     saved("ckpt.pt", NANOGPT)(good.parent)
-    done = doctor(good.parent, "--no-probe")
+    done = run_doctor(good.parent, "--no-probe")
     assert "VERDICT: HEALTHY" in done.stdout
     assert "a nanoGPT checkpoint" in done.stdout
     assert done.returncode == 0
@@ -231,7 +223,7 @@ def renamed(good) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_a_prefix_is_seen_through_and_the_printed_command_goes_on(prefix, renamed, tunes):
     path = renamed(prefix)
-    done = doctor(path, "--no-probe")
+    done = run_doctor(path, "--no-probe")
     assert done.returncode == 1, done.stdout
     assert f"`{prefix}`" in done.stdout
     assert "restore a backup" not in done.stdout

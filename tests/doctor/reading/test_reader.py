@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import resource
 import time
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from kit.checkpoints import content_of
-from kit.single_files import OldModel
-from torch import nn
+from kit.single_files import Old, OldModel, train_old
 
 from doctor.reading import child as ckpt_child
 from doctor.reading.child import in_child
 from doctor.reading.reader import read_summary, summarize
+from sound.npq_format import write_npq
 
 
 def test_a_real_checkpoint_is_described(good):
@@ -105,49 +104,24 @@ def test_shared_containers_are_not_walked_once_for_each_reference(good):
 # --- checkpoints of the script before this project ------------------------------------------------
 
 
-def old_checkpoint(steps: int = 30, *, namespace: bool = False, numpy: bool = False) -> Any:
-    """What the older script saved, from a real training of its kind of model."""
-    torch.manual_seed(0)
-    sizes = [40, 40, 40]
-    model = OldModel(sizes)
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
-    codes = torch.randint(40, (16, 16, 3))
-    for _ in range(steps):
-        losses = [
-            nn.functional.cross_entropy(logits.flatten(0, 1), codes[..., k].flatten())
-            for k, logits in enumerate(model(codes))
-        ]
-        optimizer.zero_grad()
-        torch.stack(losses).mean().backward()
-        optimizer.step()
-        scheduler.step()
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p, 0.1)
-    cfg: Any = {"d_model": 32, "heads": 4, "layers": 2, "lr": 2e-3, "epochs": 300, "amp": True}
-    best = float(torch.stack(losses).detach().mean())
-    return {
-        "model": model.state_dict(),
-        "opt": optimizer.state_dict(),
-        "scaler": torch.amp.GradScaler("cpu").state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "epoch": 12,
-        "best_val": np.float64(best) if numpy else best,
-        "cfg": argparse.Namespace(**cfg) if namespace else cfg,
-        "vocab_sizes": sizes,
-        "global_step": np.int64(steps) if numpy else steps,
-        "saved_at": "2025-08-01 10:11:12",
-        "ema": average.state_dict(),
-    }
+def old_checkpoint(folder: Path, *, namespace: bool = False, numpy: bool = False) -> Any:
+    """What the older script saved, from a real training of its kind of model on 3 x 40 codes."""
+    codes = np.random.default_rng(0).integers(40, size=(100, 3))
+    write_npq(folder / "0.npq", codes, vocab_sizes=[40] * 3, frame_rate=86.0)
+    content = train_old(Old("", steps=30, heads=4, ctx=16), folder)
+    content["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+    if namespace:
+        content["cfg"] = argparse.Namespace(**content["cfg"])
+    if numpy:
+        content |= {"best_val": np.float64(content["best_val"]), "global_step": np.int64(30)}
+    return content
 
 
 @pytest.mark.parametrize("namespace", [False, True])
 @pytest.mark.parametrize("numpy", [False, True])
 def test_an_old_checkpoint_is_described(namespace, numpy, tmp_path):
     path = tmp_path / "rvq_3cb_epoch_e0012__20250801-101112.pt"
-    content = old_checkpoint(namespace=namespace, numpy=numpy)
+    content = old_checkpoint(tmp_path, namespace=namespace, numpy=numpy)
     torch.save(content, path)
     summary = summarize(path)
     assert summary.problem is None, summary.problem
@@ -172,10 +146,9 @@ def test_an_old_checkpoint_is_described(namespace, numpy, tmp_path):
 
 
 def test_an_old_checkpoint_with_other_things_left_out(tmp_path):
-    for key in ("opt", "scaler", "scheduler", "epoch", "best_val", "cfg", "vocab_sizes", "ema",
-                "global_step", "saved_at"):  # fmt: skip
-        content = old_checkpoint(2)
-        del content[key]
+    whole = old_checkpoint(tmp_path)
+    for key in whole.keys() - {"model"}:
+        content = {k: v for k, v in whole.items() if k != key}
         path = tmp_path / f"without_{key}.pt"
         torch.save(content, path)
         summary = summarize(path)
