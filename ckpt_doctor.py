@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from cli.command_line import (
     FlagParser,
+    Several,
     UsageError,
     at_least,
     exit_code_of,
@@ -93,7 +94,7 @@ def build_parser() -> FlagParser:
     add("paths", type=file_path, nargs="+", metavar="PATH", help="folders, checkpoints or globs")
     add("--metrics", type=file_path, metavar="FILE",
         help="the run's *_metrics.jsonl, if it lies elsewhere")
-    add("--probe-data", type=file_path, action="extend", nargs="+", metavar="GLOB",
+    add("--probe-data", type=file_path, action=Several, nargs="+", metavar="GLOB",
         help=".npq files to run the models on")
     add("--no-probe", action="store_true",
         help="do not run a lone file's model on the data that it was trained on")

@@ -142,6 +142,15 @@ def has_default(action: argparse.Action) -> bool:
     )
 
 
+class Several(argparse.Action):
+    """Action of a flag that takes several values and may stand several times: all count."""
+
+    def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add the values to those of earlier flags."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
+
+
 class Once(argparse.Action):
     """Action of a flag that must not be given twice with two values; argparse takes the last."""
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from cli.command_line import (
     Once,
+    Several,
     at_least,
     file_path,
     fraction,
@@ -82,7 +83,7 @@ def in_group(title: str) -> Callable[..., None]:
 
 # fmt: off
 add = in_group("data")
-add("--data", scope="machine", type=file_path, action="extend", nargs="+", metavar="GLOB",
+add("--data", scope="machine", type=file_path, action=Several, nargs="+", metavar="GLOB",
     help="globs, folders or .npq files")
 add("--ctx", scope="run", type=at_least(2), default=512, help="frames in a window")
 add("--step", scope="run", type=at_least(1),
