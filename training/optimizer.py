@@ -30,6 +30,8 @@ ADAMW_FACTOR = 25.0
 HEAD_WIDTH = 256
 # Elements of a stack of matrices: launches of so many no longer count, and memory does.
 STACK = 2**25
+# Steps of Muon's iteration on a Gram matrix before it is made anew: with all five it drifts.
+AT_ONCE = 3
 
 
 def build_optimizer(
@@ -132,23 +134,42 @@ def orthogonalized(
     """Matrices [N, m, n], each with its singular values brought near 1: a new float32 tensor.
 
     By Newton and Schulz's iteration x <- (a + b g + c g^2) x in bfloat16, where g = x x^T (Jordan
-    et al. 2024).
+    et al. 2024). Where m is not n, the factors of `AT_ONCE` steps come from the small g alone, and
+    x is multiplied once by their product; g strays from x x^T meanwhile, so it is made anew then.
     """
     a, b, c = coefficients
     is_tall = stack.shape[1] > stack.shape[2]
     x = (stack.mT if is_tall else stack).bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    at_once = steps_at_once(x.shape[1], x.shape[2])
+    for first in range(0, steps, at_once):
         gram = x @ x.mT
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, factor, x, beta=a)
+        product = factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        scale = a  # x is to be multiplied by scale + product
+        for _ in range(min(at_once, steps - first) - 1):
+            gram = torch.baddbmm(gram, factor, gram, beta=a)
+            gram = torch.baddbmm(gram, gram, factor, beta=a)
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product = torch.baddbmm(product, factor, product, beta=a).add_(factor, alpha=scale)
+            scale *= a
+        x = torch.baddbmm(x, product, x, beta=scale)
     return (x.mT if is_tall else x).to(stack.dtype, memory_format=torch.contiguous_format)
+
+
+def steps_at_once(rows: int, columns: int) -> int:
+    """How many steps the small Gram matrix alone carries before it is made anew."""
+    return 1 if rows == columns else AT_ONCE
 
 
 def muon_flops(model: nn.Module, steps: int = 5) -> float:
     """Floating-point operations that `orthogonalized` takes in an optimizer step."""
-    shapes = [sorted(p.shape) for n, p in model.named_parameters() if is_hidden_matrix(n, p)]
-    return float(sum(steps * (4 * m * m * n + 2 * m**3) for m, n in shapes))
+    flops = 0
+    for name, p in model.named_parameters():
+        if is_hidden_matrix(name, p):
+            m, n = sorted(p.shape)
+            restarts = math.ceil(steps / steps_at_once(m, n))
+            flops += restarts * 4 * m * m * n + (steps + 3 * (steps - restarts)) * 2 * m**3
+    return float(flops)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
