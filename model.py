@@ -70,6 +70,8 @@ class ModelConfig:
     qk_norm: bool = True
     pattern: str = "parallel"  # one of PATTERNS
     depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
+    depth_dropout: float = 0.0  # dropout of the depth transformer
+    embed_fall: float = 0.0  # the embeddings of codebook k enter the sum times (k + 1) ** -fall
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
@@ -82,8 +84,12 @@ class ModelConfig:
                 f"--d_model {self.d_model} over --heads {self.heads}: expected a whole, even "
                 f"number of channels per head, found {self.d_model / self.heads:g}; 64 is usual"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout: expected 0 <= dropout < 1, found {self.dropout}")
+        if not 0 <= self.embed_fall < math.inf:
+            raise ValueError(f"embed_fall: expected a number >= 0, found {self.embed_fall}")
+        for name in ("dropout", "depth_dropout"):
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: expected 0 <= rate < 1, found {rate}")
         if self.pattern not in PATTERNS:
             raise ValueError(f"--pattern: expected one of {PATTERNS}, found {self.pattern!r}")
 
@@ -120,7 +126,11 @@ class ModelConfig:
         """Return the depth transformer's architecture: half the width, heads of 32 channels."""
         width = max(32, self.d_model // 64 * 32)
         return dataclasses.replace(
-            self, d_model=width, heads=width // 32, layers=self.depth_layers, dropout=0.0
+            self,
+            d_model=width,
+            heads=width // 32,
+            layers=self.depth_layers,
+            dropout=self.depth_dropout,
         )
 
     def rope(self, positions: Tensor) -> Rope:
@@ -186,7 +196,8 @@ class CodesTransformer(nn.Module):
     No layer has a bias, as in PaLM (Chowdhery et al. 2022, section 2) and Llama. Rotary positions
     need no table, so the same weights work with any ctx. The summed embeddings are RMS-normalised
     before the first block: without this, gradients spike when attention first
-    forms (benchmarks/journal.md).
+    forms (benchmarks/journal.md). In the sum a codebook counts less the later it comes: each one of
+    a residual quantiser codes what the ones before it left, which is ever more like noise.
 
     The keyword arguments affect training only: `grad_checkpoint` recomputes blocks in backward
     instead of keeping their activations; `code_dropout` is the probability that an input code is
@@ -194,6 +205,7 @@ class CodesTransformer(nn.Module):
     """
 
     row_offset: Tensor  # [K] int64
+    embed_scale: Tensor  # [K]
 
     def __init__(
         self,
@@ -219,6 +231,8 @@ class CodesTransformer(nn.Module):
         width = config.depth().d_model if self.depth else d
         self.head = Heads(width, k, v)
         self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)
+        scale = torch.arange(1, k + 1, dtype=torch.float32) ** -config.embed_fall
+        self.register_buffer("embed_scale", scale, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -295,11 +309,11 @@ class CodesTransformer(nn.Module):
     def embed_frames(self, codes: Tensor) -> Tensor:
         """Map codes [B, T, K], some of them ABSENT, to summed embeddings [B, T, D]."""
         rows = (codes.clamp(min=0) + self.row_offset).flatten(0, 1)
-        known = None
-        if self.config.lag or (self.code_dropout and self.training):
-            known = (codes >= 0).flatten(0, 1).to(self.embed.weight.dtype)
+        scale = None
+        if self.config.embed_fall or self.config.lag or (self.code_dropout and self.training):
+            scale = ((codes >= 0) * self.embed_scale).flatten(0, 1).to(self.embed.weight.dtype)
         # One bag per frame: gathers and sums without a tensor [B, T, K, D].
-        x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=known)
+        x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=scale)
         return x.unflatten(0, codes.shape[:2])
 
     def head_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
@@ -460,7 +474,7 @@ class DepthTransformer(nn.Module):
         k = codes.shape[1]
         x = self.inputs(states)[:, :k]
         lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
-        x = x + F.pad(lower, (0, 0, 1, 0))
+        x = F.dropout(x + F.pad(lower, (0, 0, 1, 0)), self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(k, device=codes.device))
         for block in self.blocks:
             x = block(x, rope)

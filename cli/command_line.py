@@ -232,6 +232,11 @@ fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
 fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 
 
+def fraction_or_auto(text: str) -> float | str:
+    """Argument type: a number of at least 0 and below 1, or `auto`."""
+    return text if text == "auto" else fraction(text)
+
+
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Argument type: one value or a comma list of them."""
 

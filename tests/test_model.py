@@ -92,6 +92,29 @@ def test_code_dropout_hides_inputs_in_training_alone():
     torch.testing.assert_close(model(codes), make_model().eval()(codes))
 
 
+def test_later_codebooks_count_less_and_absent_codes_nothing():
+    falling, codes = make_model(dataclasses.replace(CONFIG, embed_fall=2.0)), make_codes()
+    codes[1, 3, 1] = ABSENT
+    rows = falling.embed.weight.unflatten(0, (3, 16))
+    expected = sum(rows[k][codes[..., k].clamp(min=0)] / (k + 1) ** 2 for k in range(3))
+    expected[1, 3] -= rows[1][0] / 4
+    torch.testing.assert_close(falling.embed_frames(codes), expected)
+
+
+def test_dropout_in_depth_is_of_training_and_of_depth_alone():
+    config = dataclasses.replace(CONFIG, pattern="depth", depth_dropout=0.5)
+    model, codes = make_model(config).train(), make_codes()
+    hidden = model.hidden_states(codes)
+    assert torch.equal(hidden, model.hidden_states(codes)), "--dropout is 0"
+    first, second = (model.head_states(hidden, codes) for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    first, second = (model.head_states(hidden, codes) for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match=r"--depth-dropout: expected 0 <= rate < 1, found 1\.5"):
+        dataclasses.replace(CONFIG, depth_dropout=1.5)
+
+
 def test_logits_match_a_slow_reference():
     """Loops over frames, codebooks and heads, in float64, against the vectorised forward."""
     model, codes = make_model().eval().double(), make_codes()

@@ -25,6 +25,8 @@ from training.planning import Plan
 from training.saving import load_weights
 from training.state import Progress, TrainState
 
+EMBED_FALL = 1.0  # of new models; see ModelConfig
+
 
 def pick_architecture(
     flags: argparse.Namespace,
@@ -50,7 +52,8 @@ def pick_architecture(
     saved = checkpoint or initial
     if saved is not None and not flags.ignore_arch:
         try:
-            config = ModelConfig.from_dict({**saved["architecture"], "dropout": flags.dropout})
+            rates = {"dropout": flags.dropout, "depth_dropout": flags.depth_dropout}
+            config = ModelConfig.from_dict({**saved["architecture"], **rates})
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{source or flags.init_from}: this version cannot build its architecture "
@@ -59,7 +62,14 @@ def pick_architecture(
     else:
         sizes = {"d_model": flags.d_model, "layers": flags.layers, "heads": flags.heads}
         try:
-            config = ModelConfig(vocab_sizes, **sizes, dropout=flags.dropout, pattern=flags.pattern)
+            config = ModelConfig(
+                vocab_sizes,
+                **sizes,
+                dropout=flags.dropout,
+                depth_dropout=flags.depth_dropout,
+                pattern=flags.pattern,
+                embed_fall=EMBED_FALL,
+            )
         except ValueError as error:
             raise UsageError(str(error)) from error
     fits = len(config.vocab_sizes) == len(vocab_sizes) and all(

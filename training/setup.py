@@ -40,6 +40,7 @@ from training.memory_prediction import gib
 from training.objective import Objective
 from training.parallel import ALONE, World
 from training.planning import Plan
+from training.regularization import settle_depth_dropout
 from training.resume import find_checkpoint, forget_another_level, settle_data_change, settle_flags
 from training.saving import restore
 from training.schedule import settle_schedule
@@ -90,6 +91,7 @@ def prepare(
         vocab_sizes = data.corpus.vocab_sizes
     elif dry:
         console.line(f"data     none given (--data): {len(vocab_sizes)} codebooks are assumed")
+    console.lines(settle_depth_dropout(flags, data.train if data is not None else None))
     config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, world)
     weighting = flags.cb_weights, flags.cb_weights_auto_alpha
     shares = codebook_weights(*weighting, config.num_codebooks)

@@ -1,0 +1,53 @@
+"""The dropout that a new run takes where none is given."""
+
+from __future__ import annotations
+
+import pytest
+from kit.trainer import make_run, train
+
+from run_folder.checkpoint import load_checkpoint
+from run_folder.files import save_checkpoint
+from training.regularization import planned_passes
+
+LATEST = "rvq_4cb_latest.pt"
+
+
+@pytest.mark.parametrize(
+    ("words", "rate", "line"),
+    [
+        ("--epochs 2", 0.0, "passes are planned, and 30 are many"),
+        ("--epochs 40", 0.2, "passes are planned, and 30 are many"),
+        ("--epochs 40 --max-steps 5", 0.0, "passes are planned, and 30 are many"),
+        ("--epochs 40 --max-seconds 5", 0.0, "--max-seconds: give 0.2 for a run of 30 passes"),
+        ("--epochs 40 --depth-dropout 0.1", 0.1, None),
+        ("--epochs 40 --pattern parallel", 0.0, None),
+    ],
+)
+def test_a_new_run_takes_it_from_the_passes_it_plans(words, rate, line, tunes, tmp_path, capsys):
+    run = make_run("--data", tunes, "--save_dir", tmp_path, *words.split())
+    assert run.flags.depth_dropout == run.state.model.config.depth_dropout == rate
+    said = [text for text in capsys.readouterr().out.splitlines() if "dropout" in text]
+    assert len(said) == (line is not None)
+    assert line is None or line in said[0]
+
+
+def test_planned_passes_are_those_that_the_run_counts(tunes, tmp_path):
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "3")
+    passes = planned_passes(run.flags, run.train_windows)
+    assert passes == pytest.approx(3 * run.passes_per_epoch)
+    run.flags.batch, run.flags.effective_batch, run.flags.max_steps = "auto", 12, 7
+    frames = 7 * 12 * run.flags.ctx
+    assert planned_passes(run.flags, run.train_windows) == frames / run.train_windows.frames
+
+
+def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path):
+    flags = ("--data", tunes, "--save_dir", tmp_path)
+    train(*flags, "--epochs", "40", stop_at=2)
+    assert load_checkpoint(tmp_path / LATEST)["flags"]["depth_dropout"] == 0.2
+    assert make_run(*flags, "--epochs", "2").state.model.config.depth_dropout == 0.2
+    old = load_checkpoint(tmp_path / LATEST)
+    del old["flags"]["depth_dropout"], old["architecture"]["depth_dropout"]
+    del old["architecture"]["embed_fall"]
+    save_checkpoint(old, tmp_path / LATEST)
+    run = make_run(*flags)
+    assert (run.flags.depth_dropout, run.state.model.config.embed_fall) == (0.0, 0.0)
