@@ -63,6 +63,8 @@ VARIANTS = {
     "decay-0.3-dropout-0.2": "--weight-decay 0.3 --decay-all --dropout 0.2",
     "smoothing-0.1": "--label-smoothing 0.1",
     "dropout-0.2": "--dropout 0.2",
+    "depth-dropout-0": "--depth-dropout 0",
+    "depth-dropout-0.4": "--depth-dropout 0.4",
     "hidden-0.1": "--code-dropout 0.1",
     "even-weights": "--cb-weights-auto-alpha 0",
     "weights-0.3": "--cb-weights-auto-alpha 0.3",

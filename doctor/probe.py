@@ -43,7 +43,7 @@ WINDOWS, SECONDS, MOST_PARAMETERS = 4, 60.0, 400_000_000
 
 
 def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> dict[str, Any]:
-    """By path, for "raw" and "ema": {"ce": [K]}, nats per code; or a Problem where it failed.
+    """By path, for raw and EMA weights: figures of `_figures`; or a Problem where it failed.
 
     Files of this trainer that do not fit their own architecture are left out.
 
@@ -132,18 +132,39 @@ def _probe_content(content: dict[str, Any], codes: np.ndarray) -> dict[str, Any]
     figures = {}
     for name, weights in parts.items():
         model.load_state_dict(weights)
-        figures[name] = {"ce": _losses(lambda window: model(window[None])[0], windows)}
+        largest: list[float] = []
+
+        def note(_: Any, __: Any, output: Tensor, largest: list[float] = largest) -> None:
+            largest.append(float(output.abs().max().nan_to_num(math.inf)))
+
+        hooks = [block.register_forward_hook(note) for block in model.blocks]
+        found = _figures(lambda window: model(window[None])[0], windows)
+        for hook in hooks:
+            hook.remove()
+        by_window = np.reshape(largest, (len(windows), len(hooks)))
+        figures[name] = {**found, "activations": by_window.max(0).tolist()}
     return figures
 
 
 @torch.inference_mode()
-def _losses(forward: Forward, codes: Tensor) -> list[float]:
-    """Mean losses [K] of codes [N, T, K], nats per code."""
-    by_window = [
-        F.cross_entropy(forward(window).float().mT, window, reduction="none").mean(0)
-        for window in codes
-    ]
-    return torch.stack(by_window).mean(0).tolist()
+def _figures(forward: Forward, codes: Tensor) -> dict[str, Any]:
+    """Of codes [N, T, K]: "ce" and "entropy" [K], largest log partition and logit."""
+    ce, entropy, partition, largest = [], [], 0.0, 0.0
+    for window in codes:
+        logits = forward(window).float()  # [T, K, V]
+        log_z = logits.logsumexp(-1)
+        target = logits.gather(-1, window[..., None])[..., 0]
+        ce.append((log_z - target).mean(0))
+        p = logits.softmax(-1)
+        entropy.append((log_z - (p * logits.nan_to_num(neginf=0.0)).sum(-1)).mean(0))
+        partition = max(partition, float(log_z.abs().max().nan_to_num(math.inf)))
+        largest = max(largest, float(logits.amax().nan_to_num(math.inf)))
+    return {
+        "ce": torch.stack(ce).mean(0).tolist(),
+        "entropy": torch.stack(entropy).mean(0).tolist(),
+        "log_partition": partition,
+        "largest_logit": largest,
+    }
 
 
 # --- the older script's model --------------------------------------------------------------------
@@ -164,13 +185,13 @@ def _probe_old(
     if (positions := _positions(parts["raw"])) is not None:
         windows = windows[:, : len(positions)]
 
-    def losses(part: str, windows: Tensor, heads: int, activation: Forward) -> list[float]:
-        return _losses(lambda codes: old_logits(parts[part], codes, heads, activation), windows)
+    def figures(part: str, windows: Tensor, heads: int, activation: Forward) -> dict[str, Any]:
+        return _figures(lambda codes: old_logits(parts[part], codes, heads, activation), windows)
 
     readings = list(itertools.product(dict.fromkeys((heads or 1, 1)), ACTIVATIONS))
-    means = [float(np.mean(losses("raw", windows[:1], *r))) for r in readings]
-    chosen = readings[int(np.argmin(np.nan_to_num(means, nan=np.inf)))]
-    return {part: {"ce": losses(part, windows, *chosen)} for part in parts}
+    losses = [float(np.mean(figures("raw", windows[:1], *r)["ce"])) for r in readings]
+    chosen = readings[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+    return {part: {**figures(part, windows, *chosen), "activations": []} for part in parts}
 
 
 def old_logits(

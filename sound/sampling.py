@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layers.cache import KeyValueCache
 from layers.cpu import PackedLinear, QuickNorm
 from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
 
@@ -163,10 +164,8 @@ def generate(
     kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
     cache = model.new_cache(batch, ctx, kept, static=compiled)
     in_graph = compiled and device.type == "cuda"
-    advance = model.advance
-    if compiled and not in_graph:
-        advance = torch.compile(advance, fullgraph=True)
-    inner = model.new_depth_cache(batch)
+    by_inductor = compiled and not in_graph
+    advance = torch.compile(model.advance, fullgraph=True) if by_inductor else model.advance
     start = known.shape[1] - lag
     columns = torch.empty((batch, start + frames + lag, k), dtype=torch.int64, device=device)
     columns[:, :start] = known[:, :start]
@@ -176,17 +175,7 @@ def generate(
     numbers = torch.empty((k, batch) if model.depth else (batch, k), device=device)
     uniform = numbers.mT if model.depth else numbers
     state = model.prefill(columns[:, :start], cache)
-
-    def choose(logits: Tensor, first: int) -> Tensor:
-        return draw(logits, uniform[:, first : first + logits.shape[1]], first)
-
-    def take_column() -> Tensor:
-        drawn = torch.where(here == TO_DRAW, model.draw(state, choose, inner), here)
-        cache.begin(1)
-        state.copy_(advance(drawn, cache))
-        return drawn
-
-    take: Callable[[], Tensor] = take_column
+    take = _column_taker(model, advance, cache, draw, state, here, uniform)
     for i, codes in enumerate(given):
         here.copy_(codes)
         numbers.uniform_(generator=generator)
@@ -200,6 +189,34 @@ def generate(
     if (spoiled := (codes < 0).any(-1).any(0)).any():
         raise NotFiniteError(int(spoiled.nonzero()[0]))
     return codes
+
+
+def _column_taker(
+    model: CodesTransformer,
+    advance: Callable[[Tensor, KeyValueCache], Tensor],
+    cache: KeyValueCache,
+    draw: Draw,
+    state: Tensor,
+    here: Tensor,
+    uniform: Tensor,
+) -> Callable[[], Tensor]:
+    """Return a function that takes a column [B, K] and moves `state` [B, D] on to the next one.
+
+    It draws by the random numbers `uniform` [B, K] where `here` [K] is TO_DRAW. Both are read anew
+    in each call and stay in their places, so that a CUDA graph can replay it.
+    """
+    inner = model.new_depth_cache(len(uniform))
+
+    def choose(logits: Tensor, first: int) -> Tensor:
+        return draw(logits, uniform[:, first : first + logits.shape[1]], first)
+
+    def take_column() -> Tensor:
+        drawn = torch.where(here == TO_DRAW, model.draw(state, choose, inner), here)
+        cache.begin(1)
+        state.copy_(advance(drawn, cache))
+        return drawn
+
+    return take_column
 
 
 def _given_codes(known: Tensor, frames: int) -> Tensor:

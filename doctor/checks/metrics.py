@@ -288,6 +288,7 @@ def _check_refusals(run: ExaminedRun) -> Iterator[Finding]:
 def check_probe(run: ExaminedRun) -> Iterator[Finding]:
     """P1: models run on real windows, against guessing and against earlier files."""
     best: dict[str, float] = {}
+    activations: dict[str, float] = {}
     for s in (s for s in run.readable if s.path in run.probes):
         answer = run.probes[s.path]
         if not isinstance(answer, dict):
@@ -296,6 +297,11 @@ def check_probe(run: ExaminedRun) -> Iterator[Finding]:
             continue
         for part, figures in answer.items():
             yield from _judge_losses(run, s, part, figures["ce"], best)
+            largest, before = max(figures["activations"], default=0.0), activations.get(part)
+            if before is not None and largest > 5 * before:
+                text = f"activations of the {part} model reach {largest:.3g}, before {before:.3g}"
+                yield in_file(s, "P1", text, value=largest, baseline=before)
+            activations[part] = min(largest, before or math.inf)
 
 
 def _judge_losses(
