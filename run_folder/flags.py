@@ -121,7 +121,7 @@ add("--depth-share", scope="run", type=fraction_or_one, default=0.5,
 add("--depth-dropout", scope="run", moves_loss=True, is_settled=True, before=0.0,
     type=fraction_or_auto, default="auto", metavar="X|auto",
     help="with --pattern depth: dropout rate in the depth transformer; auto: 0.2 where 30 or more "
-         "passes over the music are planned, else 0")
+         "passes over the music are planned, else 0, as with --dropout 0")
 add("--code-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
     help="share of the input codes hidden during training")
 add("--grad-checkpoint", scope="machine", action=SWITCH, default=False,

@@ -34,7 +34,11 @@ from training.schedule import lr_at_step
 from training.setup import codebook_weights
 from training.state import TrainingRun
 
-FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
+FRACTIONS = (
+    command_line.fraction,
+    command_line.fraction_or_auto,
+    command_line.fraction_or_one,
+)
 
 
 def snapshot(run: TrainingRun) -> dict[str, Any]:

@@ -21,6 +21,7 @@ LATEST = "rvq_4cb_latest.pt"
         ("--epochs 40 --max-seconds 5", 0.0, "--max-seconds: give 0.2 for a run of 30 passes"),
         ("--epochs 40 --depth-dropout 0.1", 0.1, None),
         ("--epochs 40 --pattern parallel", 0.0, None),
+        ("--epochs 40 --dropout 0", 0.0, None),
     ],
 )
 def test_a_new_run_takes_it_from_the_passes_it_plans(words, rate, line, tunes, tmp_path, capsys):
