@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,14 +169,13 @@ def generate(
     start = known.shape[1] - lag
     columns = torch.empty((batch, start + frames + lag, k), dtype=torch.int64, device=device)
     columns[:, :start] = known[:, :start]
-    given = _given_codes(known[0, start:], frames)
-    here = torch.empty_like(given[0])  # of the present column
+    here = known.new_empty(k)  # what of the present column is given
     # Made outside of the graph, in the order of drawing: with depth one codebook after another.
     numbers = torch.empty((k, batch) if model.depth else (batch, k), device=device)
     uniform = numbers.mT if model.depth else numbers
     state = model.prefill(columns[:, :start], cache)
     take = _column_taker(model, advance, cache, draw, state, here, uniform)
-    for i, codes in enumerate(given):
+    for i, codes in enumerate(_given_codes(known[0, start:], frames)):
         here.copy_(codes)
         numbers.uniform_(generator=generator)
         if in_graph and i == COLUMNS_BEFORE_GRAPH:
@@ -219,17 +218,16 @@ def _column_taker(
     return take_column
 
 
-def _given_codes(known: Tensor, frames: int) -> Tensor:
-    """Codes [frames + lag, K] of the new columns that are not drawn; TO_DRAW in all other places.
+def _given_codes(known: Tensor, frames: int) -> Iterator[Tensor]:
+    """Yield the codes [K] of each new column that are not drawn; TO_DRAW in all other places.
 
     The first are `known` [lag, K]; in the last `lag` columns lower codebooks have ended: ABSENT.
     """
     lag, k = known.shape
-    given = known.new_full((frames + lag, k), TO_DRAW)
-    given[:lag] = known
-    ended = torch.ones(lag, k, dtype=torch.bool, device=known.device).tril()
-    given[frames:].masked_fill_(ended, ABSENT)
-    return given
+    free, index = known.new_full((k,), TO_DRAW), torch.arange(k, device=known.device)
+    for i in range(frames + lag):
+        codes = known[i] if i < lag else free
+        yield codes if i < frames else codes.masked_fill(index <= i - frames, ABSENT)
 
 
 def _recorded(action: Callable[[], Tensor]) -> Callable[[], Tensor]:

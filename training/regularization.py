@@ -32,7 +32,7 @@ def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | Non
     if flags.depth_dropout != "auto":
         return []
     flags.depth_dropout = 0.0
-    if flags.pattern != "depth" or windows is None or not flags.dropout:
+    if flags.pattern != "depth" or not windows or not flags.dropout:
         return []
     if flags.max_seconds:
         why = f"--max-seconds: give {RATE:g} for a run of {MANY_PASSES:g} passes or more"
