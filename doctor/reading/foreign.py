@@ -89,15 +89,16 @@ def by_container(path: str) -> Problem | None:
     """By its first bytes, or by the names in it if it is a zip; None for what torch.save writes."""
     with open(path, "rb") as file:
         head = file.read(1 << 20)
-    for magic, name, way in MAGIC:
-        if head.startswith(magic):
-            return _foreign(name, way, path)
+    # Before the first bytes of others: the length of a header may begin with any byte.
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and 2 <= length <= os.path.getsize(path) - 8:
         if b'"rvq-weights"' in head[: length + 8]:
             name = "weights that this trainer shares (.safetensors): the best average, and no run"
             return _foreign(name, SHARED, path)
         return _foreign(_of_hugging_face(path) or "weights (.safetensors)", SAFETENSORS, path)
+    for magic, name, way in MAGIC:
+        if head.startswith(magic):
+            return _foreign(name, way, path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -23,6 +23,7 @@ from kit.trainer import ROOT, run_doctor, run_trainer
 from torch import nn
 
 import ckpt_doctor
+from doctor.reading.foreign import by_container
 from doctor.reading.reader import summarize
 from run_folder.shared_weights import export_weights
 
@@ -194,6 +195,16 @@ def test_shared_weights_of_this_trainer_say_so(good, tmp_path):
     text = run_doctor(path).stdout
     assert "this trainer shares" in text
     assert "--init-from" in text
+
+
+def test_no_length_of_a_header_is_taken_for_the_first_byte_of_another_kind(tmp_path):
+    """Such as the 0x80 of a pickle; headers are padded to eights."""
+    path, found = tmp_path / "other.safetensors", set()
+    for padding in range(0, 256, 8):
+        safetensors.torch.save_file(WEIGHTS, path, metadata={"padding": "x" * padding})
+        found.add(path.read_bytes()[0])
+        assert by_container(str(path)).text == "weights (.safetensors)"
+    assert len(found) == 32
 
 
 def test_beside_a_run_a_foreign_file_costs_a_row(good):
