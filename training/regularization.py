@@ -2,9 +2,8 @@
 
     console.lines(settle_depth_dropout(flags, data.train))
 
-The depth transformer learns by heart which codes stand beside each other in the frames it sees, and
-with them the trunk loses its reason to learn. Dropout costs a short run some of its progress and
-lets a long one go on improving: benchmarks/journal.md.
+Over many passes the model learns its frames by heart. Dropout in the depth transformer costs a
+short run some of its progress, and lets val of a long one fall further: benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from npq_dataset import WindowDataset
 from training.planning import DEFAULT_EFFECTIVE_BATCH
 
 RATE = 0.2
-MANY_PASSES = 30.0  # 22 were needed to make up for its cost, at 0.7 codes a parameter
+MANY_PASSES = 30.0  # with 60 planned, 22 made up for its cost, at 0.7 codes a parameter
 
 
 def planned_passes(flags: argparse.Namespace, windows: WindowDataset) -> float:
