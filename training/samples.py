@@ -16,7 +16,7 @@ import torch
 
 from cli.command_line import UsageError, in_words
 from run_folder.names import SAMPLES
-from sound.npq_format import map_codes, read_header, write_npq
+from sound.npq_format import write_npq
 from sound.origin import codec_of
 from sound.sampling import Draw, generate
 from sound.statistics import compare, describe
@@ -36,8 +36,7 @@ def write(run: TrainingRun) -> None:
     outcome: dict[str, Any]
     codes: Codes | None = None
     try:
-        path = draw(run)
-        codes = map_codes(read_header(path)).astype(np.int64)
+        codes, path = draw(run)
         decode(run, codes, path.with_suffix(".wav"))
     except Stopped:
         return
@@ -52,8 +51,8 @@ def write(run: TrainingRun) -> None:
     run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
 
 
-def draw(run: TrainingRun) -> Path:
-    """Draw a sample from the EMA weights and write its codes to an .npq file; return the path.
+def draw(run: TrainingRun) -> tuple[Codes, Path]:
+    """Draw a sample from the EMA weights; return its codes [T, K] int64 and the .npq file of them.
 
     Raises:
         Stopped: a signal came.
@@ -66,7 +65,7 @@ def draw(run: TrainingRun) -> Path:
             raise Stopped
 
     folder(flags).mkdir(parents=True, exist_ok=True)  # drawing takes minutes: fail before it
-    codes = generate(
+    drawn = generate(
         run.state.ema.model,
         flags.eval_frames,
         ctx=flags.ctx,
@@ -77,16 +76,17 @@ def draw(run: TrainingRun) -> Path:
         dtype=run.amp_dtype,
         on_frame=stop_on_signal,
     )
+    codes: Codes = drawn[0].cpu().numpy()
     while (path := folder(flags) / sample_name(run)).exists():
         time.sleep(0.1)  # a run begun anew within a second has the same names
     write_npq(
         path,
-        codes[0].cpu().numpy(),
+        codes,
         vocab_sizes=config.vocab_sizes,
         frame_rate=run.data["frame_rate"],
         side_codebooks=run.data["side_codebooks"],
     )
-    return path
+    return codes, path
 
 
 def sample_name(run: TrainingRun) -> str:

@@ -197,7 +197,8 @@ def test_a_sample_that_waits_for_its_statistics_is_ended(
     tunes_of_the_demo, tmp_path, odd_file_system
 ):
     flags = ("--data", tunes_of_the_demo, "--eval-audio-every", "1", "--eval-dac-repo", "demo")
-    run = Held(odd_file_system, tmp_path / "run", *flags, "--eval-frames", "64", *WORKERS)
+    held = {**odd_file_system, "HOLD_DATA": str(tunes_of_the_demo)}
+    run = Held(held, tmp_path / "run", *flags, "--eval-frames", "64", *WORKERS)
     samples = tmp_path / "run" / "samples"
     wait_for(lambda: any(samples.glob("*.npq")) or run.process.poll() is not None)
     run.hold_after(steps=0)  # its sound is decoded first, and the codec imported
