@@ -21,7 +21,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from cli.file_list import listed_files
+from sound.copying import Track
 from sound.corpus import BadFilesError, Corpus, find_npq_files, scan_corpus
-from sound.npq_format import CODE_DTYPES, file_changed, open_unchanged
+from sound.npq_format import CODE_DTYPES, file_changed, open_unchanged, read_header
 
 # fmt: off
 __all__ = [
@@ -226,6 +227,13 @@ class WindowDataset(Dataset[torch.Tensor]):
         """
         start = ((rank + share) * self.part[file]).astype(np.int64) - self.outside
         return np.minimum(np.maximum(start, 0), self.last_start[file])
+
+    def tracks(self) -> Iterator[Track]:
+        """The spans of the files that the windows are cut from, to be read as a whole."""
+        for number in np.flatnonzero(self.spans.stop > self.spans.start).tolist():
+            *_, size, mtime_ns, _ = self.files[number].item()
+            header = replace(read_header(self.paths[number]), file_size=size, mtime_ns=mtime_ns)
+            yield Track(header, int(self.spans.start[number]), int(self.spans.stop[number]))
 
     def describe(self, windows: np.ndarray[Any, Any], epoch: int = 0) -> list[dict[str, Any]]:
         """Where windows of an epoch lie, for logs: file and first frame."""

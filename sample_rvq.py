@@ -6,6 +6,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
         --seed 3
     python sample_rvq.py rvq_9cb_best.pt --export-safetensors tunes.safetensors
     python sample_rvq.py tunes.safetensors --out song.wav --codec 44khz
+    python sample_rvq.py rvq_9cb_best.pt --out song.wav --against npq_out
 
 A prompt is an .npq file or audio; the sample carries it on.
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from cli.command_line import (
     EXIT_DONE,
     FlagParser,
+    Several,
     UsageError,
     at_least,
     exit_code_of,
@@ -50,10 +52,12 @@ from cli.disk import check_writable
 from cli.shortages import is_out_of_memory
 from cli.signals import code_of_interruption
 from model import CodesTransformer, ModelConfig
+from npq_dataset import BadFilesError, WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError, read_audio, resample, write_wav
 from sound.codec import Codec, CodecError, load_codec, not_the_trainings
+from sound.copying import copy_warning, describe, figures, longest_runs
 from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 from sound.origin import are_different, codec_of, find_all
 from sound.sampling import Draw, NotFiniteError, generate
@@ -91,6 +95,9 @@ def build_parser() -> FlagParser:
     add("--prompt-frames", type=at_least(1), metavar="N", help="use only its first so many frames")
     add("--seed", type=at_least(0), default=0, metavar="N",
         help="the same seed draws the same codes, of several samples the same first ones")
+    add("--against", type=file_path, action=Several, nargs="+", metavar="GLOB",
+        help=".npq files of the training: tells the longest run of frames that each sample shares "
+        "with one, and warns of a copy")
 
     add = parser.add_argument_group("how it is drawn").add_argument
     add("--temperature", type=list_of(positive), default="1", metavar="X,...",
@@ -123,6 +130,8 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError(
             f"name --out FILE.wav, --npq-out FILE.npq or --export-safetensors FILE{SUFFIX}"
         )
+    if flags.against and not draws:
+        raise UsageError("--against: nothing is drawn; name --out or --npq-out, or leave it out")
     if flags.prompt and not draws:
         raise UsageError("--prompt: nothing is drawn; name --out or --npq-out, or leave it out")
     for flag in ("prompt_frames", "with_prompt"):
@@ -296,6 +305,31 @@ def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
     return Draw.of(k, flags.temperature, flags.top_k, flags.top_p)
 
 
+def read_training_files(
+    flags: argparse.Namespace, checkpoint: dict[str, Any]
+) -> WindowDataset | None:
+    """The whole files of --against that have the model's codebooks; all are checked.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+        UsageError: files that are not valid, of two codecs, or none with the model's codebooks.
+    """
+    if flags.against is None:
+        return None
+    paths = find_npq_files(flags.against, tell=say)
+    try:
+        corpus = scan_corpus(paths, ctx=1, codebooks=shape_of(checkpoint)[0])
+    except BadFilesError as error:
+        raise UsageError(f"--against: {error}") from error
+    for line in (*corpus.summary.lines(), *corpus.summary.warnings):
+        say(line)
+    trained = codec_of(checkpoint["data"])
+    if are_different(corpus.summary.codec, trained):
+        problem(f"--against: codes of {corpus.summary.codec}, the training data's are of {trained}")
+    whole, _ = split_corpus(corpus, ctx=1, val_split=0)
+    return WindowDataset(corpus, whole, ctx=1, stride=1)
+
+
 # --- drawing and writing -------------------------------------------------------------------------
 
 
@@ -384,6 +418,24 @@ def write_samples(
             say(f"wrote {path}")
 
 
+def tell_copies(music: WindowDataset, checkpoint: dict[str, Any], codes: torch.Tensor) -> None:
+    """Say what each of samples [N, T, K] shares with the training files, with a progress bar."""
+    held_out = checkpoint["progress"].get("held_out_run", -1)
+    with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
+        shared = longest_runs([*codes.numpy()], music.tracks(), on_frames=bar.update)
+    for number, each in enumerate(shared, start=1):
+        found = figures(each, held_out, checkpoint["data"]["frame_rate"])
+        name = f"sample {number}" if len(shared) > 1 else "the sample"
+        say(f"{name}: {describe(found)}")
+        if warning := copy_warning(found):
+            problem(f"{name} {warning}")
+    if held_out < 0:
+        problem(
+            "what held-out music shares with the training music is not known, as the training made "
+            "no evaluation audio before it saved, or is of an older version: no copy is warned of"
+        )
+
+
 # --- main ----------------------------------------------------------------------------------------
 
 
@@ -394,6 +446,7 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
     use_threads_of(checkpoint)
     codec = open_codec(flags, checkpoint)
     prompt = read_prompt(flags, checkpoint, codec)
+    music = read_training_files(flags, checkpoint)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
     try:
         codes = draw_samples(flags, checkpoint, model, draw, prompt)
@@ -405,6 +458,8 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
             "--frames or --ctx, or name another --device"
         ) from error
     write_samples(flags, checkpoint, prompt, codes, codec, written)
+    if music is not None:
+        tell_copies(music, checkpoint, codes)
 
 
 def work(flags: argparse.Namespace) -> int:

@@ -528,8 +528,11 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
         p.begin_epoch()
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
+    has_audio = complete and flags.eval_audio_every > 0 and epoch % flags.eval_audio_every == 0
+    if has_audio:
+        samples.compare_validation(run)  # the save keeps its figure
     saving.save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
-    if complete and flags.eval_audio_every and epoch % flags.eval_audio_every == 0:
+    if has_audio:
         samples.write(run)
     if p.validated_step == p.step:
         ends.update_page(run)

@@ -32,6 +32,7 @@ from torch import Tensor
 from cli.disk import naming, replace_file
 from run_folder.checkpoint import OF_A_FILE, CheckpointError, load_checkpoint
 from run_folder.flags import command_words, names
+from run_folder.metrics import number
 
 SUFFIX = ".safetensors"
 FORMAT = "rvq-weights"
@@ -39,7 +40,7 @@ FORMAT_VERSION = 1
 # What a shared file is made of: the parts that a checkpoint must have to become one.
 SHARED_KEYS = {"ema", "architecture", "data", "flags", "progress"}
 SHARED_DATA = ("frame_rate", "side_codebooks", "size")
-SHARED_PROGRESS = ("step", "epoch", "best_val", "best_epoch")
+SHARED_PROGRESS = ("step", "epoch", "best_val", "best_epoch", "held_out_run")
 CODEC_NAME = re.compile(r"\w+")  # and not the path of a weights file
 
 
@@ -127,6 +128,11 @@ def _validated(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _newest(checkpoint: dict[str, Any], field: str) -> dict[str, Any]:
+    """The newest row of the history with a field, or an empty one."""
+    return next((r for r in reversed(checkpoint.get("history", [])) if field in r), {})
+
+
 def _digest(metadata: dict[str, str], weights: dict[str, Tensor]) -> str:
     """SHA-256 over the metadata but itself, and over names, shapes and bytes of the weights."""
     said = sorted((key, text) for key, text in metadata.items() if key != "sha256")
@@ -174,6 +180,11 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
         "val": _nats(validated.get("val")) + f"; best {_nats(progress['best_val'])}, of epoch "
         f"{progress['best_epoch']}",
     }
+    if copied := _newest(checkpoint, "shared_seconds"):
+        facts["shared with training music"] = (
+            f"{copied['shared_seconds']:.2f} s in the sample of epoch {copied['epoch']}; held-out "
+            f"music {number(copied.get('shared_seconds_music'), '.2f')} s at most"
+        )
     if per_codebook := validated.get("val_per_codebook"):
         facts["val per codebook"] = ", ".join(f"{value:.4f}" for value in per_codebook)
     return facts
@@ -330,7 +341,10 @@ FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
         "amp_dtype": ("bf16, fp16, ...", lambda x: x in ("bf16", "fp16", "float32", "auto")),
         "eval_dac_repo": ("a name", lambda x: type(x) is str and bool(CODEC_NAME.fullmatch(x))),
     },
-    "progress": {"step": _whole(0, 1 << 60), "epoch": _whole(0, 1 << 60)},
+    "progress": {
+        **dict.fromkeys(("step", "epoch"), _whole(0, 1 << 60)),
+        "held_out_run": _whole(-1, 1 << 60),
+    },
 }
 NEEDED = {
     *("vocab_sizes", "d_model", "layers", "heads"),

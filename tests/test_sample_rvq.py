@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from kit import processes
 from kit.checkpoints import assert_same_tensors, comparable
-from kit.trainer import ROOT, TINY, rows, train, wait_for
+from kit.trainer import ROOT, TINY, make_run, rows, train, wait_for
 
 import sample_rvq
 import train_rvq
@@ -31,6 +31,7 @@ from sound.codec import CodecError, codec_id
 from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import CodecId, Records
 from sound.statistics import compare, describe
+from training import samples
 from training.resume import settle_data_change
 
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
@@ -151,6 +152,120 @@ def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path,
     first, second = rows(run, "sample")
     assert "repeats" not in first
     assert "repeats" in second
+
+
+# --- does it copy? -------------------------------------------------------------------------------
+
+LEARN = [
+    *("--epochs", "24", "--pattern", "parallel", "--ctx", "64", "--step", "8", "--batch", "8"),
+    *("--accum", "1", "--dropout", "0", "--lr", "1e-3", "--label-smoothing", "0", "--ema", "0.9"),
+    *("--no-amp", "--eval-audio-every", "24", "--eval-frames", "200", "--eval-temperature", "0.3"),
+    *("--eval-dac-repo", "demo"),
+]
+
+
+@pytest.fixture(scope="module")
+def by_heart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Last checkpoint of a run that has learned two files of noise by heart; a third validates."""
+    folder = tmp_path_factory.mktemp("by_heart")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        codes = rng.integers(256, size=(300, 3))
+        write_npq(folder / f"{i}.npq", codes, vocab_sizes=[256] * 3, frame_rate=86.1328125)
+    (folder / "held_out.txt").write_text("2.npq\n")
+    train("--data", folder, "--val-list", folder / "held_out.txt", "--save_dir", folder, *LEARN)
+    return folder / "rvq_3cb_latest.pt"
+
+
+def test_evaluation_audio_that_copies_is_a_warning(by_heart):
+    """In the row, and the limit in the checkpoint that is saved before the only sample."""
+    (row,) = rows(by_heart.parent, "sample")
+    assert row["shared_frames"] > 86
+    assert row["shared_seconds"] == pytest.approx(row["shared_frames"] / 86.1328125, abs=1e-3)
+    assert row["shared_file"] in ("0.npq", "1.npq")
+    assert row["shared_frames_music"] == 0
+    assert load_checkpoint(by_heart)["progress"]["held_out_run"] == 0
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_sample_that_copies_is_a_warning(share, by_heart, tmp_path, capsys):
+    weights, card = by_heart, tmp_path / "x.md"
+    if share:
+        weights = tmp_path / "x.safetensors"
+        assert sample(by_heart, "--export-safetensors", weights) == 0
+        assert card.exists()
+    capsys.readouterr()
+    flags = ("--npq-out", tmp_path / "x.npq", "--frames", "200", "--samples", "2")
+    music = [by_heart.with_name(f"{i}.npq") for i in range(2)]
+    assert sample(weights, *flags, "--temperature", "0.3", "--against", *music) == 0
+    out, err = capsys.readouterr()
+    assert out.count(": shared with training music ") == 2
+    assert err.count("! sample ") == err.count("the model knows it by heart") == 2
+    assert "held-out music 0.00 s at most" in err
+    assert sample(weights, *flags, "--temperature", "9", "--against", *music) == 0
+    out, err = capsys.readouterr()
+    assert out.count("shared with training music 0.00 s (held-out music 0.00 s)") == 2
+    assert not err
+
+
+def test_without_what_held_out_music_shows_no_copy_is_warned_of(by_heart, tmp_path, capsys):
+    parts = load_checkpoint(by_heart)
+    del parts["progress"]["held_out_run"]  # of an older version
+    save_checkpoint(parts, tmp_path / "older.pt")
+    flags = ("--npq-out", tmp_path / "x.npq", "--frames", "200", "--temperature", "0.3")
+    against = ("--against", by_heart.with_name("0.npq"), by_heart.with_name("1.npq"))
+    assert sample(tmp_path / "older.pt", *flags, *against) == 0
+    out, err = capsys.readouterr()
+    assert "(held-out music n/a)" in out
+    assert "is not known" in err
+    assert "by heart" not in err
+
+
+def test_music_that_validates_is_not_training_music(music, tmp_path):
+    """Evaluation audio is compared with the training part of each file."""
+    run = make_run("--data", music, "--save_dir", tmp_path, *SOUND)
+    tracks = list(run.train_windows.tracks())
+    assert sum(track.stop - track.start for track in tracks) == run.train_windows.frames < 800
+    (last,) = run.val_windows.excerpts(32)[-1:]
+    assert samples.compare_with_training(run, last)["shared_frames"] == 0
+    (first,) = run.train_windows.excerpts(32)[:1]
+    assert samples.compare_with_training(run, first)["shared_frames"] == 32
+
+
+def test_training_files_of_other_codebooks_are_refused(checkpoint, odd, tmp_path, capsys):
+    assert sample(checkpoint, "--npq-out", tmp_path / "x.npq", "--against", odd / "few.npq") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("! --against: no usable .npq file among 1; ")
+    assert "4 codebooks, the run uses 9" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trouble", ["signal", "time", "file"])
+def test_a_search_that_ends_early_leaves_no_figure(trouble, music, tmp_path, monkeypatch, capsys):
+    for path in music.glob("*.npq"):
+        shutil.copy(path, tmp_path)
+    run = make_run("--data", tmp_path, "--save_dir", tmp_path / "run", *SOUND)
+    codes = run.train_windows.excerpts(32)[0]
+    capsys.readouterr()
+    match trouble:
+        case "signal":
+            run.stop.received = signal.SIGTERM
+        case "time":
+            monkeypatch.setattr(samples, "SEARCH_SECONDS", 0.0)
+        case "file":
+            os.truncate(run.train_windows.paths[0], 100)
+    samples.compare_validation(run)
+    assert samples.compare_with_training(run, codes) == {}
+    assert run.state.progress.held_out_run == -1
+    said = capsys.readouterr().err.splitlines()
+    wanted = {"signal": (), "time": ("0 s were over after",), "file": ("file changed", "size")}
+    assert len(said) == (0 if trouble == "signal" else 2)
+    for line in said:
+        assert "was not compared with the training music: " in line
+        assert any(word in line for word in wanted[trouble])
+
+
+# --- a sample and signals ------------------------------------------------------------------------
 
 
 def test_a_signal_ends_a_sample_at_once(music, tmp_path):
@@ -402,6 +517,9 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{odd}/other.safetensors", "--out", "{tmp}/x.wav", "--codec", "demo"), 2, "75.00 frames"),
         (("{shared}", *NPQ, "--raw"), 2, "--raw: shared weights are averages"),
         (("{shared}", "--export-safetensors", "{tmp}/x.safetensors"), 2, "is such a file; copy it"),
+        (("{checkpoint}", *NPQ, "--against", "{odd}/no*.npq"), 1, "no .npq file matches"),
+        (("{checkpoint}", "--against", "x", "--export-safetensors", "{tmp}/x.safetensors"), 2,
+         "--against: nothing is drawn"),
         (("{checkpoint}", "--prompt", "x", "--export-safetensors", "{tmp}/x.safetensors"), 2,
          "--prompt: nothing is drawn"),
     ],

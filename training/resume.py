@@ -152,3 +152,4 @@ def settle_data_change(
     state.guard.forget()
     state.policy.forget_windows()
     state.progress.begin_epoch()
+    state.progress.held_out_run = -1

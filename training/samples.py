@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 
 from cli.command_line import UsageError, in_words
+from cli.waiting import in_thread, wait_for
 from run_folder.names import SAMPLES
+from sound import copying
 from sound.npq_format import write_npq
 from sound.origin import codec_of
 from sound.sampling import Draw, generate
@@ -23,6 +26,7 @@ from sound.statistics import compare, describe
 from training.state import Stopped, TrainingRun
 
 Codes = np.ndarray[Any, Any]
+SEARCH_SECONDS = 60.0  # that a sample is compared with the training music at most
 
 
 def write(run: TrainingRun) -> None:
@@ -47,7 +51,9 @@ def write(run: TrainingRun) -> None:
         seconds = round(time.perf_counter() - started, 3)
         run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
         outcome = {"file": path.name, "sample_seconds": seconds}
-    figures = {} if codes is None else statistics(run, codes)
+    figures: dict[str, Any] = {}
+    if codes is not None:
+        figures = statistics(run, codes) | compare_with_training(run, codes)
     run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
 
 
@@ -134,6 +140,68 @@ def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:
         return {}
     run.console.line(f"         {describe(figures)}")
     return figures
+
+
+def compare_validation(run: TrainingRun) -> None:
+    """Find the longest run that validation music shares with training music, once in a run.
+
+    It is kept in the progress as `held_out_run`: a sample that shares a much longer one is a copy.
+    """
+    if run.world.is_first and run.state.progress.held_out_run < 0:
+        frames = run.flags.eval_frames
+        found = _search(run, lambda: [*run.val_windows.excerpts(frames)], "validation music")
+        if found:
+            run.state.progress.held_out_run = max(shared.near.frames for shared in found)
+
+
+def compare_with_training(run: TrainingRun, codes: Codes) -> dict[str, Any]:
+    """Find the longest run that sampled codes [T, K] share with training music.
+
+    Prints a line, and a warning if they copy; returns the fields for the sample's metrics row.
+    """
+    found = _search(run, lambda: [codes], "the sample")
+    if not found:
+        return {}
+    held_out, rate = run.state.progress.held_out_run, run.data["frame_rate"]
+    figures = copying.figures(found[0], held_out, rate)
+    run.console.line(f"         {copying.describe(figures)}")
+    if warning := copying.copy_warning(figures):
+        run.console.problem(f"the sample {warning}")
+    return figures
+
+
+def _search(
+    run: TrainingRun, samples: Callable[[], list[Codes]], name: str
+) -> list[copying.Shared]:
+    """Search the training music for runs of `samples`; nothing after a signal or a failure.
+
+    75 hours take a second or two once they are in memory; SEARCH_SECONDS end any search.
+    """
+    began, hours = time.monotonic(), 0.0
+
+    def on_frames(frames: int) -> None:
+        nonlocal hours
+        hours += frames / run.data["frame_rate"] / 3600
+        if run.stop.signal is not None or run.stop.received is not None:
+            raise Stopped
+        if time.monotonic() - began > SEARCH_SECONDS:
+            raise TimeoutError(f"{SEARCH_SECONDS:.0f} s were over after {hours:.1f} hours of it")
+
+    def search() -> list[copying.Shared]:
+        return copying.longest_runs(samples(), run.train_windows.tracks(), on_frames=on_frames)
+
+    try:
+        return wait_for(
+            in_thread(search, "comparing"),
+            lambda: (hours, "the training music"),
+            meanwhile=run.loader.meanwhile,
+            tell=run.console.problem,
+        )
+    except Stopped:
+        return []
+    except Exception as error:  # a file that changed, no memory left: train on
+        run.console.problem(f"{name} was not compared with the training music: {in_words(error)}")
+        return []
 
 
 def folder(flags: argparse.Namespace) -> Path:

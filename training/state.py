@@ -61,6 +61,7 @@ class Progress:
     epoch_steps: int = 0
     epoch_refused: int = 0
     epoch_seconds: float = 0.0
+    held_out_run: int = -1  # frames that validation music repeats of training music; -1: not known
     log_loss: float = 0.0  # the same since the last log line
     log_steps: int = 0
     log_seconds: float = 0.0

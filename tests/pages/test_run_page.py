@@ -219,12 +219,21 @@ def test_a_sample_whose_sound_failed_or_is_gone_says_so(tmp_path):
     rows = [
         START,
         {"event": "sample", "step": 1, "epoch": 1, "error": "no codec"},
-        {"event": "sample", "step": 2, "epoch": 2, "file": "gone.npq", "repeats": 0.5},
+        {
+            "event": "sample",
+            "step": 2,
+            "epoch": 2,
+            "file": "gone.npq",
+            "repeats": 0.5,
+            "shared_seconds": 1.25,
+            "shared_seconds_music": 0.1,
+        },
     ]
     text = text_of(page_of(rows, tmp_path))
     assert "No sound: no codec" in text
     assert "gone.wav" in text
     assert "repeats 0.500; held-out music -" in text
+    assert "shared with training music 1.25 s; held-out music 0.10 s at most" in text
 
 
 # --- the trainer ---------------------------------------------------------------------------------

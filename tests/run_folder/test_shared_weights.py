@@ -182,6 +182,17 @@ def test_the_card_tells_what_is_known(best):
     assert card.count("- TODO") == 4
 
 
+def test_the_card_tells_whether_the_newest_sample_copies():
+    samples = [{"event": "sample", "epoch": e, "shared_seconds": 1.5 * e} for e in (5, 10)]
+    samples[1]["shared_seconds_music"] = 0.25
+    rows = [*samples, {"event": "step", "step": 9}]
+    row = "| shared with training music | 15.00 s in the sample of epoch 10; held-out music 0.25 s"
+    assert row in model_card({**SMALL, "history": rows}, "x.safetensors")
+    row = "| shared with training music | 7.50 s in the sample of epoch 5; held-out music n/a s at"
+    assert row in model_card({**SMALL, "history": rows[:1]}, "x.safetensors")
+    assert "shared with" not in model_card({**SMALL, "history": rows[2:]}, "x.safetensors")
+
+
 def test_the_cards_command_trains_alike(best):
     flags = load_checkpoint(best)["flags"]
     command = sharing._command(sharing.shared_flags(flags))

@@ -22,6 +22,7 @@ from run_folder.files import save_checkpoint
 from run_folder.metrics import Console
 from sound.npq_format import write_npq
 from train_rvq import parse_flags
+from training.resume import settle_data_change
 from training.setup import set_up
 
 
@@ -159,6 +160,14 @@ def test_other_data_is_refused_until_it_is_allowed(tunes, tmp_path, capsys):
     assert "--allow-data-change" in capsys.readouterr().err
     train(*flags, "--allow-data-change")
     assert rows(tmp_path / "run", "epoch")[-1]["epoch"] == 2
+
+
+def test_what_held_out_music_shows_is_of_the_data_of_the_run(tunes, tmp_path):
+    run = make_run("--data", tunes, "--save_dir", tmp_path, "--allow-data-change")
+    for saved, kept in ((dict(run.data), 7), ({**run.data, "files": "of others"}, -1)):
+        run.state.progress.held_out_run = 7
+        settle_data_change(run.flags, run.state, saved, run.data, "x.pt", run.console)
+        assert run.state.progress.held_out_run == kept
 
 
 @pytest.mark.parametrize("workers", [("0", "2"), ("2", "0")], ids="->".join)
