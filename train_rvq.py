@@ -47,7 +47,7 @@ from cli.command_line import (
     problem,
 )
 from cli.waiting import NoAnswerError
-from npq_dataset import BadFilesError
+from npq_dataset import BadFilesError, WindowDataset
 from run_folder import flags as flags_of_runs
 from run_folder.checkpoint import CheckpointError, rng_kept
 from run_folder.lock import FolderLock
@@ -146,7 +146,6 @@ def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
         p.step += 1
         p.lr_scale = min(p.lr_goal, p.lr_scale * 2 ** (1 / lr_doubling(p.schedule_steps)))
         p.epoch_loss, p.epoch_steps = p.epoch_loss + loss, p.epoch_steps + 1
-        p.epoch_ce += sum(ce) / len(ce)
         p.log_loss, p.log_steps = p.log_loss + loss, p.log_steps + 1
     else:
         state.guard.refuse(in_a_row=not overflow)
@@ -275,6 +274,9 @@ def failure_of_trial(run: TrainingRun) -> str | None:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
+FEW_WINDOWS = 16  # of training, evaluated beside validation; more where a quarter of it is more
+
+
 @dataclass(frozen=True)
 class Validation:
     """Mean losses of the EMA weights over the validation windows, nats per code; NaN if none."""
@@ -282,19 +284,40 @@ class Validation:
     val: float  # plain cross-entropy, mean over codebooks
     val_obj: float  # the training objective
     per_codebook: list[float]
+    train_ce: float  # as val, over training windows
+
+
+def evaluate(run: TrainingRun) -> Validation | None:
+    """Validate the EMA weights, without torch.compile; return None if a signal interrupted it.
+
+    The same training windows, evenly spread, are evaluated each time: a quarter as many as
+    validation windows, at least FEW_WINDOWS, never more than validation has.
+    """
+    count = len(run.val_windows)
+    held_out = mean_losses(run, run.val_windows, np.arange(count))
+    few = min(count, max(FEW_WINDOWS, count // 4), len(run.train_windows))
+    seen = np.linspace(0, len(run.train_windows) - 1, few).astype(np.int64)
+    trained = None if held_out is None else mean_losses(run, run.train_windows, seen)
+    if held_out is None or trained is None:
+        return None
+    (objective, *ce), (_, *train_ce) = torch.stack((held_out, trained)).tolist()
+    return Validation(sum(ce) / len(ce), objective, ce, sum(train_ce) / len(train_ce))
 
 
 @torch.inference_mode()
-def evaluate(run: TrainingRun) -> Validation | None:
-    """Validate the EMA weights, without torch.compile; return None if a signal interrupted it."""
+def mean_losses(
+    run: TrainingRun, source: WindowDataset, numbers: np.ndarray[Any, Any]
+) -> Tensor | None:
+    """Return [objective, ce of each codebook] of the EMA weights, means over the named windows.
+
+    Float32 [1 + K] on the device, NaN without windows; None if a signal interrupted it.
+    """
     flags, model, world = run.flags, run.state.ema.model, run.world
-    k = len(run.weights)
-    total = torch.zeros(k + 1, device=run.device)
-    count = len(run.val_windows)
-    firsts = np.arange(0, count, flags.batch * world.size) + flags.batch * world.rank
-    mine = [np.arange(first, min(first + flags.batch, count)) for first in firsts]
+    total = torch.zeros(1 + len(run.weights), device=run.device)
+    firsts = np.arange(0, len(numbers), flags.batch * world.size) + flags.batch * world.rank
+    mine = [numbers[first : first + flags.batch] for first in firsts]
     # A rank without windows runs one with weight 0: collectives need every rank.
-    batches = run.loader.read(run.val_windows, (w if len(w) else np.arange(1) for w in mine))
+    batches = run.loader.read(source, (w if len(w) else numbers[:1] for w in mine))
     for windows in mine:
         codes = next_codes(run, batches, 1)
         if codes is None:
@@ -304,8 +327,7 @@ def evaluate(run: TrainingRun) -> Validation | None:
             losses = model.losses(on_device, flags.label_smoothing, run.weights)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
-    objective, *ce = (total / count if count else total * math.nan).tolist()
-    return Validation(sum(ce) / k, objective, ce)
+    return total / (len(numbers) or math.nan)
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -562,7 +584,7 @@ def report_epoch(
         step=p.step,
         epoch=p.epoch + 1,
         train=p.epoch_loss / steps if p.epoch_steps else math.nan,
-        train_ce=p.epoch_ce / steps if p.epoch_steps else math.nan,
+        train_ce=result.train_ce,
         val=result.val,
         val_obj=result.val_obj,
         ppl=perplexity(result.val),

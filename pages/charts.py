@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from cli.command_line import figure
 from pages.html import render
+from run_folder.metrics import gap_of
 
 Points = list[tuple[int, float]]  # (step, value); a value that is not finite is drawn as a cross
 Rows = Sequence[dict[str, Any]]  # metrics rows, each with a step
@@ -39,7 +40,7 @@ class Chart(NamedTuple):
     title: str
     lines: list[Line]
     log: bool = False  # logarithmic axis of values
-    from_zero: bool = False  # the axis of values begins at 0
+    from_zero: bool = False  # the axis of values begins at 0, or contains it
     guides: Sequence[tuple[str, float]] = ()  # horizontal lines: name, value
     events: Sequence[tuple[str, int]] = ()  # marks on the axis of steps: one of EVENTS, step
 
@@ -120,10 +121,10 @@ def fit_axis(chart: Chart, good_until: float) -> Axis:
         room = max(0.6 * (high - low), 1.0 if chart.log else 0.05 * abs(high))
         least, most = max(least, low - room), min(most, high + room)
     low, high = min([least, *guides]), max([most, *guides])
-    low = min(low, 0.0) if chart.from_zero else low
+    low, high = (min(low, 0.0), max(high, 0.0)) if chart.from_zero else (low, high)
     margin = max(0.06 * (high - low), 0.02 if chart.log else 0.005 * abs(high), 1e-12)
     margin = min(margin, 9.0) if chart.log else margin
-    bottom = low if chart.from_zero else low - margin
+    bottom = low if chart.from_zero and low == 0 else low - margin
     return Axis(float(bottom), float(high + margin), chart.log)
 
 
@@ -277,13 +278,14 @@ def val_chart(epochs: Rows) -> Chart:
     lines = [
         Line("validation", points_of(epochs, "val"), "var(--c2)"),
         Line("training", points_of(epochs, "train_ce"), "var(--c3)"),
+        Line("validation without labels", points_of(epochs, "val_unlabelled"), "var(--c4)"),
     ]
     return Chart("Val and train, cross-entropy", lines)
 
 
 def gap_chart(epochs: Rows) -> Chart:
     """Return the chart of val minus train, the gap that overfitting opens."""
-    gaps = [(r["step"], _real(r["val"]) - _real(r["train_ce"])) for r in epochs if "train_ce" in r]
+    gaps = [(r["step"], _real(gap_of(r))) for r in epochs if "train_ce" in r]
     line = Line("val minus train", gaps, "var(--c4)")
     return Chart("Gap that overfitting opens", [line], from_zero=True)
 

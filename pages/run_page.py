@@ -37,7 +37,14 @@ from pages.charts import (
 from pages.html import render
 from pages.spectrogram import KEPT, player
 from run_folder.files import RunFiles
-from run_folder.metrics import RunMetrics, finite_number, number, perplexity, read_metrics
+from run_folder.metrics import (
+    RunMetrics,
+    finite_number,
+    gap_of,
+    number,
+    perplexity,
+    read_metrics,
+)
 from run_folder.validations import Trouble, trouble_of
 
 EVENT_ROWS = 30  # newest guard events in the table
@@ -75,6 +82,11 @@ class Story:
         """Number of validations after the best one."""
         best = self.best
         return len(self.epochs) - 1 - self.epochs.index(best) if best else len(self.epochs)
+
+    @property
+    def gap(self) -> float | None:
+        """Val minus train of the same kind at the newest validation, or None."""
+        return gap_of(self.epochs[-1]) if self.epochs else None
 
     @property
     def seconds(self) -> float:

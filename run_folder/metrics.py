@@ -123,6 +123,12 @@ def step_line(row: dict[str, Any], total_steps: int, left: float) -> str:
     )
 
 
+def gap_of(row: dict[str, Any]) -> float | None:
+    """Return val minus train_ce of an `epoch` row, the figure of overfitting; None if unknown."""
+    val, train = finite_number(row.get("val")), finite_number(row.get("train_ce"))
+    return None if val is None or train is None else val - train
+
+
 def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool) -> list[str]:
     """Format an `epoch` row of the metrics as two lines: figures, then val of each codebook.
 
@@ -132,7 +138,8 @@ def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool
     star = " | best so far" if is_best else ""
     return [
         f"epoch {row['epoch']} validated at step {row['step']} | train {number(row['train'])} | "
-        f"val {number(row['val'])} | val_obj {number(row['val_obj'])} | "
+        f"val {number(row['val'])} | gap {number(gap_of(row))} | "
+        f"val_obj {number(row['val_obj'])} | "
         f"ppl {number(row['ppl'], '.2f')} | skipped {row['skipped']} | "
         f"{row['frames_per_s']:.0f} frames/s | {duration(wall)}, total {duration(total)}{star}",
         f"      val CE per codebook {per_codebook}",
@@ -265,7 +272,10 @@ class RunMetrics:
 
 
 MOST_WHOLE = 1 << 53  # limit of steps and epochs: larger integers are not exact as floats
-NUMBERS = ("loss", "lr", "grad_norm", "train", "val", "val_obj", "time", "seconds", "lr_scale")
+NUMBERS = {
+    *("loss", "lr", "grad_norm", "train", "train_ce", "val", "val_obj", "val_unlabelled"),
+    *("time", "seconds", "lr_scale"),
+}
 
 
 def _checked_row(row: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from run_folder.metrics import RunMetrics, finite_number
+from run_folder.metrics import RunMetrics, finite_number, gap_of, number
 
 STALE_PASSES = 10.0  # passes over the music without a new lowest val that make a plateau
 FIRST_PASSES = 2.0  # passes in which val may be above guessing
@@ -51,7 +51,8 @@ def trouble_of(metrics: RunMetrics) -> Trouble | None:
         return Trouble("guessing", f"{said}; {REMEDY}")
     since = f"its lowest {best['val']:.3f} of step {best['step']}, {passes:.0f} passes ago"
     if overfits(metrics):
-        said = f"val {val:.3f} has risen from {since}, while train falls: overfitting"
+        gap = number(gap_of(newest), ".3f")
+        said = f"val {val:.3f} has risen from {since}, while train falls: overfitting, gap {gap}"
         return Trouble("overfitting", f"{said}; {REMEDY}")
     if passes >= STALE_PASSES:
         return Trouble("plateau", f"val is not below {since}; {REMEDY}")
@@ -75,7 +76,8 @@ def mean_of_guessing(start: dict[str, Any]) -> float:
 def overfits(metrics: RunMetrics) -> bool:
     """Return whether val rises smoothly from its lowest value while train does not rise.
 
-    A divergence rises in one jump; overfitting spreads its rise over many validations.
+    Train is `train_ce`, the other side of the gap, or the objective where rows of an older version
+    lack it. A divergence rises in one jump; overfitting spreads its rise over many validations.
     """
     rows = [row for row in finite_validations(metrics) if isinstance(row.get("train"), float)]
     if len(rows) < 5:
@@ -85,4 +87,5 @@ def overfits(metrics: RunMetrics) -> bool:
         return False
     rises = np.diff([row["val"] for row in after])
     smooth = rises.max() < 0.6 * rises[rises > 0].sum() and (rises > 0).mean() >= 0.6
-    return bool(smooth and after[-1]["train"] <= after[0]["train"])
+    train = "train_ce" if all(isinstance(row.get("train_ce"), float) for row in after) else "train"
+    return bool(smooth and after[-1][train] <= after[0][train])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -225,8 +224,6 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: Wor
     for name, value in checkpoint["progress"].items():
         if name in known:
             setattr(state.progress, name, value)
-    if "epoch_ce" not in checkpoint["progress"] and state.progress.epoch_steps:
-        state.progress.epoch_ce = math.nan  # an older version did not add up its part of the epoch
     set_rng_state(checkpoint["rng"])
 
 

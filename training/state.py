@@ -57,7 +57,6 @@ class Progress:
     validated_step: int = -1  # step of the newest validation
     validated_seconds: float = 0.0  # `seconds` at that validation
     epoch_loss: float = 0.0  # objective, summed over the epoch's accepted steps
-    epoch_ce: float = 0.0  # plain cross-entropy, summed likewise, to compare with val
     epoch_steps: int = 0
     epoch_refused: int = 0
     epoch_seconds: float = 0.0
@@ -69,7 +68,7 @@ class Progress:
     def begin_epoch(self) -> None:
         """Return to the first window of the present epoch and reset its sums."""
         self.position = self.epoch_steps = self.epoch_refused = 0
-        self.epoch_loss = self.epoch_ce = self.epoch_seconds = 0.0
+        self.epoch_loss = self.epoch_seconds = 0.0
 
 
 @dataclass

@@ -317,6 +317,13 @@ def test_labels_of_an_axis_are_short_and_tell_its_ticks_apart(values, log):
     assert max(map(len, labels)) <= 6  # as many as stand beside the axis on a phone
 
 
+def test_an_axis_of_negative_values_from_zero_contains_it():
+    axis = fit_axis(Chart("gap", [Line("gap", [(0, -2.0), (1, -1.0)])], from_zero=True), math.inf)
+    assert axis.low < -2.0
+    assert axis.high > 0
+    assert 0 in axis.ticks()
+
+
 def test_an_axis_from_zero_has_a_tick_there_and_shares_its_height_truly():
     chart = Chart("memory", [Line("GiB", [(0, 9.0), (1, 10.0)], "red")], from_zero=True)
     axis = fit_axis(chart, math.inf)

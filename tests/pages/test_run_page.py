@@ -109,6 +109,7 @@ def test_val_stands_beside_train_of_the_same_kind_over_passes_and_late_progress_
     assert drawn(trains) in page[whole:half]
     assert 'data-low="120" data-high="240"' in page[half:gap]
     assert drawn(gaps) in page[gap:]
+    assert "Gap 1.1000: val minus train of the same kind" in text_of(page)
     assert ">pass</text>" in page
     assert ">pass</text>" not in page_of([START, *validated])
 
@@ -289,6 +290,47 @@ def test_chromium_shows_curves_and_plays_the_sound_without_an_error(run):
         page.locator("button:has-text('Copy')").first.click()
         browser.close()
     assert not told
+
+
+LABELS = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const edge = svg.closest("figure").getBoundingClientRect();
+    const labels = [...svg.querySelectorAll("text")].filter(t => t.textContent.trim());
+    const boxes = labels.map(t => t.getBoundingClientRect());
+    boxes.forEach((a, i) => {
+      if (a.left < edge.left || a.right > edge.right) found.push(labels[i].textContent);
+      boxes.slice(0, i).forEach((b, j) => {
+        const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (wide > 1 && high > 4) found.push(`${labels[j].textContent} ${labels[i].textContent}`);
+      });
+    });
+  }
+  return found;
+}"""  # labels that reach over a figure's edge, or lie on another one
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium to open the page")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_label_of_an_axis_is_cut_or_lies_on_another(width, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        for every in (1, 200, 1740, 12_345, 400_000):
+            vals = [4 + 0.00012 * (9 - i) for i in range(10)]
+            steps = [step_row(every * i, lr=1.23e-5 * i, memory_gib=0.001 * i) for i in range(11)]
+            validated = [
+                epoch_row(every * i, val, train_ce=val + 3e-5) for i, val in enumerate(vals, 1)
+            ]
+            start = {**START, "passes_a_step": 2 / every}
+            (tmp_path / "a.html").write_text(page_of([start, *steps, *validated]))
+            page.goto((tmp_path / "a.html").as_uri())
+            assert page.locator("svg").count() >= 8
+            assert page.evaluate(LABELS) == []
+        browser.close()
 
 
 def in_its_place(report: Path) -> None:

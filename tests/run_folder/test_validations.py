@@ -60,6 +60,19 @@ def test_a_rise_with_train_rising_too_is_no_overfitting() -> None:
     assert trouble_of(run_of(RISING, trains)) is None
 
 
+def test_overfitting_is_judged_by_the_train_side_of_the_gap_where_it_is_known() -> None:
+    """The objective also falls where only its smoothing or weights were changed."""
+    for train_ce, kind in ((5.0, "overfitting"), (5.5, None), (None, "overfitting")):
+        metrics = run_of(RISING)
+        for row in metrics.epochs:
+            row["train_ce"] = 5.2
+        metrics.epochs[-1]["train_ce"] = train_ce
+        trouble = trouble_of(metrics)
+        assert (trouble and trouble.kind) == kind
+        if train_ce == 5.0:
+            assert "overfitting, gap 0.750;" in trouble.text
+
+
 def test_rows_of_an_older_version_say_too_little() -> None:
     old = {"event": "start", "step": 0}
     metrics = RunMetrics([old, *run_of(RISING).epochs])

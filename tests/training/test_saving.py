@@ -135,7 +135,8 @@ def test_every_end_of_a_run_waits_for_its_save(end, tunes, tmp_path, monkeypatch
 def test_a_best_whose_save_failed_is_not_the_best(tunes, tmp_path, capsys):
     """Or `best` would keep another epoch's weights for ever; the next one may be kept."""
     run = make_run("--data", tunes, "--save_dir", tmp_path, "--epochs", "4")
-    model, vals = run.state.ema.model, iter([1.0, 3.0, 2.0, 2.5])
+    model = run.state.ema.model
+    vals = iter([1.0, 1.0, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])  # of validation, then of training windows
     eager = model.losses
     model.losses = lambda *args: Losses(*(x * 0 + v for v in [next(vals)] for x in eager(*args)))
     run_saving.save(run, ring=True)
