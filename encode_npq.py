@@ -339,9 +339,12 @@ class Coder:
             wanted = f"at most {odd[0]}, as codec {self.flags.codec!r} has"
             remedy = "name the codec that made the file: --codec"
             raise npq.NpqError(job.source, "codes", wanted, odd[1], remedy)
-        codes = torch.from_numpy(npq.map_codes(header).astype(np.int64))
+        codes = npq.map_codes(header)
+        shape = 2 if side else 1, len(codes) * codec.hop_length
+        read = lambda a, b: torch.from_numpy(codes[a:b].astype(np.int64))  # noqa: E731
+        chunks = (chunk.numpy() for chunk in codec.stream_channels(read, len(codes), side))
         with self.published(job, self.judge.settings(0, 0), source) as path:
-            write_wav(path, codec.decode_channels(codes, side).numpy(), codec.sample_rate)
+            write_wav(path, chunks, codec.sample_rate, shape)
         return header.num_frames / codec.frame_rate
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
     python sample_rvq.py rvq_9cb_best.pt --out more.wav --prompt song.flac
     python sample_rvq.py rvq_9cb_best.pt --npq-out song.npq --frames 5000 \
         --seed 3
+    python sample_rvq.py rvq_9cb_best.pt --out - --frames 300000 | ffplay -
     python sample_rvq.py rvq_9cb_best.pt --export-safetensors tunes.safetensors
     python sample_rvq.py tunes.safetensors --out song.wav --codec 44khz
     python sample_rvq.py rvq_9cb_best.pt --out song.wav --against npq_out
@@ -16,9 +17,12 @@ Exit code: 0 done, 1 failed, 2 wrong usage; interrupted: 129, 130, 143.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +44,11 @@ from cli.command_line import (
     at_least,
     exit_code_of,
     file_path,
+    fraction,
     fraction_or_one,
     in_words,
     list_of,
+    not_negative,
     positive,
     problem,
     say,
@@ -55,16 +61,18 @@ from model import CodesTransformer, ModelConfig
 from npq_dataset import BadFilesError, WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
-from sound.audio_file import AudioError, read_audio, resample, write_wav
+from sound.audio_file import AudioError, read_audio, resample, stream_wav, write_wav
 from sound.codec import Codec, CodecError, load_codec, not_the_trainings
 from sound.copying import copy_warning, describe, figures, longest_runs
 from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 from sound.origin import are_different, codec_of, find_all
-from sound.sampling import Draw, NotFiniteError, generate
+from sound.sampling import Draw, NotFiniteError, stream
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
 TOGETHER = 4  # samples in a batch: on a CPU one alone takes a tenth less time at most
 NEEDED = {"ema", "architecture", "data", "flags"}
+DRAW_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+STDOUT = "-"
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -79,7 +87,8 @@ def build_parser() -> FlagParser:
     add("--raw", action="store_true", help="raw weights, not their average (EMA)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=file_path, metavar="FILE.wav", help="where the sound goes")
+    add("--out", type=file_path, metavar="FILE.wav",
+        help="where the sound goes; - is standard output, which it reaches as it is drawn")
     add("--npq-out", type=file_path, metavar="FILE.npq", help="where the codes go")
     add("--with-prompt", action="store_true", help="write the prompt too")
     add("--export-safetensors", type=file_path, metavar="FILE.safetensors",
@@ -106,6 +115,12 @@ def build_parser() -> FlagParser:
         help="likewise; draw from the k likeliest codes; 0 = all")
     add("--top-p", type=list_of(fraction_or_one), default="1", metavar="X,...",
         help="likewise; draw from the likeliest codes that hold this much probability")
+    add("--min-p", type=list_of(fraction), default="0", metavar="X,...",
+        help="likewise; leave out codes less than this many times as likely as the likeliest; "
+        "0 = none")
+    add("--repeat-penalty", type=list_of(not_negative), default="0", metavar="X,...",
+        help="likewise; lower a code's logit by this times its share of the newest 64 frames, "
+        "against held chords and silence; 0 = off, 4 is strong")
     add("--ctx", type=at_least(2, 1 << 20), metavar="N",
         help="frames that the model looks back; without it as in training")
 
@@ -145,7 +160,12 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--raw: shared weights are averages (EMA) alone; leave it out")
     if is_shared(flags.checkpoint) and flags.export_safetensors:
         raise UsageError(f"--export-safetensors: {flags.checkpoint} is such a file; copy it")
-    check_output("--out", flags.out, ".wav")
+    if flags.out == STDOUT and flags.samples > 1:
+        raise UsageError("--out - takes one sample; leave --samples out, or name --out FILE.wav")
+    if flags.out == STDOUT and os.isatty(1):
+        raise UsageError("--out -: standard output is a terminal; add `| ffplay -` or `> song.wav`")
+    if flags.out != STDOUT:
+        check_output("--out", flags.out, ".wav")
     check_output("--npq-out", flags.npq_out, ".npq")
     check_output("--export-safetensors", flags.export_safetensors, SUFFIX)
 
@@ -295,14 +315,14 @@ def read_prompt(
 def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
     """How codes are drawn; raises UsageError on a list that is not as long as the codebooks."""
     k, _ = shape_of(checkpoint)
-    for flag in ("temperature", "top_k", "top_p"):
+    for flag in DRAW_FLAGS:
         values = getattr(flags, flag)
         if len(values) not in (1, k):
             raise UsageError(
                 f"--{flag.replace('_', '-')}: expected 1 or {k} values, as the model has {k} "
                 f"codebooks, found {len(values)}"
             )
-    return Draw.of(k, flags.temperature, flags.top_k, flags.top_p)
+    return Draw.of(k, *(getattr(flags, flag) for flag in DRAW_FLAGS))
 
 
 def read_training_files(
@@ -333,50 +353,59 @@ def read_training_files(
 # --- drawing and writing -------------------------------------------------------------------------
 
 
-def draw_samples(
+class Drawing:
+    """Samples that are drawn together, as far as they are asked for; their codes are kept.
+
+    Always TOGETHER at a time, as a batch of another size rounds otherwise and so draws otherwise:
+    the first samples are the same however many are asked for.
+    """
+
+    def __init__(self, source: Iterator[torch.Tensor], before: torch.Tensor, frames: int) -> None:
+        """Of the codes [TOGETHER, n, K] that `source` yields, which follow `before` [T, K]."""
+        self.source, self.ready = source, len(before)
+        self.new = len(before), len(before) + frames  # first and last + 1
+        shape = TOGETHER, self.new[1], before.shape[1]
+        self.codes = torch.empty(shape, dtype=torch.int32)  # 11 MB for an hour of each
+        self.codes[:, : self.ready] = before
+        self.seconds = 0.0  # of drawing
+
+    def read(self, sample: int, start: int, stop: int) -> torch.Tensor:
+        """Frames of a sample, [stop - start, K] int64; those that are not there yet are drawn."""
+        while self.ready < stop:
+            started = time.perf_counter()
+            new = next(self.source).cpu()
+            self.seconds += time.perf_counter() - started
+            self.codes[:, self.ready : self.ready + new.shape[1]] = new
+            self.ready += new.shape[1]
+        return self.codes[sample, start:stop].long()
+
+
+def begin(
     flags: argparse.Namespace,
     checkpoint: dict[str, Any],
     model: CodesTransformer,
     draw: Draw,
     prompt: torch.Tensor | None,
-) -> torch.Tensor:
-    """Codes [samples, frames, K], with a progress bar that tells how much faster than real time.
-
-    Always TOGETHER at a time, as a batch of another size rounds otherwise and so draws otherwise:
-    the first samples are the same however many are asked for.
-    """
-    frame_rate = checkpoint["data"]["frame_rate"]
-    dtype = pick_dtype(flags, checkpoint, model.bos.device)
-    codes = torch.empty((flags.samples, flags.frames, shape_of(checkpoint)[0]), dtype=torch.int64)
-    batches = range(0, flags.samples, TOGETHER)
-    started = time.perf_counter()
-    with tqdm(total=flags.frames * len(batches), unit="frame", miniters=1, disable=None) as bar:
-
-        def on_frame() -> None:
-            seconds = time.perf_counter() - started
-            bar.set_postfix_str(f"{(bar.n + 1) / frame_rate / seconds:.2f} x real time", False)
-            bar.update()
-
-        for first in batches:
-            # Far from any --seed, as the next seed's sample is another command's first.
-            (seed,) = np.random.SeedSequence((flags.seed, first)).generate_state(1, np.uint64)
-            drawn = generate(
-                model,
-                flags.frames,
-                ctx=flags.ctx or checkpoint["flags"]["ctx"],
-                draw=draw,
-                seed=int(seed >> 1) if first else flags.seed,
-                batch=TOGETHER,
-                prompt=prompt,
-                compiled=flags.compile,
-                dtype=dtype,
-                on_frame=on_frame,
-            )
-            codes[first : first + TOGETHER] = drawn[: flags.samples - first]
-    seconds = time.perf_counter() - started
-    times = flags.frames / frame_rate / seconds
-    say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
-    return codes
+    bar: tqdm[Any],
+) -> Iterator[Drawing]:
+    """Yield the drawings of all samples asked for, TOGETHER in each; a bar shows their progress."""
+    before = torch.empty((0, shape_of(checkpoint)[0])) if prompt is None else prompt
+    for first in range(0, flags.samples, TOGETHER):
+        # Far from any --seed, as the next seed's sample is another command's first.
+        (seed,) = np.random.SeedSequence((flags.seed, first)).generate_state(1, np.uint64)
+        source = stream(
+            model,
+            flags.frames,
+            ctx=flags.ctx or checkpoint["flags"]["ctx"],
+            draw=draw,
+            seed=int(seed >> 1) if first else flags.seed,
+            batch=TOGETHER,
+            prompt=prompt,
+            compiled=flags.compile,
+            dtype=pick_dtype(flags, checkpoint, model.bos.device),
+            on_frame=bar.update,
+        )
+        yield Drawing(source, before, flags.frames)
 
 
 def numbered(path: str, index: int, count: int) -> Path:
@@ -385,44 +414,58 @@ def numbered(path: str, index: int, count: int) -> Path:
     return whole if count == 1 else whole.with_name(f"{whole.stem}_{index + 1}{whole.suffix}")
 
 
-def write_samples(
+def write_sample(
     flags: argparse.Namespace,
     checkpoint: dict[str, Any],
-    prompt: torch.Tensor | None,
-    codes: torch.Tensor,
+    number: int,
+    drawing: Drawing,
     codec: Codec | None,
-    written: list[Path],
+) -> list[Path]:
+    """Write the .wav and .npq asked for of a sample; the prompt is decoded before it either way.
+
+    The sound is decoded and written while it is drawn. Returns the files.
+    """
+    side, written = checkpoint["data"]["side_codebooks"], []
+    kept, total = drawing.new
+    if flags.with_prompt:
+        kept = 0
+    read = functools.partial(drawing.read, number % TOGETHER)
+    if flags.out and codec is not None:
+        chunks = from_sample(codec.stream_channels(read, total, side), kept * codec.hop_length)
+        shape = 2 if side else 1, (total - kept) * codec.hop_length
+        if flags.out == STDOUT:
+            with open(1, "wb", closefd=False) as file:
+                stream_wav(file, chunks, codec.sample_rate, shape)
+        else:
+            written.append(numbered(flags.out, number, flags.samples))
+            write_wav(written[-1], chunks, codec.sample_rate, shape)
+    if flags.npq_out:
+        written.append(numbered(flags.npq_out, number, flags.samples))
+        write_npq(
+            written[-1],
+            read(kept, total).numpy(),
+            vocab_sizes=checkpoint["architecture"]["vocab_sizes"],
+            frame_rate=checkpoint["data"]["frame_rate"],
+            side_codebooks=side,
+        )
+    return written
+
+
+def from_sample(chunks: Iterator[torch.Tensor], first: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Chunks [C, n] of a waveform from its audio sample `first` on."""
+    for chunk in chunks:
+        if first < chunk.shape[1]:
+            yield chunk[:, first:].numpy()
+        first = max(0, first - chunk.shape[1])
+
+
+def tell_copies(
+    music: WindowDataset, checkpoint: dict[str, Any], samples: list[np.ndarray[Any, Any]]
 ) -> None:
-    """The .npq and .wav files asked for; the prompt is decoded before a sample either way."""
-    side = checkpoint["data"]["side_codebooks"]
-    before = codes.new_empty((0, codes.shape[2])) if prompt is None else prompt
-    kept = 0 if flags.with_prompt else len(before)
-    for i, sample in enumerate(codes):
-        whole = torch.cat((before, sample))
-        if flags.npq_out:
-            path = numbered(flags.npq_out, i, len(codes))
-            write_npq(
-                path,
-                whole[kept:].numpy(),
-                vocab_sizes=checkpoint["architecture"]["vocab_sizes"],
-                frame_rate=checkpoint["data"]["frame_rate"],
-                side_codebooks=side,
-            )
-            written.append(path)
-            say(f"wrote {path}")
-        if flags.out and codec is not None:
-            path = numbered(flags.out, i, len(codes))
-            waveform = codec.decode_channels(whole, side)[:, kept * codec.hop_length :]
-            write_wav(path, waveform.numpy(), codec.sample_rate)
-            written.append(path)
-            say(f"wrote {path}")
-
-
-def tell_copies(music: WindowDataset, checkpoint: dict[str, Any], codes: torch.Tensor) -> None:
-    """Say what each of samples [N, T, K] shares with the training files, with a progress bar."""
+    """Say what each of samples [T, K] shares with the training files, with a progress bar."""
     held_out = checkpoint["progress"].get("held_out_run", -1)
     with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
-        shared = longest_runs([*codes.numpy()], music.tracks(), on_frames=bar.update)
+        shared = longest_runs(samples, music.tracks(), on_frames=bar.update)
     for number, each in enumerate(shared, start=1):
         found = figures(each, held_out, checkpoint["data"]["frame_rate"])
         name = f"sample {number}" if len(shared) > 1 else "the sample"
@@ -448,8 +491,20 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
     prompt = read_prompt(flags, checkpoint, codec)
     music = read_training_files(flags, checkpoint)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    batches, seconds, count = -(-flags.samples // TOGETHER), 0.0, 0
+    drawn: list[np.ndarray[Any, Any]] = []
+    bar = tqdm(total=flags.frames * batches, unit="frame", miniters=1, disable=None)
     try:
-        codes = draw_samples(flags, checkpoint, model, draw, prompt)
+        with bar:
+            for drawing in begin(flags, checkpoint, model, draw, prompt, bar):
+                for _ in range(min(TOGETHER, flags.samples - count)):
+                    for path in write_sample(flags, checkpoint, count, drawing, codec):
+                        written.append(path)
+                        say(f"wrote {path}")
+                    if music is not None:
+                        drawn.append(drawing.read(count % TOGETHER, *drawing.new).numpy())
+                    count += 1
+                seconds += drawing.seconds
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -457,9 +512,10 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
             f"{flags.samples} x {flags.frames} frames do not fit into memory; lower --samples, "
             "--frames or --ctx, or name another --device"
         ) from error
-    write_samples(flags, checkpoint, prompt, codes, codec, written)
+    times = flags.frames * batches / checkpoint["data"]["frame_rate"] / seconds
+    say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
     if music is not None:
-        tell_copies(music, checkpoint, codes)
+        tell_copies(music, checkpoint, drawn)
 
 
 def work(flags: argparse.Namespace) -> int:
@@ -474,7 +530,10 @@ def work(flags: argparse.Namespace) -> int:
         if exports:
             written.append(export_weights(checkpoint, exports, tell=say))
         if flags.out or flags.npq_out:
-            sample(flags, checkpoint, written)
+            with contextlib.redirect_stdout(sys.stderr if flags.out == STDOUT else sys.stdout):
+                sample(flags, checkpoint, written)
+    except BrokenPipeError:
+        problem("standard output was closed; the sample ends there")
     except KeyboardInterrupt as error:
         told = (
             f"already written: {', '.join(map(str, written))}" if written else "nothing was written"

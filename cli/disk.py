@@ -77,15 +77,20 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace_file(path: Path, content: bytes | memoryview, *, durable: bool) -> None:
-    """Write a file whole or not at all. `durable` waits for the disk: it survives a power cut.
+def replace_file(
+    path: Path, content: bytes | memoryview | Callable[[BinaryIO], object], *, durable: bool
+) -> None:
+    """Write a file whole or not at all; `content` may also be what writes it.
+
+    `durable` waits for the disk: it survives a power cut.
 
     Raises:
         OSError: `path` is as it was.
     """
     # Not named after the file, whose name may have the full length of a name.
     name = f".{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    replace(write_beside(path, lambda file: file.write(content), durable=durable, name=name), path)
+    write = content if callable(content) else lambda file: file.write(content)
+    replace(write_beside(path, write, durable=durable, name=name), path)
     if durable:
         sync_folder(path.parent)
 

@@ -240,6 +240,10 @@ add("--eval-top-k", scope="machine", type=at_least(0), default=0,
     help="draw from the k most likely codes; 0 = all")
 add("--eval-top-p", scope="machine", type=fraction_or_one, default=1.0,
     help="draw from the most likely codes that together have this probability")
+add("--eval-min-p", scope="machine", type=fraction, default=0.0,
+    help="leave out codes less than this many times as likely as the likeliest; 0 = none")
+add("--eval-repeat-penalty", scope="machine", type=not_negative, default=0.0,
+    help="lower a code's logit by this times its share of the newest 64 frames; 0 = off")
 add("--eval-outdir", scope="machine", type=file_path, metavar="DIR",
     help="folder of samples; default: `samples` in --save_dir")
 add("--eval-on-cpu", scope="machine", action=SWITCH, default=True, help="decode audio on the CPU")

@@ -2,7 +2,7 @@
 
     waveform, rate = read_audio("song.flac")              # [1, N] float32
     waveform = resample(waveform, rate, 44_100)
-    write_wav("back.wav", waveform, 44_100)
+    write_wav("back.wav", [waveform], 44_100, waveform.shape)
 
 C = audio channels, N = audio samples per channel. libsndfile decodes, soxr resamples.
 """
@@ -10,12 +10,14 @@ C = audio channels, N = audio samples per channel. libsndfile decodes, soxr resa
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -261,12 +263,40 @@ def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
     return np.ascontiguousarray(new if new.shape[1] else waveform[:, :1])
 
 
-def write_wav(path: str | os.PathLike[str], waveform: Waveform, rate: int) -> None:
-    """Write a waveform [C, N], clipped to [-1, 1], as 16-bit .wav, whole or not at all; rate in Hz.
+def write_wav(
+    path: str | os.PathLike[str], chunks: Iterable[Waveform], rate: int, shape: tuple[int, int]
+) -> None:
+    """Write a waveform as a .wav of 16 bits, whole or not at all; arguments as of `stream_wav`.
 
     Raises:
+        AudioError: it would be larger than a .wav can be.
         OSError: it cannot be written; `path` is as it was.
     """
-    whole = io.BytesIO()  # libsndfile itself gives no reason where a disk refuses
-    soundfile.write(whole, waveform.T, rate, subtype="PCM_16", format="WAV")
-    replace_file(Path(path), whole.getbuffer(), durable=False)
+    content = functools.partial(stream_wav, chunks=chunks, rate=rate, shape=shape)
+    replace_file(Path(path), content, durable=False)
+
+
+def stream_wav(
+    file: BinaryIO, chunks: Iterable[Waveform], rate: int, shape: tuple[int, int]
+) -> None:
+    """Write a .wav of 16 bits to a stream as its chunks [C, n] come, clipped to [-1, 1].
+
+    `rate` is in Hz; `shape` is C and the sum of all n, as the header stands before the sound.
+
+    Raises:
+        AudioError: it would be larger than a .wav can be; no chunk was asked for.
+        OSError: the stream takes no more.
+    """
+    channels, length = shape
+    frame, size = channels * 2, channels * 2 * length
+    if size + 36 >= 1 << 32:
+        found = f"{length / rate / 3600:.1f} hours"
+        raise AudioError("the sound", "at most 4 GB, as a .wav holds", found, "write fewer frames")
+    form = 16, 1, channels, rate, rate * frame, frame, 16
+    head = b"RIFF", size + 36, b"WAVE", b"fmt ", *form, b"data", size
+    file.write(struct.pack("<4sI4s4sIHHIIHH4sI", *head))
+    for chunk in chunks:
+        pcm = io.BytesIO()  # libsndfile itself gives no reason where a disk refuses
+        soundfile.write(pcm, chunk.T, rate, subtype="PCM_16", format="RAW", endian="LITTLE")
+        file.write(pcm.getbuffer())
+        file.flush()

@@ -21,7 +21,7 @@ import types
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from sound.origin import CodecId, are_different
 
 if TYPE_CHECKING:
     import torch
+
+    Read = Callable[[int, int], torch.Tensor]
 
 # --- weights -------------------------------------------------------------------------------------
 
@@ -284,22 +286,36 @@ class Codec:
 
         if codes.ndim == 2:
             return self.decode(codes[None], chunk_frames=chunk_frames)[0]
-        expected = f"codes [B, T, 1 to {self.num_codebooks}] in [0, {self.codebook_size})"
-        if codes.ndim != 3 or codes.numel() == 0 or codes.shape[2] > self.num_codebooks:
-            raise ValueError(f"expected {expected}, found shape {list(codes.shape)}")
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            found = f"{int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"expected {expected}, found {found}")
-        frames, hop = codes.shape[1], self.hop_length
-        waveform = torch.zeros(codes.shape[0], frames * hop)
+        if codes.ndim != 3 or codes.numel() == 0:
+            raise ValueError(f"expected {self._decodable}, found shape {list(codes.shape)}")
+        frames = codes.shape[1]
+        chunks = self._decoded(lambda start, stop: codes[:, start:stop], frames, chunk_frames)
+        return torch.cat(list(chunks), dim=1)
+
+    def _decoded(
+        self, read: Read, frames: int, chunk_frames: int = CHUNK_FRAMES
+    ) -> Iterator[torch.Tensor]:
+        """Yield the waveform [B, n] of chunk after chunk of the codes [B, n, K] that `read` has."""
+        import torch
+
+        hop = self.hop_length
         for first, last, start, stop in self._chunks(frames, chunk_frames):
-            chunk = codes[:, start:stop].transpose(1, 2).long().to(self.model.device)
+            codes = read(start, stop)
+            if codes.shape[2] > self.num_codebooks:
+                raise ValueError(f"expected {self._decodable}, found shape {list(codes.shape)}")
+            if codes.min() < 0 or codes.max() >= self.codebook_size:
+                found = f"{int(codes.min())} to {int(codes.max())}"
+                raise ValueError(f"expected {self._decodable}, found {found}")
+            chunk = codes.transpose(1, 2).long().to(self.model.device)
             with torch.no_grad():
                 audio = self.model.decode(self.model.quantizer.from_codes(chunk)[0])[:, 0]
-            # With an odd stride (24 and 16 kHz) the last frame is 8 samples short; they stay zero.
-            kept = audio[:, (first - start) * hop : (last - start) * hop]
-            waveform[:, first * hop : first * hop + kept.shape[1]] = kept
-        return waveform
+            kept = audio[:, (first - start) * hop : (last - start) * hop].cpu()
+            # With an odd stride (24 and 16 kHz) the last frame is 8 samples short: zeros.
+            yield torch.nn.functional.pad(kept, (0, (last - first) * hop - kept.shape[1]))
+
+    @property
+    def _decodable(self) -> str:
+        return f"codes [B, T, 1 to {self.num_codebooks}] in [0, {self.codebook_size})"
 
     def encode_channels(
         self, waveform: torch.Tensor, mid_codebooks: int | None = None, side_codebooks: int = 0
@@ -326,11 +342,28 @@ class Codec:
         """
         import torch
 
-        mid = self.decode(codes[:, : codes.shape[1] - side_codebooks])
+        stream = self.stream_channels(lambda a, b: codes[a:b], len(codes), side_codebooks)
+        return torch.cat(list(stream), dim=1)
+
+    def stream_channels(
+        self, read: Read, frames: int, side_codebooks: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """Yield what `decode_channels` returns, a chunk of CHUNK_FRAMES after the other.
+
+        `read(start, stop)` returns codes [stop - start, K], so that they need not all be there at
+        the first chunk, nor their sound in memory at the last. Errors as `decode`.
+        """
+        import torch
+
+        def of(columns: slice) -> Iterator[torch.Tensor]:
+            return self._decoded(lambda start, stop: read(start, stop)[None, :, columns], frames)
+
         if not side_codebooks:
-            return mid[None]
-        side = self.decode(codes[:, codes.shape[1] - side_codebooks :])
-        return torch.stack((mid + side, mid - side))  # left, right
+            yield from of(slice(None))
+            return
+        both = zip(of(slice(-side_codebooks)), of(slice(-side_codebooks, None)), strict=True)
+        for mid, side in both:
+            yield torch.cat((mid + side, mid - side))  # left, right
 
     def _chunks(self, frames: int, chunk_frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield frames [first, last) to keep, of frames [start, stop) to code.

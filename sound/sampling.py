@@ -3,6 +3,7 @@
     draw = Draw.of(9, temperature=0.9, top_k=200)                   # the same for 9 codebooks
     codes = generate(model, frames=1290, ctx=512, draw=draw)        # [1, 1290, 9]
     more = generate(model, frames=1290, ctx=512, draw=draw, prompt=codes[0])
+    for new in stream(model, frames=10**6, ctx=512, draw=draw):     # [1, 64, 9] at a time
 
 B samples at once, T frames, K codebooks, V entries of the largest.
 """
@@ -10,7 +11,9 @@ B samples at once, T frames, K codebooks, V entries of the largest.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +27,8 @@ from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 COLUMNS_BEFORE_GRAPH = 1  # it loads kernels and makes work space, which no graph can hold
+AT_ONCE = 64  # frames that are handed on together: a GPU waits for the host each time
+NEWEST = 64  # frames in which a code's share counts against it: 0.75 s at 44.1 kHz
 COLDEST = 1e-30  # logits over less overflow; what is drawn is the likeliest code long before
 
 
@@ -44,6 +49,8 @@ class Draw:
     temperature: tuple[float, ...]
     top_k: tuple[int, ...]  # draw from the k likeliest; 0 = all
     top_p: tuple[float, ...]  # draw from the likeliest that hold this much probability; 1 = all
+    min_p: tuple[float, ...]  # draw from those at least this many times as likely as the likeliest
+    repeat_penalty: tuple[float, ...]  # a code's logit loses this times its share of the newest
 
     @classmethod
     def of(
@@ -52,37 +59,53 @@ class Draw:
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
+        repeat_penalty: float | Sequence[float] = 0.0,
     ) -> Draw:
         """Spread single values over the codebooks.
 
         Raises:
             ValueError: a list of neither 1 nor K values, temperature <= 0, top_k < 0, top_p not in
-                (0, 1].
+                (0, 1], min_p not in [0, 1), repeat_penalty < 0 or infinite.
         """
         spread: list[tuple[Any, ...]] = []
-        for name, value in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)):
+        given = (temperature, top_k, top_p, min_p, repeat_penalty)
+        for field, value in zip(dataclasses.fields(cls), given, strict=True):
             values = list(value) if isinstance(value, Sequence) else [value]
             if len(values) not in (1, num_codebooks):
                 raise ValueError(
-                    f"{name}: expected 1 or {num_codebooks} values, found {len(values)}"
+                    f"{field.name.replace('_', '-')}: expected 1 or {num_codebooks} values, found "
+                    f"{len(values)}"
                 )
             spread.append(tuple(values * (num_codebooks // len(values))))
         draw = cls(*spread)
         if min(draw.temperature) <= 0 or min(draw.top_k) < 0:
             raise ValueError("expected temperature > 0 and top-k >= 0")
-        if not all(0 < p <= 1 for p in draw.top_p):
-            raise ValueError("expected 0 < top-p <= 1")
+        if not all(0 < p <= 1 for p in draw.top_p) or not all(0 <= p < 1 for p in draw.min_p):
+            raise ValueError("expected 0 < top-p <= 1 and 0 <= min-p < 1")
+        if not all(0 <= p < math.inf for p in draw.repeat_penalty):
+            raise ValueError("expected repeat-penalty >= 0")
         return draw
 
-    def __call__(self, logits: Tensor, uniform: Tensor, first: int = 0) -> Tensor:
+    @property
+    def looks_back(self) -> bool:
+        """Whether `__call__` needs the newest frames."""
+        return any(self.repeat_penalty)
+
+    def __call__(
+        self, logits: Tensor, uniform: Tensor, first: int = 0, newest: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, n, V] of codebooks `first` to first + n - 1 -> codes [B, n] int64.
 
-        `uniform` [B, n] are random numbers in [0, 1). On the same device, without a host read.
-        ABSENT where logits are not finite.
+        `uniform` [B, n] are random numbers in [0, 1), `newest` [NEWEST, B, K] the frames before,
+        where it `looks_back`. On the same device, without a host read. ABSENT where logits are not
+        finite.
         """
-        of = slice(first, first + logits.shape[1])
-        logits = self._temper(logits.float(), of)
-        if any(self.top_k[of]) or min(self.top_p[of]) < 1:
+        of, logits = slice(first, first + logits.shape[1]), logits.float()
+        if newest is not None and any(self.repeat_penalty[of]):
+            logits = self._penalise(logits, newest[..., of], of)
+        logits = self._temper(logits, of)
+        if any(self.top_k[of]) or min(self.top_p[of]) < 1 or any(self.min_p[of]):
             logits = self._narrow(logits, of)
         # Each number is looked up in the summed probabilities. It is scaled by the last sum, which
         # strays from 1, and kept off 0, so that an entry without probability is never hit.
@@ -91,6 +114,13 @@ class Draw:
         codes = torch.searchsorted(summed, target)[..., 0]
         return codes.masked_fill(codes == logits.shape[-1], ABSENT)  # NaN is found nowhere
 
+    def _penalise(self, logits: Tensor, newest: Tensor, of: slice) -> Tensor:
+        """Lower the logits of codes by their share of the newest frames [NEWEST, B, n]."""
+        shares = torch.zeros_like(logits)
+        counted = (newest != ABSENT).float() / NEWEST
+        shares.scatter_add_(-1, newest.clamp(min=0).permute(1, 2, 0), counted.permute(1, 2, 0))
+        return logits - shares * _limits(self, logits.device).repeat_penalty[of, None]
+
     def _temper(self, logits: Tensor, of: slice) -> Tensor:
         temperature = [max(t, COLDEST) for t in self.temperature[of]]
         if len(set(temperature)) == 1:
@@ -98,7 +128,10 @@ class Draw:
         return logits / _limits(self, logits.device).temperature[of, None]
 
     def _narrow(self, logits: Tensor, of: slice) -> Tensor:
-        """Set to -inf what top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) leave out."""
+        """Set to -inf what top-k, top-p and min-p leave out.
+
+        Fan et al. 2018, Holtzman et al. 2020 and Nguyen et al. 2025.
+        """
         vocab, limits = logits.shape[-1], _limits(self, logits.device)
         most = max(min(k or vocab, vocab) for k in self.top_k[of])
         likeliest, order = logits.topk(most)  # a whole sort takes far longer
@@ -106,6 +139,7 @@ class Draw:
         before = probabilities.cumsum(-1) - probabilities  # held by likelier entries
         rank = torch.arange(most, device=logits.device)
         dropped = (rank >= limits.top_k[of, None]) | (before >= limits.top_p[of, None])
+        dropped |= probabilities < limits.min_p[of, None] * probabilities[..., :1]
         dropped[..., 0] = False  # the likeliest always stays
         kept = likeliest.masked_fill(dropped, -torch.inf)
         return torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
@@ -117,6 +151,8 @@ class _Limits(NamedTuple):
     temperature: Tensor  # float32
     top_k: Tensor  # int64
     top_p: Tensor  # float32
+    min_p: Tensor  # float32
+    repeat_penalty: Tensor  # float32
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,11 +162,18 @@ def _limits(draw: Draw, device: torch.device) -> _Limits:
         torch.tensor([max(t, COLDEST) for t in draw.temperature], device=device),
         torch.tensor([k or torch.iinfo(torch.int64).max for k in draw.top_k], device=device),
         torch.tensor([p if p < 1 else torch.inf for p in draw.top_p], device=device),
+        torch.tensor(draw.min_p, device=device),
+        torch.tensor(draw.repeat_penalty, device=device),
     )
 
 
+def generate(model: CodesTransformer, frames: int, **options: Any) -> Tensor:
+    """Draw `frames` new frames; codes [B, frames, K] int64. Options and errors as of `stream`."""
+    return torch.cat(list(stream(model, frames, **options)), dim=1)
+
+
 @torch.inference_mode()
-def generate(
+def stream(
     model: CodesTransformer,
     frames: int,
     *,
@@ -142,13 +185,14 @@ def generate(
     compiled: bool = False,
     dtype: torch.dtype | None = None,
     on_frame: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """Draw `frames` new frames after an optional prompt [T, K]; codes [B, frames, K] int64.
+) -> Iterator[Tensor]:
+    """Draw `frames` new frames after an optional prompt [T, K]; yield codes [B, n, K] int64.
 
-    The model sees at most ctx frames, as in training. `compiled` compiles the one step of static
-    shape; on CUDA a frame, drawing included, is replayed as one CUDA graph instead. Products are
-    made in `dtype`, without it in that of the weights. `on_frame` is called after each frame. The
-    model is left in evaluation mode.
+    They come as they are drawn, n = AT_ONCE frames at a time, the last ones perhaps fewer, so that
+    memory does not grow with `frames`. The model sees at most ctx frames, as in training.
+    `compiled` compiles the one step of static shape; on CUDA a frame, drawing included, is replayed
+    as one CUDA graph instead. Products are made in `dtype`, without it in that of the weights.
+    `on_frame` is called after each frame. The model is left in evaluation mode.
 
     Raises:
         ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
@@ -167,55 +211,65 @@ def generate(
     by_inductor = compiled and not in_graph
     advance = torch.compile(model.advance, fullgraph=True) if by_inductor else model.advance
     start = known.shape[1] - lag
-    columns = torch.empty((batch, start + frames + lag, k), dtype=torch.int64, device=device)
-    columns[:, :start] = known[:, :start]
-    here = known.new_empty(k)  # what of the present column is given
-    # Made outside of the graph, in the order of drawing: with depth one codebook after another.
-    numbers = torch.empty((k, batch) if model.depth else (batch, k), device=device)
-    uniform = numbers.mT if model.depth else numbers
-    state = model.prefill(columns[:, :start], cache)
-    take = _column_taker(model, advance, cache, draw, state, here, uniform)
+    state = model.prefill(known[:, :start].expand(batch, -1, -1), cache)
+    column = _Column(model, draw, state, known[0, :start])
+    take: Callable[[], Tensor] = functools.partial(column.take, advance, cache)
+    columns = torch.empty((batch, AT_ONCE + lag, k), dtype=torch.int64, device=device)
+    filled = 0  # of `columns`: the last `lag` of those yielded, which their frames need, and on
     for i, codes in enumerate(_given_codes(known[0, start:], frames)):
-        here.copy_(codes)
-        numbers.uniform_(generator=generator)
+        column.given.copy_(codes)
+        column.numbers.uniform_(generator=generator)
         if in_graph and i == COLUMNS_BEFORE_GRAPH:
             take = _recorded(take)
-        columns[:, start + i] = drawn = take()
+        columns[:, filled] = drawn = take()
+        filled += 1
         if i == 0 and ((drawn == ABSENT) & (codes == TO_DRAW)).any():
             raise NotFiniteError(0)
         on_frame()
-    codes = unshift(columns, lag)[:, start:]
-    if (spoiled := (codes < 0).any(-1).any(0)).any():
-        raise NotFiniteError(int(spoiled.nonzero()[0]))
-    return codes
+        if filled == AT_ONCE + lag or i + 1 == frames + lag:
+            new = unshift(columns[:, :filled], lag).clone()
+            if (spoiled := (new < 0).any(-1).any(0)).any():
+                raise NotFiniteError(i + 1 - filled + int(spoiled.nonzero()[0]))
+            yield new
+            columns[:, :lag], filled = columns[:, filled - lag : filled].clone(), lag
 
 
-def _column_taker(
-    model: CodesTransformer,
-    advance: Callable[[Tensor, KeyValueCache], Tensor],
-    cache: KeyValueCache,
-    draw: Draw,
-    state: Tensor,
-    here: Tensor,
-    uniform: Tensor,
-) -> Callable[[], Tensor]:
-    """Return a function that takes a column [B, K] and moves `state` [B, D] on to the next one.
+class _Column:
+    """The columns drawn, one after another, from buffers that stay in their places for CUDA graphs.
 
-    It draws by the random numbers `uniform` [B, K] where `here` [K] is TO_DRAW. Both are read anew
-    in each call and stay in their places, so that a CUDA graph can replay it.
+    Set `given` [K] int64 (TO_DRAW: to be drawn) and `numbers` anew before each `take`.
     """
-    inner = model.new_depth_cache(len(uniform))
 
-    def choose(logits: Tensor, first: int) -> Tensor:
-        return draw(logits, uniform[:, first : first + logits.shape[1]], first)
+    def __init__(self, model: CodesTransformer, draw: Draw, state: Tensor, before: Tensor) -> None:
+        """Of the state [B, D] after the columns `before` [T, K]."""
+        self.model, self.draw, self.state = model, draw, state
+        batch, k = len(state), model.config.num_codebooks
+        self.inner = model.new_depth_cache(batch)
+        self.given = before.new_empty(k)
+        # Made outside of the graph, in the order of drawing: with depth one codebook after another.
+        self.numbers = torch.empty((k, batch) if model.depth else (batch, k), device=state.device)
+        self.uniform = self.numbers.mT if model.depth else self.numbers  # [B, K]
+        self.newest = None
+        if draw.looks_back:
+            self.newest = before.new_full((NEWEST, batch, k), ABSENT)
+            self.newest[max(0, NEWEST - len(before)) :] = before[-NEWEST:, None]
 
-    def take_column() -> Tensor:
-        drawn = torch.where(here == TO_DRAW, model.draw(state, choose, inner), here)
+    def take(
+        self, advance: Callable[[Tensor, KeyValueCache], Tensor], cache: KeyValueCache
+    ) -> Tensor:
+        """Draw the codes that are not given; return the column [B, K] and move on to the next."""
+        drawn = torch.where(
+            self.given == TO_DRAW, self.model.draw(self.state, self._choose, self.inner), self.given
+        )
+        if self.newest is not None:
+            self.newest.copy_(torch.cat((self.newest[1:], drawn[None])))
         cache.begin(1)
-        state.copy_(advance(drawn, cache))
+        self.state.copy_(advance(drawn, cache))
         return drawn
 
-    return take_column
+    def _choose(self, logits: Tensor, first: int) -> Tensor:
+        uniform = self.uniform[:, first : first + logits.shape[1]]
+        return self.draw(logits, uniform, first, self.newest)
 
 
 def _given_codes(known: Tensor, frames: int) -> Iterator[Tensor]:

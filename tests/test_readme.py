@@ -176,7 +176,7 @@ def test_every_command_in_documents_and_docstrings_parses(path):
     found = commands(path)
     assert bool(found) == (path.name not in ("CONTRIBUTING.md", "flags.md", "formats.md"))
     for command in found:
-        words = shlex.split(command, comments=True)
+        words = shlex.split(re.split(r" [|>] ", command)[0], comments=True)
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         door = DOORS[words[at].removesuffix(".py")]
         door.build_parser().parse_args(words[at + 1 :])

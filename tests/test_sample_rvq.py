@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from kit import processes
 from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import ROOT, TINY, make_run, rows, train, wait_for
@@ -27,7 +28,8 @@ from npq_dataset import WindowDataset, find_npq_files, scan_corpus, split_corpus
 from run_folder.checkpoint import CheckpointError, load_checkpoint
 from run_folder.files import save_checkpoint
 from run_folder.shared_weights import export_weights
-from sound.codec import CodecError, codec_id
+from sound.audio_file import write_wav
+from sound.codec import CodecError, codec_id, load_codec
 from sound.npq_format import map_codes, read_header, write_npq
 from sound.origin import CodecId, Records
 from sound.statistics import compare, describe
@@ -479,6 +481,63 @@ def test_ctrl_c_tells_what_was_written(checkpoint, tmp_path):
     assert not out.exists()
 
 
+# --- sound as it is drawn ------------------------------------------------------------------------
+
+
+def streamed(checkpoint: Path, *flags: object) -> processes.Popen:
+    command = [sys.executable, ROOT / "sample_rvq.py", checkpoint, "--out", "-", *flags]
+    return processes.Popen(
+        [str(word) for word in (*command, "--codec", "demo")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt-frames", "30"), ("--with-prompt",)])
+def test_a_stream_equals_the_file_and_the_whole_decode(flags, checkpoint, music, tmp_path):
+    if flags:
+        flags = ("--prompt", music / "0.npq", *flags)
+    flags = ("--frames", 1100, *flags)  # three chunks
+    named = ("--npq-out", tmp_path / "a.npq", "--codec", "demo")
+    assert sample(checkpoint, "--out", tmp_path / "a.wav", *named, *flags) == 0
+    sound, errors = streamed(checkpoint, *flags).communicate(timeout=60)
+    assert sound == (tmp_path / "a.wav").read_bytes(), errors
+    drawn = codes_in(tmp_path / "a.npq").astype(np.int64)
+    if "--prompt-frames" not in flags:  # the codec looks back into the prompt
+        whole = load_codec("demo").decode_channels(torch.from_numpy(drawn)).numpy()
+        write_wav(tmp_path / "b.wav", [whole], 44_100, whole.shape)
+        assert sound == (tmp_path / "b.wav").read_bytes()
+
+
+def test_sound_comes_while_it_is_drawn_and_its_reader_may_leave(checkpoint):
+    process = streamed(checkpoint, "--frames", 1_000_000)
+    assert process.stdout.read(44)[:4] == b"RIFF"
+    assert len(process.stdout.read(512 * 512 * 2)) == 512 * 512 * 2  # a chunk of three hours
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(60) == 0
+    assert errors.splitlines()[-1] == "! standard output was closed; the sample ends there"
+
+
+def test_sound_is_not_written_into_a_terminal(checkpoint):
+    master, terminal = os.openpty()
+    process = processes.Popen(
+        [sys.executable, ROOT / "sample_rvq.py", checkpoint, "--out", "-"],
+        stdout=terminal, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=60)
+    os.close(terminal)
+    os.close(master)
+    assert process.returncode == 2
+    assert "standard output is a terminal; add `| ffplay -`" in errors
+
+
+def test_a_wav_of_over_4_gb_is_refused_before_its_first_frame(checkpoint, tmp_path, capsys):
+    out = tmp_path / "long.wav"
+    assert sample(checkpoint, "--out", out, "--codec", "demo", "--frames", "5000000") == 1
+    assert "at most 4 GB, as a .wav holds, found: 16.1 hours; write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 NPQ = ("--npq-out", "{tmp}/x.npq")
 
 
@@ -511,7 +570,9 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{checkpoint}", *NPQ, "--prompt", "{odd}/one.wav", "--codec", "demo"), 1, "silence"),
         (("{checkpoint}", *NPQ, "--device", "meta"), 2, "--device: expected cuda, cuda:1"),
         (("{checkpoint}", *NPQ, "--device", "mps"), 2, "--device mps: not usable here"),
-        (("{checkpoint}", *NPQ, "--samples", "10000", "--frames", "10000000"), 2, "into memory"),
+        (("{checkpoint}", "--out", "-", "--samples", "2"), 2, "takes one sample"),
+        (("{checkpoint}", *NPQ, "--min-p", "1"), 2, "--min-p"),
+        (("{checkpoint}", *NPQ, "--repeat-penalty", "1,2"), 2, "--repeat-penalty: expected 1 or 9"),
         (("{checkpoint}", *NPQ, "--fames", "3"), 2, "did you mean --frames?"),
         (("{checkpoint}", "--out", "{tmp}/x.wav", "--codec", "{tmp}/no.pth"), 1, "no.pth"),
         (("{odd}/other.safetensors", "--out", "{tmp}/x.wav", "--codec", "demo"), 2, "75.00 frames"),

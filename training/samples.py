@@ -76,7 +76,12 @@ def draw(run: TrainingRun) -> tuple[Codes, Path]:
         flags.eval_frames,
         ctx=flags.ctx,
         draw=Draw.of(
-            config.num_codebooks, flags.eval_temperature, flags.eval_top_k, flags.eval_top_p
+            config.num_codebooks,
+            flags.eval_temperature,
+            flags.eval_top_k,
+            flags.eval_top_p,
+            flags.eval_min_p,
+            flags.eval_repeat_penalty,
         ),
         seed=flags.seed + p.epoch,
         dtype=run.amp_dtype,
@@ -120,8 +125,8 @@ def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
             f"--eval-dac-repo {name}: the codec has {odd[0]}, the model makes {odd[1]}; name the "
             "codec that the training data was encoded with"
         )
-    waveform = codec.decode_channels(torch.from_numpy(codes), side)
-    write_wav(path, waveform.numpy(), codec.sample_rate)
+    waveform = codec.decode_channels(torch.from_numpy(codes), side).numpy()
+    write_wav(path, [waveform], codec.sample_rate, waveform.shape)
 
 
 def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:

@@ -368,7 +368,7 @@ def test_resampling_keeps_a_tone(tmp_path):
 
 def test_wav_files_clip_and_leave_nothing_behind(tmp_path):
     path = tmp_path / "a.wav"
-    write_wav(path, np.array([[0.5, 2.0], [-0.25, -2.0]], np.float32), RATE)
+    write_wav(path, [np.array([[0.5, 2.0], [-0.25, -2.0]], np.float32)], RATE, (2, 2))
     samples, rate = soundfile.read(path)
     assert rate == RATE
     np.testing.assert_allclose(samples, [[0.5, -0.25], [1, -1]], atol=1e-4)

@@ -19,7 +19,8 @@ from model import (
     ModelConfig,
     shift,
 )
-from sound.sampling import Draw, NotFiniteError, generate, packed_copy
+from sound import sampling
+from sound.sampling import NEWEST, Draw, NotFiniteError, generate, packed_copy, stream
 
 ANY = Draw.of(3)
 
@@ -76,10 +77,10 @@ def test_what_is_drawn_is_drawn_from_the_logits_of_training(pattern, prompt_fram
     drawn_from: dict[int, list[torch.Tensor]] = {k: [] for k in range(3)}
     draw = Draw.__call__
 
-    def record(self, logits, uniform, first=0):
+    def record(self, logits, uniform, first, newest):
         for i in range(logits.shape[1]):
             drawn_from[first + i].append(logits[:, i])
-        return draw(self, logits, uniform, first)
+        return draw(self, logits, uniform, first, newest)
 
     monkeypatch.setattr(Draw, "__call__", record)
     codes = generate(model, 10, ctx=20, draw=ANY, batch=2, prompt=prompt)
@@ -218,13 +219,17 @@ def test_draws_follow_the_probabilities():
         ({"top_p": 0.81}, {0, 1, 2}),
         ({"top_p": 1e-9}, {0}),
         ({"top_k": 3, "top_p": 0.6}, {0, 1}),
+        ({"min_p": 0.59}, {0, 1}),
+        ({"min_p": 0.61}, {0}),
+        ({"min_p": 0.2, "top_p": 0.9}, {0, 1, 2}),
+        ({"min_p": 0.2, "top_k": 2}, {0, 1}),
         ({"temperature": 0.01}, {0}),
         ({"temperature": 1e-40}, {0}),
         ({"temperature": 1e-320, "top_p": 1e-320}, {0}),
         ({"temperature": 9e29, "top_k": 2}, {0, 1}),
     ],
 )
-def test_top_k_and_top_p_keep_the_likeliest(options, kept):
+def test_top_k_top_p_and_min_p_keep_the_likeliest(options, kept):
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 1, 4)
     codes = Draw.of(1, **options)(logits, uniform_like(logits))
     assert set(codes.unique().tolist()) == kept
@@ -241,11 +246,12 @@ class Made(TorchFunctionMode):
 
 
 def test_a_draw_waits_for_the_host_once():
-    draw = Draw.of(3, temperature=[0.8, 0.9, 1.1], top_k=[5, 0, 3], top_p=[0.9, 1.0, 0.5])
+    draw = Draw.of(3, [0.8, 0.9, 1.1], [5, 0, 3], [0.9, 1.0, 0.5], [0.1, 0, 0], [4, 0, 1])
+    newest = torch.randint(16, (NEWEST, 2, 3))
     counts = []
     for _ in range(3):
         with Made() as made:
-            draw(torch.randn(2, 3, 16), torch.rand(2, 3))
+            draw(torch.randn(2, 3, 16), torch.rand(2, 3), 0, newest)
         counts.append(made.count)
     assert counts[0] > 0, "what is counted is seen"
     assert counts[1:] == [0, 0]
@@ -291,6 +297,61 @@ def test_limits_may_differ_per_codebook():
     assert [len(codes[:, k].unique()) for k in range(3)] == [1, 3, 8]
     with pytest.raises(ValueError, match="expected 1 or 3 values, found 2"):
         Draw.of(3, top_p=[0.5, 0.9])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_repeat_penalty_lowers_each_logit_by_its_codes_share_of_the_newest(pattern, monkeypatch):
+    """Against a loop, with a prompt shorter than what counts, per codebook."""
+    config = ModelConfig((8, 5, 8), d_model=32, layers=1, heads=2, pattern=pattern)
+    model, prompt = make_model(config).eval(), make_codes(config, 1, 12)[0]
+    tempered: list[tuple[torch.Tensor, torch.Tensor]] = []
+    penalise = Draw._penalise
+
+    def record(self, logits, newest, of):
+        tempered.append((logits, penalise(self, logits, newest, of)))
+        return tempered[-1][1]
+
+    monkeypatch.setattr(Draw, "_penalise", record)
+    draw = Draw.of(3, repeat_penalty=[9.0, 0.0, 3.0])
+    codes = generate(model, 70, ctx=90, draw=draw, prompt=prompt)
+    table = shift(torch.cat((prompt[None], codes), dim=1), config.lag)[0]
+    calls = iter(tempered)
+    for column in range(12, 82):
+        for books in [(0,), (2,)] if pattern == "depth" else [(0, 1, 2)]:
+            logits, lowered = next(calls)
+            for i, k in enumerate(books):
+                newest = table[max(0, column - NEWEST) : column, k]
+                for code in range(8):
+                    share = int((newest == code).sum()) / NEWEST  # what is not there counts too
+                    expected = logits[0, i, code] - draw.repeat_penalty[k] * share
+                    assert lowered[0, i, code] == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("at_once", [1, 7, 20])
+def test_a_stream_is_the_same_however_many_frames_come_at_once(at_once, pattern, monkeypatch):
+    config = ModelConfig((8, 5, 8), d_model=32, layers=1, heads=2, pattern=pattern)
+    model, prompt = make_model(config).eval(), make_codes(config, 1, 9)[0]
+    whole = generate(model, 20, ctx=12, draw=ANY, batch=2, prompt=prompt)
+    monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+    parts = list(stream(model, 20, ctx=12, draw=ANY, batch=2, prompt=prompt))
+    assert [part.shape[1] for part in parts[:-1]] == [at_once] * (len(parts) - 1)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_what_is_not_finite_is_named_by_its_frame(monkeypatch):
+    """Far into a sample: the frames before were handed on."""
+    model = make_model().eval()
+    advance, came = model.advance, []
+
+    def spoiled(column, cache):
+        state = advance(column, cache)
+        return state * math.nan if cache.host_position == 1 + 70 else state
+
+    monkeypatch.setattr(model, "advance", spoiled)
+    with pytest.raises(NotFiniteError, match="from frame 70 of the sample on"):
+        came.extend(stream(model, 100, ctx=200, draw=ANY))
+    assert sum(part.shape[1] for part in came) == sampling.AT_ONCE
 
 
 def test_the_cached_step_is_faster_than_recomputing_the_window():
