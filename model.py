@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from layers.loss import Losses, head_logits, linear_cross_entropy
 from layers.rotary import Rope, rotary_angles, rotate
 
 PATTERNS = ("parallel", "delay", "depth")
-ABSENT = -1  # stands for an unknown code; it adds nothing to the embedding
+ABSENT = -1  # stands for an unknown code or label; it adds nothing to the embedding
 EMBED_STD = 0.001  # standard deviation of embeddings, BOS and head at initialisation
 NORM_EPS = 1e-6
 EMBED_NORM_EPS = 1e-8  # NORM_EPS would equal a row's initial mean square, EMBED_STD^2
@@ -72,9 +72,13 @@ class ModelConfig:
     depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
     depth_dropout: float = 0.0  # dropout of the depth transformer
     embed_fall: float = 0.0  # the embeddings of codebook k enter the sum times (k + 1) ** -fall
+    labels: tuple[str, ...] = ()  # names of what a window can be labelled with
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
+        object.__setattr__(self, "labels", tuple(map(str, self.labels)))
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels: expected different names, found {self.labels}")
         if not self.vocab_sizes or min(self.vocab_sizes) < 2:
             raise ValueError(f"vocab_sizes: expected at least 2 entries each, {self.vocab_sizes=}")
         if min(self.d_model, self.layers, self.heads, self.mlp_ratio, self.depth_layers) < 1:
@@ -95,7 +99,9 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain types for a checkpoint; `from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "vocab_sizes": list(self.vocab_sizes)}
+        fields = {**dataclasses.asdict(self), "vocab_sizes": list(self.vocab_sizes)}
+        labels = list(fields.pop("labels"))
+        return {**fields, "labels": labels} if labels else fields  # versions before know none
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ModelConfig:
@@ -111,6 +117,16 @@ class ModelConfig:
     def num_codebooks(self) -> int:
         """Number of codebooks, K."""
         return len(self.vocab_sizes)
+
+    def numbers_of(self, labels: Sequence[str]) -> list[int]:
+        """Return the numbers of labels by name; raises ValueError for one that the model lacks."""
+        known = {name: number for number, name in enumerate(self.labels)}
+        if unknown := [name for name in labels if name not in known]:
+            raise ValueError(
+                f"unknown label {', '.join(map(repr, unknown))}; the model knows "
+                + (", ".join(map(repr, self.labels)) or "none: it was trained without --labels")
+            )
+        return [known[name] for name in labels]
 
     @property
     def channels(self) -> int:
@@ -197,11 +213,13 @@ class CodesTransformer(nn.Module):
     need no table, so the same weights work with any ctx. The summed embeddings are RMS-normalised
     before the first block: without this, gradients spike when attention first
     forms (benchmarks/journal.md). In the sum a codebook counts less the later it comes: each one of
-    a residual quantiser codes what the ones before it left, which is ever more like noise.
+    a residual quantiser codes what the ones before it left, which is ever more like noise. The
+    embeddings of a window's labels are added to all of its positions behind that normalisation.
 
     The keyword arguments affect training only: `grad_checkpoint` recomputes blocks in backward
     instead of keeping their activations; `code_dropout` is the probability that an input code is
-    replaced by ABSENT; `depth_share` is the share of the frames in the loss of pattern "depth".
+    replaced by ABSENT, `label_dropout` the probability that a window loses its labels;
+    `depth_share` is the share of the frames in the loss of pattern "depth".
     """
 
     row_offset: Tensor  # [K] int64
@@ -213,16 +231,21 @@ class CodesTransformer(nn.Module):
         *,
         grad_checkpoint: bool = False,
         code_dropout: float = 0.0,
+        label_dropout: float = 0.0,
         depth_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
-        self.code_dropout = code_dropout
+        self.code_dropout, self.label_dropout = code_dropout, label_dropout
         # An integer: torch.compile would treat a float that differs between models as a symbol.
         self.drawn_of_1024 = max(1, round(1024 * depth_share))
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
         self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
+        self.label_embed = None
+        if config.labels:  # without random numbers: all else begins as in a model without
+            none = torch.zeros(len(config.labels), d)
+            self.label_embed = nn.Embedding.from_pretrained(none, freeze=False)
         self.bos = nn.Parameter(torch.empty(d))  # stands for the frame before the first
         self.embed_norm = nn.RMSNorm(d, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -238,13 +261,13 @@ class CodesTransformer(nn.Module):
     def init_weights(self) -> None:
         """Initialise all weights from normal distributions; gains of norms stay 1.
 
-        Output projections start at zero, so each block begins as the identity; input projections
-        keep the variance. Embeddings (which are normalised) and the head start small, so the first
-        predictions are uniform; and since Adam's steps do not depend on the size of the weights,
-        small rows change direction sooner.
+        Output projections start at zero, so each block begins as the identity, and so do labels;
+        input projections keep the variance. Embeddings (which are normalised) and the head start
+        small, so the first predictions are uniform; and since Adam's steps do not depend on the
+        size of the weights, small rows change direction sooner.
         """
         for name, p in self.named_parameters():
-            if name.endswith(("attn.out.weight", "mlp.down.weight")):
+            if name.endswith(("attn.out.weight", "mlp.down.weight", "label_embed.weight")):
                 nn.init.zeros_(p)
             elif name.endswith(("attn.qkv.weight", "mlp.up.weight", "proj.weight")):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -253,9 +276,12 @@ class CodesTransformer(nn.Module):
 
     # --- whole windows ---------------------------------------------------------------------------
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Map codes [B, T, K] int64 to logits [B, T, K, V]; entries beyond V_k are -inf."""
-        states = self.head_states(self.hidden_states(codes), codes)
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Map codes [B, T, K] int64 to logits [B, T, K, V]; entries beyond V_k are -inf.
+
+        `labels` [B, n] int64 are the numbers of each window's labels, ABSENT where it has fewer.
+        """
+        states = self.head_states(self.hidden_states(codes, labels), codes)
         return self.logits_of(states).unflatten(0, codes.shape[:2])
 
     def losses(
@@ -263,14 +289,15 @@ class CodesTransformer(nn.Module):
         codes: Tensor,
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Losses:
-        """Return the losses of codes [B, T, K] int64 in nats per code.
+        """Return the losses of codes [B, T, K] int64 in nats per code; for `labels` see `forward`.
 
         `weights` [K] are the loss weights of the codebooks, by default equal. In training mode the
         depth transformer gets only a share `depth_share` of the frames, drawn anew in each call: an
         unbiased estimate of the loss at a fraction of the cost.
         """
-        hidden, frames = self.hidden_states(codes), codes
+        hidden, frames = self.hidden_states(codes, labels), codes
         if self.depth and self.training and self.drawn_of_1024 < 1024:
             count = codes.shape[0] * codes.shape[1]
             drawn = torch.randperm(count, device=codes.device)
@@ -285,14 +312,16 @@ class CodesTransformer(nn.Module):
             label_smoothing=label_smoothing,
         )
 
-    def hidden_states(self, codes: Tensor) -> Tensor:
+    def hidden_states(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map codes [B, T, K] to the normalised output of the last block, [B, T + lag, D]."""
         shifted = shift(codes, self.config.lag)
         if self.code_dropout and self.training:
             gone = torch.rand(shifted.shape, device=codes.device) < self.code_dropout
             shifted = shifted.masked_fill(gone, ABSENT)
-        x = self.embed_past(shifted)
-        x = F.dropout(self.embed_norm(x), self.config.dropout, self.training)
+        x = self.embed_norm(self.embed_past(shifted))
+        if labels is not None:
+            x = x + self.embed_labels(labels)
+        x = F.dropout(x, self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(x.shape[1], device=codes.device))
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -315,6 +344,16 @@ class CodesTransformer(nn.Module):
         # One bag per frame: gathers and sums without a tensor [B, T, K, D].
         x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=scale)
         return x.unflatten(0, codes.shape[:2])
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """Map labels [B, n], some of them ABSENT, to what they add to each position, [B, 1, D]."""
+        assert self.label_embed is not None, "the model has no labels"
+        given = labels >= 0
+        if self.label_dropout and self.training:
+            given &= torch.rand((len(labels), 1), device=labels.device) >= self.label_dropout
+        weight = self.label_embed.weight
+        rows, scale = labels.clamp(min=0), given.to(weight.dtype)
+        return F.embedding_bag(rows, weight, mode="sum", per_sample_weights=scale)[:, None]
 
     def head_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return the inputs of the heads from the result of `hidden_states` and codes [B, T, K].
@@ -346,11 +385,22 @@ class CodesTransformer(nn.Module):
     # --- column by column ------------------------------------------------------------------------
 
     def new_cache(
-        self, batch: int, ctx: int, dtype: torch.dtype = torch.float32, *, static: bool = False
+        self,
+        batch: int,
+        ctx: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        static: bool = False,
+        labels: Tensor | None = None,
     ) -> KeyValueCache:
-        """Return an empty key-value cache for windows of ctx frames, on the model's device."""
+        """Return an empty key-value cache for windows of ctx frames, on the model's device.
+
+        All that goes through it is labelled with `labels` [B, n]; see `forward`.
+        """
         size = ctx + self.config.lag
-        return self.config.new_cache(batch, size, self.bos.device, dtype, static=static)
+        cache = self.config.new_cache(batch, size, self.bos.device, dtype, static=static)
+        cache.added = None if labels is None else self.embed_labels(labels).detach()
+        return cache
 
     @torch.no_grad()
     def prefill(self, columns: Tensor, cache: KeyValueCache) -> Tensor:
@@ -378,6 +428,8 @@ class CodesTransformer(nn.Module):
 
     def _through_cache(self, x: Tensor, rope: Rope, cache: KeyValueCache) -> Tensor:
         x = self.embed_norm(x)
+        if cache.added is not None:
+            x = x + cache.added
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, rope, layer)
         return self.norm(x[:, -1])

@@ -30,13 +30,19 @@ from torch.utils.data import Dataset, Sampler
 
 from cli.file_list import listed_files
 from sound.copying import Track
-from sound.corpus import BadFilesError, Corpus, find_npq_files, scan_corpus
+from sound.corpus import (
+    BadFilesError,
+    Corpus,
+    find_npq_files,
+    roots_of_npq_files,
+    scan_corpus,
+)
 from sound.npq_format import CODE_DTYPES, file_changed, open_unchanged, read_header
 
 # fmt: off
 __all__ = [
     "BadFilesError", "Corpus", "EpochOrder", "Spans", "WindowDataset", "find_npq_files",
-    "scan_corpus", "split_corpus",
+    "roots_of_npq_files", "scan_corpus", "split_corpus",
 ]
 # fmt: on
 
@@ -159,6 +165,9 @@ class WindowDataset(Dataset[torch.Tensor]):
     ) -> None:
         self.paths, self.files, self.spans = corpus.paths, corpus.files, spans
         self.num_codebooks = corpus.num_codebooks
+        self.labels: torch.Tensor | None = None  # [files, n] int64, see `Labels`
+        if corpus.labels is not None:
+            self.labels = torch.from_numpy(corpus.labels.of_file)
         self.dtype = np.dtype(np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32)
         code_bytes = 1 << self.files["dtype_code"]
         self.frame_bytes = self.files["codebooks"] * code_bytes
@@ -256,6 +265,10 @@ class WindowDataset(Dataset[torch.Tensor]):
                 self._read_into(codes.data, file, position)
                 row[:] = codes[:, : self.num_codebooks]
         return torch.from_numpy(batch)
+
+    def labels_of(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor | None:
+        """The labels [B, n] int64 of windows, padded with -1; None without --labels."""
+        return None if self.labels is None else self.labels[self.locate(numbers)[0]]
 
     def _read_into(self, buffer: memoryview, file: int, position: int) -> None:
         """Fill the buffer with a file's bytes from `position` on.

@@ -63,6 +63,7 @@ from run_folder.shared_weights import is_shared
 from run_folder.validations import trouble_of
 from sound.npq_format import NpqError
 from training import compiling, dry_run, ends, rollback, samples, saving
+from training.loader import Batch
 from training.parallel import ParallelError, World, join, leave
 from training.rollback_policy import lr_doubling
 from training.schedule import cooldown_begins, learning_rate
@@ -129,8 +130,8 @@ class StepStats:
     is_overflow: bool = False  # fp16 gradients overflowed; the scaler lowers the loss scale
 
 
-def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
-    """Take one optimizer step over `accum` micro-batches of codes [B, ctx, K].
+def train_step(run: TrainingRun, batches: Iterator[Batch]) -> StepStats:
+    """Take one optimizer step over `accum` micro-batches.
 
     A step that the guard refuses changes neither weights nor optimizer nor EMA.
     """
@@ -158,7 +159,7 @@ def train_step(run: TrainingRun, batches: Iterator[Tensor]) -> StepStats:
     return StepStats(loss, ce, grad_norm, lr, refused, overflow)
 
 
-def backward(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
+def backward(run: TrainingRun, batches: Iterator[Batch]) -> Tensor:
     """Compute the gradients of `accum` micro-batches, shared out over all processes.
 
     Returns [objective, ce of each codebook, gradient norm] over all processes as one float32
@@ -171,7 +172,7 @@ def backward(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     return torch.cat((loss_and_ce, torch.nn.utils.get_total_norm(gradients)[None]))
 
 
-def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
+def accumulate(run: TrainingRun, batches: Iterator[Batch]) -> Tensor:
     """Accumulate the gradients of this process's micro-batches of one step.
 
     Returns this process's summand of [objective, ce of each codebook], float32 [1 + K] on the
@@ -182,14 +183,14 @@ def accumulate(run: TrainingRun, batches: Iterator[Tensor]) -> Tensor:
     if run.has_graphs:
         compiling.own_gradients(run.state.model.parameters())
     mine = range(world.rank, flags.accum, world.size)
-    for index, codes in zip(mine, batches, strict=False):
-        codes = codes.to(run.device, non_blocking=True).long()
+    for index, batch in zip(mine, batches, strict=False):
+        inputs = run.inputs_of(batch)
         if run.has_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(noise_seed(flags.seed, p.epoch, p.position + index * flags.batch))
         with world.reducing(last=index == mine[-1]):
             with run.autocast():
-                losses = run.losses(codes)
+                losses = run.losses(*inputs)
             run.state.scaler.scale(losses.objective / len(mine)).backward()
         # The sum is a new tensor: CUDA graphs overwrite their outputs at the next micro-batch.
         share = torch.cat((losses.objective.detach()[None], losses.ce)) / flags.accum
@@ -285,28 +286,40 @@ class Validation:
     val_obj: float  # the training objective
     per_codebook: list[float]
     train_ce: float  # as val, over training windows
+    unlabelled: float | None  # val of a labelled model that is not told the labels
 
 
 def evaluate(run: TrainingRun) -> Validation | None:
     """Validate the EMA weights, without torch.compile; return None if a signal interrupted it.
 
     The same training windows, evenly spread, are evaluated each time: a quarter as many as
-    validation windows, at least FEW_WINDOWS, never more than validation has.
+    validation windows, at least FEW_WINDOWS, never more than validation has. Each window has its
+    own labels; a labelled model is validated without them too.
     """
     count = len(run.val_windows)
-    held_out = mean_losses(run, run.val_windows, np.arange(count))
     few = min(count, max(FEW_WINDOWS, count // 4), len(run.train_windows))
     seen = np.linspace(0, len(run.train_windows) - 1, few).astype(np.int64)
-    trained = None if held_out is None else mean_losses(run, run.train_windows, seen)
-    if held_out is None or trained is None:
+    means = [mean_losses(run, run.val_windows, np.arange(count))]
+    means.append(mean_losses(run, run.train_windows, seen))
+    if run.state.model.label_embed is not None:
+        means.append(mean_losses(run, run.val_windows, np.arange(count), labelled=False))
+    found = [mean for mean in means if mean is not None]
+    if len(found) < len(means):
         return None
-    (objective, *ce), (_, *train_ce) = torch.stack((held_out, trained)).tolist()
-    return Validation(sum(ce) / len(ce), objective, ce, sum(train_ce) / len(train_ce))
+    (objective, *ce), (_, *train_ce), *rest = torch.stack(found).tolist()
+    unlabelled = [sum(bare) / len(bare) for _, *bare in rest]
+    return Validation(
+        sum(ce) / len(ce), objective, ce, sum(train_ce) / len(train_ce), *(unlabelled or [None])
+    )
 
 
 @torch.inference_mode()
 def mean_losses(
-    run: TrainingRun, source: WindowDataset, numbers: np.ndarray[Any, Any]
+    run: TrainingRun,
+    source: WindowDataset,
+    numbers: np.ndarray[Any, Any],
+    *,
+    labelled: bool = True,
 ) -> Tensor | None:
     """Return [objective, ce of each codebook] of the EMA weights, means over the named windows.
 
@@ -319,12 +332,13 @@ def mean_losses(
     # A rank without windows runs one with weight 0: collectives need every rank.
     batches = run.loader.read(source, (w if len(w) else numbers[:1] for w in mine))
     for windows in mine:
-        codes = next_codes(run, batches, 1)
-        if codes is None:
+        found = next_batches(run, batches, 1)
+        if found is None:
             return None
         with run.autocast():
-            on_device = codes[0].to(run.device, non_blocking=True).long()
-            losses = model.losses(on_device, flags.label_smoothing, run.weights)
+            codes, *labels = run.inputs_of(found[0])
+            given = labels if labelled else []
+            losses = model.losses(codes, flags.label_smoothing, run.weights, *given)
             total += torch.cat((losses.objective[None], losses.ce)) * len(windows)
     world.sum(total)
     return total / (len(numbers) or math.nan)
@@ -377,10 +391,10 @@ def take_steps(run: TrainingRun) -> bool:
                 continue
             p.cooling = p.cooling or cools
         started = time.perf_counter()
-        codes = next_codes(run, batches, run.flags.accum // run.world.size)
-        if codes is None:
+        found = next_batches(run, batches, run.flags.accum // run.world.size)
+        if found is None:
             break
-        stats = train_step(run, iter(codes))
+        stats = train_step(run, iter(found))
         seconds = sync_control(run, time.perf_counter() - started)
         p.seconds += seconds
         p.epoch_seconds += seconds
@@ -413,7 +427,7 @@ def sync_control(run: TrainingRun, seconds: float = 0.0) -> float:
     return seconds
 
 
-def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
+def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Batch], int]:
     """Return the epoch's remaining micro-batches and the position at which the epoch ends."""
     p, order = run.state.progress, run.order
     order.epoch, order.start = p.epoch, p.position
@@ -423,18 +437,18 @@ def start_epoch_batches(run: TrainingRun) -> tuple[Iterator[Tensor], int]:
     return iter(run.loader), end
 
 
-def next_codes(run: TrainingRun, batches: Iterator[Tensor], count: int) -> list[Tensor] | None:
+def next_batches(run: TrainingRun, batches: Iterator[Batch], count: int) -> list[Batch] | None:
     """Read this process's next `count` micro-batches; return None after a signal to stop.
 
     The program waits for data only here, between two steps: within a step the state is incomplete,
     so a signal could not save it.
     """
     try:
-        codes = list(itertools.islice(batches, count))
+        found = list(itertools.islice(batches, count))
     except Stopped:
-        codes = []
+        found = []
     sync_control(run)
-    return codes if run.stop.signal is None else None
+    return found if run.stop.signal is None else None
 
 
 def while_waiting(run: TrainingRun) -> None:
@@ -587,6 +601,7 @@ def report_epoch(
         train_ce=result.train_ce,
         val=result.val,
         val_obj=result.val_obj,
+        **({} if result.unlabelled is None else {"val_unlabelled": result.unlabelled}),
         ppl=perplexity(result.val),
         val_per_codebook=result.per_codebook,
         frames_per_s=round(frames / max(p.epoch_seconds, 1e-9), 1),

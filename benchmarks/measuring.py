@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rvq
@@ -22,6 +21,7 @@ from run_folder.metrics import Console
 from sound.npq_format import write_npq
 from training import setup as run_setup
 from training import state as run_state
+from training.loader import Batch
 
 PEERS = "not installed: pip install -r requirements-bench.txt"
 
@@ -158,7 +158,7 @@ def trainer_run(
     return run
 
 
-def micro_batches(run: run_state.TrainingRun) -> Iterator[Tensor]:
+def micro_batches(run: run_state.TrainingRun) -> Iterator[Batch]:
     """For ever."""
     while True:
         yield from run.loader

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cli.file_search import real_paths
 
@@ -27,38 +28,58 @@ def listed_files(paths: Sequence[str], file_list: str | os.PathLike[str]) -> lis
         OSError: the list cannot be read.
         ValueError: it is not text, or lines fit no file, or several.
     """
+    named = files_named(paths, lines_of(file_list))
+    problems = [named.doubtful] if named.doubtful else []
+    if named.missing:
+        problems.append(
+            f"{named.missing} listed files are not in the data: {named.examples}; write base names "
+            "or paths that --data matches, one a line"
+        )
+    if problems:
+        raise ValueError(f"{file_list}: {'; '.join(problems)}")
+    return sorted(set(named.files.values()))
+
+
+class Named(NamedTuple):
+    """What the lines of a list mean, by their index; comments are left out."""
+
+    files: dict[int, int]  # number of the file
+    missing: int  # lines that fit none
+    examples: str  # some of these, with hints
+    doubtful: str  # about lines that fit several, or empty
+
+
+def files_named(paths: Sequence[str], lines: Sequence[str]) -> Named:
+    """Find the files that lines name."""
     names = _Names(paths)
-    listed: set[int] = set()
-    missing, doubtful = [], []
-    for line in lines_of(file_list):
+    named: dict[int, int] = {}
+    missing, doubtful, example = [], [], ""
+    for index, line in enumerate(lines):
         files = names.meant_by(line)
         if len(files) == 1:
-            listed.update(files)
+            named[index] = files[0]
         elif files:
             both = " and ".join(paths[i] for i in files[:2])
             doubtful.append(f"{line.strip()!r} fits {both}" + ", and more" * (len(files) > 2))
             example = os.path.join(".", paths[files[0]])
         elif not line.lstrip().startswith("#"):
             missing.append(line.strip())
-    problems = []
-    if doubtful:
-        problems.append(
-            f"{len(doubtful)} lines fit several files: {', '.join(doubtful[:MOST_SHOWN])}; put "
-            f"folders before such a name, as in {example}"
-        )
-    if missing:
-        shown = [line + names.nearly(line) for line in sorted(missing)[:MOST_SHOWN]]
-        problems.append(
-            f"{len(missing)} listed files are not in the data: {', '.join(shown)}; write base "
-            "names or paths that --data matches, one a line"
-        )
-    if problems:
-        raise ValueError(f"{file_list}: {'; '.join(problems)}")
-    return sorted(listed)
+    shown = [line + names.nearly(line) for line in sorted(missing)[:MOST_SHOWN]]
+    told = (
+        f"{len(doubtful)} lines fit several files: {', '.join(doubtful[:MOST_SHOWN])}; put folders "
+        f"before such a name, as in {example}"
+    )
+    return Named(named, len(missing), ", ".join(shown), told if doubtful else "")
 
 
 def lines_of(file_list: str | os.PathLike[str]) -> list[str]:
-    """The lines of a list that are not blank.
+    """The lines of a list that are not blank."""
+    # Not splitlines: it splits at characters that a name may hold.
+    return [line for line in re.split(r"[\r\n]+", text_of(file_list)) if line.strip()]
+
+
+def text_of(file_list: str | os.PathLike[str]) -> str:
+    """The text of a list; raises OSError, and ValueError for a binary file.
 
     UTF-8, or UTF-16 with a byte order mark, as PowerShell's `>` writes. A name need not be text.
     """
@@ -69,8 +90,7 @@ def lines_of(file_list: str | os.PathLike[str]) -> list[str]:
         text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
     if "\0" in text:
         raise ValueError(f"{file_list}: expected names of files, one a line, found a binary file")
-    # Not splitlines: it splits at characters that a name may hold.
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return text
 
 
 class _Names:

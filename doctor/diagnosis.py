@@ -331,7 +331,7 @@ SANE_LR = 1e-3  # for both optimizers
 def _new_run(summary: Summary, folder: str, *scopes: Scope) -> list[str]:
     """Flags of a new run in a folder beside the old one: saved flags of some scopes, a lower lr."""
     saved = saved_flags({"flags": summary.flags})
-    wanted = {name: saved.get(name) for name in ("data", "val_list", *names(*scopes))}
+    wanted = {name: saved.get(name) for name in ("data", "val_list", "labels", *names(*scopes))}
     values = {n: v for n, v in wanted.items() if v != FLAGS[n].options.get("default")}
     if lr := min(summary.flag("lr", 0.0) / 2, SANE_LR):
         lowest = min(lr, summary.flag("eta_min", FLAGS["eta_min"].options["default"]))

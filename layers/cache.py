@@ -53,6 +53,7 @@ class KeyValueCache:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest input
         self.slot = torch.zeros_like(self.position)  # where it goes
         self.host_position = 0  # of the next input; known without reading the device
+        self.added: Tensor | None = None  # [B, 1, D], what labels add to every input
 
     def restart(self) -> None:
         """Begin another sequence; nothing of the one before is looked at."""

@@ -95,6 +95,9 @@ add("--val_split", scope="run", type=fraction, default=0.05,
     help="share of the data held out for validation")
 add("--val-list", scope="machine", type=file_path, action=Once, metavar="FILE",
     help="text file of validation files; overrides --val_split")
+add("--labels", scope="machine", type=file_path, action=Once, metavar="folders|FILE",
+    help="label the music: by the first folder below what --data names, or a CSV file of path,"
+         "label,... rows")
 add("--codebooks", scope="architecture", type=at_least(1),
     help="number of codebooks to use, the first ones of each file; default: all")
 add("--skip-bad-files", scope="machine", action="store_true",
@@ -124,6 +127,8 @@ add("--depth-dropout", scope="run", moves_loss=True, is_settled=True, before=0.0
          "passes over the music are planned, else 0, as with --dropout 0")
 add("--code-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
     help="share of the input codes hidden during training")
+add("--label-dropout", scope="run", moves_loss=True, type=fraction, default=0.1,
+    help="with --labels: share of the windows that are shown without, so that it plays without too")
 add("--grad-checkpoint", scope="machine", action=SWITCH, default=False,
     help="recompute blocks in the backward pass to save memory")
 

@@ -136,9 +136,11 @@ def epoch_lines(row: dict[str, Any], wall: float, total: float, *, is_best: bool
     """
     per_codebook = " ".join(f"{number(x, '.3f'):>6}" for x in row["val_per_codebook"])
     star = " | best so far" if is_best else ""
+    known = "val_unlabelled" in row
+    unlabelled = f" (without labels {number(row['val_unlabelled'])})" if known else ""
     return [
         f"epoch {row['epoch']} validated at step {row['step']} | train {number(row['train'])} | "
-        f"val {number(row['val'])} | gap {number(gap_of(row))} | "
+        f"val {number(row['val'])}{unlabelled} | gap {number(gap_of(row))} | "
         f"val_obj {number(row['val_obj'])} | "
         f"ppl {number(row['ppl'], '.2f')} | skipped {row['skipped']} | "
         f"{row['frames_per_s']:.0f} frames/s | {duration(wall)}, total {duration(total)}{star}",

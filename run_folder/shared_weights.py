@@ -151,14 +151,15 @@ STAMP = b"\n<!-- as written by the trainer; sha256 %s -->\n"
 
 def model_card(checkpoint: dict[str, Any], file_name: str) -> str:
     """Markdown with the facts of a checkpoint about its model; TODO where only a person knows."""
-    flags = shared_flags(checkpoint["flags"])
+    flags, labels = shared_flags(checkpoint["flags"]), checkpoint["architecture"].get("labels", [])
     facts = _facts(checkpoint, flags)
     return CARD.read_text(encoding="utf-8").format(
         title=Path(file_name).stem,
         file=shlex.quote(file_name),
         codec=flags.get("eval_dac_repo", "44khz"),
+        label="".join(f" --label {shlex.quote(n)}" for n in labels[:1]),
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
-        command=_command(flags),
+        command=_command({**({"labels": "labels.csv"} if labels else {}), **flags}),
     )
 
 
@@ -166,7 +167,8 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     architecture, data = checkpoint["architecture"], checkpoint["data"]
     progress, validated = checkpoint["progress"], _validated(checkpoint)
     vocab_sizes, side = architecture["vocab_sizes"], data["side_codebooks"]
-    shape = {name: value for name, value in architecture.items() if name != "vocab_sizes"}
+    listed = {"vocab_sizes", "labels"}
+    shape = {name: value for name, value in architecture.items() if name not in listed}
     hours = "{files} files; {train_hours:.2f} hours to train, {val_hours:.2f} hours to validate"
     facts = {
         "parameters": f"{sum(t.numel() for t in checkpoint['ema'].values()) / 1e6:.2f} M",
@@ -185,6 +187,8 @@ def _facts(checkpoint: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
             f"{copied['shared_seconds']:.2f} s in the sample of epoch {copied['epoch']}; held-out "
             f"music {number(copied.get('shared_seconds_music'), '.2f')} s at most"
         )
+    if labels := architecture.get("labels"):
+        facts["labels"] = ", ".join(labels).replace("|", r"\|")
     if per_codebook := validated.get("val_per_codebook"):
         facts["val per codebook"] = ", ".join(f"{value:.4f}" for value in per_codebook)
     return facts
@@ -200,7 +204,7 @@ def _command(flags: dict[str, Any]) -> str:
     given = map(shlex.join, command_words(flags))
     words = ["python train_rvq.py", '--data "npq_out/*.npq"', *given]
     text = " ".join(word.replace(" ", "\0") for word in words)  # a flag and its value stay together
-    lines = textwrap.wrap(text, 76, break_on_hyphens=False)
+    lines = textwrap.wrap(text, 74, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
 
 
@@ -320,12 +324,18 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(map(_whole(2)[1], value))
 
 
+def _are_labels(value: Any) -> bool:
+    good = isinstance(value, list) and all(type(x) is str and x.isprintable() and x for x in value)
+    return good and len(set(value)) == len(value)
+
+
 SWITCH = "true or false", lambda x: type(x) is bool
 # Fields that the program reads: the accepted values in words and as a test. All but NEEDED may be
 # missing.
 FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
     "architecture": {
         "vocab_sizes": ("a list of numbers from 2 on", _are_sizes),
+        "labels": ("a list of different names", _are_labels),
         **dict.fromkeys(("d_model", "layers", "heads", "mlp_ratio", "depth_layers"), _whole(1)),
         "dropout": _real(0, 1),
         "depth_dropout": _real(0, 1),
@@ -373,6 +383,7 @@ def _check_size(path: Path, architecture: dict[str, Any], weights: dict[str, Ten
     sizes, width = architecture["vocab_sizes"], architecture["d_model"]
     depth = architecture.get("depth_layers", 1) if architecture.get("pattern") == "depth" else 0
     mlps = architecture["layers"] * architecture.get("mlp_ratio", 1) * width * width
-    least = max(len(sizes) * max(sizes) * width, mlps, depth * 32 * 32)
+    labels = len(architecture.get("labels", ())) * width
+    least = max(len(sizes) * max(sizes) * width, labels, mlps, depth * 32 * 32)
     if least > (found := sum(tensor.numel() for tensor in weights.values())):
         raise _damaged(path, f"its architecture takes {least} weights or more, it has {found}")

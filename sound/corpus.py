@@ -27,6 +27,7 @@ import numpy as np
 from cli.disk import replace_file
 from cli.file_search import NothingFoundError, Wanted, real_paths, search
 from run_folder.names import is_of_a_run, is_sample
+from sound.labels import Labels
 from sound.npq_format import (
     CODE_DTYPES,
     FRAME_RATE_TOLERANCE,
@@ -88,6 +89,7 @@ class Corpus:
     side_codebooks: int  # of the K, so many at the end hold the side channel; 0 = mono
     frame_rate: float  # median over the files, frames per second
     summary: DataSummary
+    labels: Labels | None = None
 
     @property
     def num_codebooks(self) -> int:
@@ -115,10 +117,19 @@ TRAINING_FILES = dataclasses.replace(
 def find_npq_files(
     patterns: Iterable[str | os.PathLike[str]], *, tell: Callable[[str], None] = lambda _: None
 ) -> list[str]:
+    """The paths of `roots_of_npq_files`."""
+    return list(roots_of_npq_files(patterns, tell=tell))
+
+
+def roots_of_npq_files(
+    patterns: Iterable[str | os.PathLike[str]], *, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, str]:
     """Expand globs, folders (searched recursively) and file names; each real file once.
 
-    Unreadable paths come last, for `scan_corpus` to refuse by name. Files that a run wrote are left
-    out. `tell` is called with a line of what was passed over, and one of what was left out.
+    By path, the folder that was searched: the named one, or that of a named file, or the one before
+    a glob's first wildcard. Unreadable paths come last, for `scan_corpus` to refuse by name. Files
+    that a run wrote are left out. `tell` is called with a line of what was passed over, and one of
+    what was left out.
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
@@ -132,7 +143,8 @@ def find_npq_files(
         ) from error
     for line in found.lines():
         tell(line)
-    return [path for path, _ in (*found.files, *found.unusable)]
+    unusable = {path: os.path.dirname(path) for path, _ in found.unusable}
+    return {**{file.path: file.root for file in found.files}, **unusable}
 
 
 def scan_corpus(

@@ -66,6 +66,19 @@ def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `high` and `low`: three files each, K = 4, of the upper and the lower half of V."""
+    folder, rng = tmp_path_factory.mktemp("halves"), np.random.default_rng(7)
+    patterns = rng.integers(8, size=(16, 8, 4))
+    for half, least in (("high", 8), ("low", 0)):
+        (folder / half).mkdir()
+        for i in range(3):
+            codes = least + make_tune(patterns, 400, rng)
+            write_npq(folder / half / f"{i}.npq", codes, vocab_sizes=[16] * 4, frame_rate=86.13)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tunes_of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four short files of the bundled melodies, K = 9, V = 1024: what the bundled codec decodes."""
     folder = tmp_path_factory.mktemp("melodies")

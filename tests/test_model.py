@@ -294,3 +294,65 @@ def test_compiles_with_all_that_training_adds():
         losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05)
     losses.objective.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+LABELLED = dataclasses.replace(CONFIG, labels=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_labels_add_their_rows_to_every_position_and_absent_ones_nothing(pattern):
+    """Against the model without: its normalised embeddings moved by hand."""
+    model = make_model(dataclasses.replace(LABELLED, pattern=pattern)).eval()
+    plain = make_model(dataclasses.replace(CONFIG, pattern=pattern)).eval()
+    rows = model.state_dict()["label_embed.weight"]
+    others = {n: t for n, t in model.state_dict().items() if n != "label_embed.weight"}
+    plain.load_state_dict(others)
+    codes = make_codes(batch=3)
+    labels = torch.tensor([[2, ABSENT], [ABSENT, ABSENT], [0, 1]])
+    with torch.no_grad():
+        assert torch.equal(model(codes)[1], plain(codes)[1])
+        found = model(codes, labels)
+        torch.testing.assert_close(found[1], plain(codes)[1])
+        for window, added in ((0, rows[2]), (2, rows[0] + rows[1])):
+            hook = plain.embed_norm.register_forward_hook(lambda *x, added=added: x[2] + added)
+            torch.testing.assert_close(found[window], plain(codes)[window], rtol=1e-4, atol=1e-5)
+            hook.remove()
+    assert (found[0] - plain(codes)[0]).abs().amax((1, 2)).min() > 1e-3  # the first frame too
+
+
+def test_labels_begin_at_zero_and_leave_the_other_weights_as_they_are_without():
+    weights = []
+    for config in (CONFIG, LABELLED):
+        torch.manual_seed(0)
+        weights.append(CodesTransformer(config).state_dict())
+    assert not weights[1].pop("label_embed.weight").any()
+    assert all(torch.equal(t, weights[1].pop(n)) for n, t in weights[0].items())
+    assert not weights[1]
+
+
+def test_label_dropout_leaves_out_whole_windows_and_only_in_training():
+    model = CodesTransformer(LABELLED, label_dropout=0.25)
+    torch.nn.init.ones_(model.label_embed.weight)
+    labels = torch.tensor([[0, 1, ABSENT]]).expand(4000, -1)
+    torch.manual_seed(0)
+    sums = model.train().embed_labels(labels)[:, 0, 0]
+    assert set(sums.tolist()) == {0.0, 2.0}
+    assert 0.22 < (sums == 0).float().mean() < 0.28
+    state = torch.get_rng_state()
+    assert set(model.eval().embed_labels(labels)[:, 0, 0].tolist()) == {2.0}
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_architecture_without_labels_is_saved_as_before():
+    assert "labels" not in CONFIG.to_dict()
+    assert ModelConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    assert ModelConfig.from_dict(LABELLED.to_dict()) == LABELLED
+    assert LABELLED.numbers_of(["c", "a"]) == [2, 0]
+    with pytest.raises(ValueError, match="unknown label 'x'; the model knows 'a', 'b', 'c'"):
+        LABELLED.numbers_of(["a", "x"])
+    with pytest.raises(ValueError, match="unknown label 'x'; the model knows none: it was trained"):
+        CONFIG.numbers_of(["x"])
+    with pytest.raises(ValueError, match="different names"):
+        dataclasses.replace(CONFIG, labels=("a", "a"))

@@ -278,7 +278,9 @@ def test_gradients_and_means_of_micro_batches_equal_those_of_one_batch(
         used = batches[3 * step : 3 * step + 3]
         whole.load_state_dict(run.state.model.state_dict())
         whole.zero_grad()
-        losses = whole.losses(torch.cat(used).long().to(device), 0.05, run.weights)
+        losses = whole.losses(
+            torch.cat([batch.codes for batch in used]).long().to(device), 0.05, run.weights
+        )
         losses.objective.backward()
         stats = train_rvq.train_step(run, iter(used))
         assert stats.loss == pytest.approx(losses.objective.item(), rel=1e-4)

@@ -33,12 +33,14 @@ def pick_architecture(
     checkpoint: dict[str, Any] | None,
     source: str,
     vocab_sizes: tuple[int, ...],
+    labels: tuple[str, ...] = (),
     world: World = ALONE,
 ) -> tuple[ModelConfig, dict[str, Any] | None]:
     """Take the architecture from the checkpoint, else from --init-from's file, else from the flags.
 
     With --ignore-arch the flags always win. `source` is the checkpoint's path, `vocab_sizes` [K]
-    are those of the data. Returns the architecture and the content of --init-from's file, or None.
+    and `labels` are those of the data; a new model has these labels, whatever it begins with.
+    Returns the architecture and the content of --init-from's file, or None.
 
     Raises:
         CheckpointError: the saved architecture is unknown, or does not fit the data.
@@ -53,7 +55,8 @@ def pick_architecture(
     if saved is not None and not flags.ignore_arch:
         try:
             rates = {"dropout": flags.dropout, "depth_dropout": flags.depth_dropout}
-            config = ModelConfig.from_dict({**saved["architecture"], **rates})
+            own = {} if checkpoint else {"labels": labels}
+            config = ModelConfig.from_dict({**saved["architecture"], **rates, **own})
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{source or flags.init_from}: this version cannot build its architecture "
@@ -69,19 +72,59 @@ def pick_architecture(
                 depth_dropout=flags.depth_dropout,
                 pattern=flags.pattern,
                 embed_fall=EMBED_FALL,
+                labels=labels,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
+    remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
+    check_fit(config, vocab_sizes, labels, source or flags.init_from, remedy)
+    return config, initial
+
+
+def check_fit(
+    config: ModelConfig,
+    vocab_sizes: tuple[int, ...],
+    labels: tuple[str, ...],
+    source: str,
+    remedy: str,
+) -> None:
+    """Raise CheckpointError unless the model has what the data has."""
     fits = len(config.vocab_sizes) == len(vocab_sizes) and all(
         have <= v for have, v in zip(vocab_sizes, config.vocab_sizes, strict=False)
     )
     if not fits:
-        remedy = "start anew with --no-resume" if checkpoint else "leave out --init-from"
         raise CheckpointError(
-            f"{source or flags.init_from}: the model has vocab sizes {list(config.vocab_sizes)}, "
-            f"the data has {list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
+            f"{source}: the model has vocab sizes {list(config.vocab_sizes)}, the data has "
+            f"{list(vocab_sizes)}; see --codebooks and --data, or {remedy}"
         )
-    return config, initial
+    try:
+        config.numbers_of(labels)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: {error}; restore --labels, or start a new run with --init-from {source}"
+        ) from error
+
+
+def adapt_labels(initial: dict[str, Any], config: ModelConfig) -> list[str]:
+    """Give --init-from's weights the labels of a new run; return lines to print.
+
+    A label that the file lacks begins at zero, one that the run lacks is left out.
+    """
+    weights, known = initial["ema"], list(initial["architecture"].get("labels", ()))
+    rows = weights.pop("label_embed.weight", None)
+    if config.labels:
+        table = weights["embed.weight"].new_zeros((len(config.labels), config.d_model))
+        kept = [name for name in config.labels if name in known]
+        if rows is not None and kept:
+            table[config.numbers_of(kept)] = rows[[known.index(name) for name in kept]]
+        weights["label_embed.weight"] = table
+    new = [name for name in config.labels if name not in known]
+    lost = [name for name in known if name not in config.labels]
+    return [
+        f"labels   {what} by --init-from's weights: {', '.join(names)}"
+        for what, names in (("not known", new), ("left out, though known", lost))
+        if names
+    ]
 
 
 def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransformer:
@@ -90,6 +133,7 @@ def new_model(flags: argparse.Namespace, config: ModelConfig) -> CodesTransforme
         config,
         grad_checkpoint=flags.grad_checkpoint,
         code_dropout=flags.code_dropout,
+        label_dropout=flags.label_dropout,
         depth_share=flags.depth_share,
     )
 

@@ -15,6 +15,7 @@ import torch
 from cli.command_line import UsageError, problem
 from npq_dataset import Corpus, EpochOrder, Spans, WindowDataset, split_corpus
 from run_folder.metrics import Console
+from sound.labels import NONE
 from training.loader import Loader, scan
 from training.parallel import EveryNth, World
 
@@ -27,16 +28,24 @@ class Data(NamedTuple):
     val: WindowDataset
     facts: dict[str, Any]  # identify the windows; saved in the checkpoint as `data`
 
+    def number_labels(self, numbers: list[int]) -> None:
+        """Give the windows' labels the model's numbers, one for each label of the corpus."""
+        translated = torch.tensor([*numbers, NONE])  # -1 is its last
+        for windows in (self.train, self.val):
+            assert windows.labels is not None, "the data has labels"
+            windows.labels = translated[windows.labels]
+
 
 def open_data(flags: argparse.Namespace, console: Console) -> Data:
     """Scan, split and index the files of --data, and print a summary.
 
     Raises:
-        UsageError: --val-list cannot be read, or does not fit the files.
+        UsageError: --val-list or --labels cannot be read, or does not fit the files.
         BadFilesError, NpqError, NoAnswerError: files of --data are bad or cannot be read.
     """
     corpus = scan(
         flags.data,
+        labels=flags.labels,
         tell=console.line,
         ctx=flags.ctx,
         codebooks=flags.codebooks,
@@ -61,10 +70,10 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
     )
     # Validation windows do not overlap and have no jitter: each frame counts once in every epoch.
     val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
-    for line in corpus.summary.lines():
-        console.line(line)
+    console.lines(corpus.summary.lines())
     for line in corpus.summary.warnings:
         console.problem(line)
+    tell_labels(corpus, train, val, console)
     console.line(
         f"windows  train={len(train_windows)}, val={len(val_windows)} (ctx={flags.ctx}, "
         f"step={flags.step}, jitter={'on' if flags.jitter else 'off'}); validation: {train.rule}"
@@ -80,6 +89,7 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
         "side_codebooks": corpus.side_codebooks,
         "size": size_of_data(corpus, train, val),
         "codec": corpus.summary.codec and corpus.summary.codec._asdict(),
+        "labels": corpus.labels and corpus.labels.fingerprint(),
     }
     return Data(corpus, train_windows, val_windows, facts)
 
@@ -92,6 +102,16 @@ def size_of_data(corpus: Corpus, train: Spans, val: Spans) -> dict[str, Any]:
         "train_hours": round(float((train.stop - train.start).sum()) / hours, 4),
         "val_hours": round(float((val.stop - val.start).sum()) / hours, 4),
     }
+
+
+def tell_labels(corpus: Corpus, train: Spans, val: Spans, console: Console) -> None:
+    """Print the labels with their files and hours, and warn of what is odd about them."""
+    if corpus.labels is None:
+        return
+    hours = [(side.stop - side.start) / corpus.frame_rate / 3600 for side in (train, val)]
+    console.lines(corpus.labels.lines(*hours))
+    for line in (*corpus.labels.warnings, *corpus.labels.untrained(hours[0])):
+        console.problem(f"--labels {line}")
 
 
 def build_loader(

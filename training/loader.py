@@ -1,8 +1,8 @@
 """Reads micro-batches in threads, in order and ahead of their use; no wait lasts for ever.
 
     loader = Loader(windows, order, threads=2, ahead=6)
-    for codes in loader: ...                          # [B, ctx, K] int16, in the order's order
-    for codes in loader.read(val_windows, numbers): ...
+    for batch in loader: ...          # batch.codes [B, ctx, K] int16, in the order's order
+    for batch in loader.read(val_windows, numbers): ...
 
 Threads are enough, processes are not needed: reading a window takes 10 us of Python, and the slow
 part, the disk, runs without the interpreter lock. Threads need no sockets, shared memory or
@@ -20,19 +20,27 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from cli.command_line import problem, say
+from cli.command_line import UsageError, problem, say
 from cli.shortages import first_line
 from cli.waiting import carry_out, in_thread, wait_for
-from npq_dataset import Corpus, WindowDataset, find_npq_files, scan_corpus
+from npq_dataset import Corpus, WindowDataset, roots_of_npq_files, scan_corpus
+from sound.labels import FOLDERS, Labels, read_labels
 
 T = TypeVar("T")
 RESERVE = 8  # file descriptors kept back for a save, which takes three at once
 Jobs = queue.SimpleQueue[Callable[[], None] | None]
+
+
+class Batch(NamedTuple):
+    """A micro-batch: codes [B, ctx, K] and, of labelled windows, labels [B, n] padded with -1."""
+
+    codes: Tensor
+    labels: Tensor | None = None
 
 
 class Loader:
@@ -64,27 +72,32 @@ class Loader:
             threading.Thread(target=_work, args=(self.jobs,), name="reading", daemon=True).start()
         weakref.finalize(self, _dismiss, self.jobs, count, self.reserve)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return self.read(self.windows, self.order)
 
     def read(
         self, windows: WindowDataset, batches: Iterable[np.ndarray[Any, Any]]
-    ) -> Iterator[Tensor]:
-        """Yield the windows of each of `batches` (arrays of window numbers) as [B, ctx, K].
+    ) -> Iterator[Batch]:
+        """Yield the windows of each of `batches` (arrays of window numbers).
 
         Raises:
             NpqError, OSError: a file cannot be read.
             NoAnswerError: a read did not return in time.
         """
-        begun: collections.deque[Future[Tensor]] = collections.deque()
+        begun: collections.deque[Future[Batch]] = collections.deque()
+
+        def batch_of(numbers: np.ndarray[Any, Any]) -> Batch:
+            return Batch(windows[numbers], windows.labels_of(numbers))
+
         rest = iter(batches)
         try:
             while True:
                 while len(begun) <= self.ahead and (numbers := next(rest, None)) is not None:
-                    begun.append(self.begin(functools.partial(windows.__getitem__, numbers)))
+                    begun.append(self.begin(functools.partial(batch_of, numbers)))
                 if not begun:
                     return
-                yield self.page_locked(self.result(begun.popleft(), windows))
+                codes, labels = self.result(begun.popleft(), windows)
+                yield Batch(self.page_locked(codes), labels)
         finally:
             for future in begun:
                 future.cancel()
@@ -123,11 +136,20 @@ class Loader:
         )
 
 
-def scan(patterns: Sequence[str], *, tell: Callable[[str], None] = say, **options: Any) -> Corpus:
-    """Find files by glob patterns and scan them; `options` are those of `scan_corpus`.
+def scan(
+    patterns: Sequence[str],
+    *,
+    labels: str | None = None,
+    tell: Callable[[str], None] = say,
+    **options: Any,
+) -> Corpus:
+    """Find files by glob patterns, scan them and read their labels from --labels, if it is given.
+
+    `options` are those of `scan_corpus`.
 
     Raises:
         NoAnswerError: reading a file or folder neither succeeds nor fails in time.
+        UsageError: the labels cannot be read, or do not fit the files.
         BadFilesError, NpqError, OSError: see `find_npq_files` and `scan_corpus`.
     """
     at = "the data"
@@ -137,9 +159,26 @@ def scan(patterns: Sequence[str], *, tell: Callable[[str], None] = say, **option
         at = path
 
     def work() -> Corpus:
-        return scan_corpus(find_npq_files(patterns, tell=tell), on_file=begins, **options)
+        roots = roots_of_npq_files(patterns, tell=tell)
+        corpus = scan_corpus(list(roots), on_file=begins, **options)
+        if labels is not None:
+            begins(labels)
+            corpus.labels = _labels(labels, roots, corpus.paths)
+        return corpus
 
     return wait_for(in_thread(work, "scanning"), lambda: (at, at))
+
+
+def _labels(source: str, roots: dict[str, str], paths: list[str]) -> Labels:
+    try:
+        return read_labels(source, roots, paths)
+    except OSError as error:
+        raise UsageError(
+            f"--labels: expected {FOLDERS} or a CSV file, found {error.strerror!r} at {source}; "
+            "check the path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--labels: {error}") from error
 
 
 def _work(jobs: Jobs) -> None:

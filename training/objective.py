@@ -22,6 +22,6 @@ class Objective(nn.Module):
         self.model, self.label_smoothing = model, label_smoothing
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, codes: Tensor) -> Losses:
-        """Return the losses of codes [B, T, K] int64, in nats per code."""
-        return self.model.losses(codes, self.label_smoothing, self.weights)
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Losses:
+        """Return the losses of codes [B, T, K] with labels [B, n], both int64, in nats per code."""
+        return self.model.losses(codes, self.label_smoothing, self.weights, labels)

@@ -27,6 +27,7 @@ from run_folder.flags import FLAGS, saved_flags, spelled
 from run_folder.metrics import Console, MetricsLog, check_tensorboard, code_version
 from sound.origin import another_codec
 from training.building import (
+    adapt_labels,
     codebook_weights,
     first_state,
     new_model,
@@ -92,7 +93,12 @@ def prepare(
     elif dry:
         console.line(f"data     none given (--data): {len(vocab_sizes)} codebooks are assumed")
     console.lines(settle_depth_dropout(flags, data.train if data is not None else None))
-    config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, world)
+    labels = data.corpus.labels.names if data is not None and data.corpus.labels else ()
+    config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, labels, world)
+    if initial is not None:
+        console.lines(adapt_labels(initial, config))
+    if data is not None and labels:
+        data.number_labels(config.numbers_of(labels))
     weighting = flags.cb_weights, flags.cb_weights_auto_alpha
     shares = codebook_weights(*weighting, config.num_codebooks)
     if data and initial and (mismatch := another_codec(initial.get("data", {}), data.facts)):

@@ -31,7 +31,7 @@ from run_folder.files import RunFiles
 from run_folder.metrics import Console, MetricsLog
 from training.ema import Ema
 from training.guard import Guard
-from training.loader import Loader
+from training.loader import Batch, Loader
 from training.pace import Pace
 from training.parallel import World
 from training.rollback_policy import RollbackPolicy
@@ -125,6 +125,11 @@ class TrainingRun:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.amp_dtype)
+
+    def inputs_of(self, batch: Batch) -> list[Tensor]:
+        """Return what the objective takes, int64 on the device: codes, and labels if there are."""
+        present = (tensor for tensor in batch if tensor is not None)
+        return [tensor.to(self.device, non_blocking=True).long() for tensor in present]
 
     @property
     def windows_per_step(self) -> int:

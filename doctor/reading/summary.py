@@ -165,7 +165,7 @@ class Place(NamedTuple):
     role: str
 
 
-STAGES = ("embed", "bos", "pos", "proj", "blocks", "norm", "depth", "head")
+STAGES = ("embed", "label_embed", "bos", "pos", "proj", "blocks", "norm", "depth", "head")
 PARTS = (
     *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.out"),
     *("norm2", "mlp.up", "mlp.down"),

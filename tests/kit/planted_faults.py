@@ -31,6 +31,7 @@ from training import saving as run_saving
 from training import state as run_state
 from training.ema import Ema
 from training.guard import Guard
+from training.loader import Batch
 from training.optimizer import MUON_FACTOR
 
 Checkpoint = dict[str, Any]
@@ -98,19 +99,23 @@ def train(argv: Sequence[str], sabotage: Sabotage | None, log: Path) -> int:
         return train_rvq.main([*argv])
 
 
+def _changed(batches: Iterator[Batch], change: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
+    return (batch._replace(codes=change(batch.codes)) for batch in batches)
+
+
 def _patches(s: Sabotage) -> Iterator[contextlib.AbstractContextManager[Any]]:
     step, rate, average = train_rvq.train_step, train_rvq.learning_rate, Ema.update
 
     def active(run: run_state.TrainingRun) -> bool:
         return bool(run.state.progress.step >= s.onset)
 
-    def spoiled_step(run: run_state.TrainingRun, batches: Iterator[Tensor]) -> train_rvq.StepStats:
+    def spoiled_step(run: run_state.TrainingRun, batches: Iterator[Batch]) -> train_rvq.StepStats:
         if s.schedule_steps is not None:
             run.state.progress.schedule_steps = s.schedule_steps
         hit = active(run)
         if hit and s.before:
             s.before(run)
-        stats = step(run, map(s.codes, batches) if hit and s.codes else batches)
+        stats = step(run, _changed(batches, s.codes) if hit and s.codes else batches)
         if hit and s.after and stats.refused is None:
             with torch.no_grad():
                 s.after(run)

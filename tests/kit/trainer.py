@@ -95,10 +95,10 @@ def train(*flags: str | Path, stop_at: int | None = None) -> dict[str, Any]:
     run = make_run(*flags)
     eager = run.losses
 
-    def interrupting(codes: torch.Tensor) -> Losses:
+    def interrupting(*inputs: torch.Tensor) -> Losses:
         if run.state.progress.step + 1 == stop_at:
             run.stop.signal = signal.SIGTERM
-        return eager(codes)
+        return eager(*inputs)
 
     run.losses = interrupting
     code = train_rvq.train_or_save(run)

@@ -84,6 +84,28 @@ def test_weights_and_all_that_sampling_needs_come_back(best, tmp_path):
     model.load_state_dict(parts["ema"], strict=True)
 
 
+def test_labels_are_on_the_card_and_come_back(tmp_path):
+    names = ["Earth, Wind", "a|b"]
+    checkpoint = {**SMALL, "architecture": {**SMALL["architecture"], "labels": names}}
+    path = export(checkpoint, tmp_path / "x.safetensors")
+    assert load_parts(path, needed=SHARED_KEYS)["architecture"]["labels"] == names
+    card = path.with_suffix(".md").read_text()
+    assert r"| labels | Earth, Wind, a\|b |" in card
+    assert "--codec 44khz --label 'Earth, Wind' --out song.wav" in card
+    assert "--labels labels.csv" in card
+    assert "label" not in model_card(SMALL, "x.safetensors").replace("label-", "")
+
+
+@pytest.mark.parametrize("labels", [["a", "a"], [""], ["a\n"], [1], "ab", ["x"] * 9 + ["y"], {}])
+def test_odd_labels_are_refused(labels, tmp_path):
+    text = json.dumps({**SMALL["architecture"], "labels": labels})
+    with pytest.raises(CheckpointError, match="expected labels a list of different names"):
+        load_parts(forged(tmp_path / "x.safetensors", architecture=text), needed=SHARED_KEYS)
+    many = json.dumps({**SMALL["architecture"], "labels": [str(i) for i in range(1000)]})
+    with pytest.raises(CheckpointError, match="its architecture takes 8000 weights or more"):
+        load_parts(forged(tmp_path / "y.safetensors", architecture=many), needed=SHARED_KEYS)
+
+
 def test_one_function_opens_checkpoints_too(best):
     checkpoint = load_checkpoint(best)
     assert_same_tensors(load_parts(best, needed=WEIGHTS_KEYS)["ema"], checkpoint["ema"])

@@ -62,7 +62,7 @@ def test_batches_come_in_the_orders_order_in_every_epoch(many, threads, ahead):
     order = EpochOrder(len(windows), batch=16, accum=2, seed=0)
     loader = Loader(windows, order, threads=threads, ahead=ahead)
     for order.epoch in (0, 1, 5):
-        assert torch.cat(list(loader)).tolist() == truth(windows, order)
+        assert torch.cat([batch.codes for batch in loader]).tolist() == truth(windows, order)
     opened = [os.path.realpath(place) for place in Path("/proc/self/fd").iterdir()]
     assert not [path for path in opened if path.startswith(str(many))], "left open"
 
@@ -74,7 +74,7 @@ def test_what_is_left_half_way_ends_and_threads_end_with_their_loader(many):
     assert reading_threads() == before + 3
     for _ in range(3):
         next(iter(loader))
-    assert torch.cat(list(loader)).tolist() == truth(windows, order)
+    assert torch.cat([batch.codes for batch in loader]).tolist() == truth(windows, order)
     del loader
     gc.collect()
     wait_for(lambda: reading_threads() == before, seconds=5)
@@ -88,7 +88,7 @@ def test_an_error_arrives_where_its_batch_would_and_as_it_was_raised(many, tmp_p
     os.truncate(windows.paths[1], 50)
     loader = Loader(windows, [np.array([0]), np.array([4])], threads=2, ahead=2)
     batches = iter(loader)
-    assert next(batches).shape == (1, CTX, 2)
+    assert next(batches).codes.shape == (1, CTX, 2)
     with pytest.raises(NpqError, match=r"00\d\.npq: file changed during the run") as caught:
         next(batches)
     assert caught.value.field == "file changed during the run"
