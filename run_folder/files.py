@@ -244,7 +244,8 @@ class RunFiles:
         """Return every existing file of the run."""
         named = [self.latest, self.previous, self.best, self.metrics, self.report]
         shared = self.folder / f"{self.name}_best.safetensors"
-        named += [shared, shared.with_suffix(".md"), self.folder / f"{self.name}_tb"]
+        named += [shared, shared.with_suffix(".md")]
+        named += [self.folder / f"{self.name}_{end}" for end in ("tb", "wandb")]
         numbered = [path for _, path in self._numbered("epoch|best|ring|quarantine|panic")]
         return [path for path in named if os.path.lexists(path)] + numbered
 

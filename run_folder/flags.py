@@ -264,6 +264,8 @@ add("--quiet", scope="command", action="store_true",
     help="print no progress bar, start-up details or library warnings")
 add("--tensorboard", scope="machine", action=SWITCH, default=False,
     help="write TensorBoard event files beside the metrics")
+add("--wandb", scope="machine", metavar="PROJECT",
+    help="send the metrics to this project of Weights & Biases too (`pip install wandb`)")
 # fmt: on
 
 # --- what the declarations imply -----------------------------------------------------------------

@@ -204,9 +204,8 @@ class MetricsLog:
         if self.board is None:
             return
         try:
-            for key, value in row.items():
-                if isinstance(value, float) and key not in ("time", "seconds"):
-                    self.board.add_scalar(f"{row['event']}/{key}", value, row.get("step", 0))
+            for name, value in points_of(row).items():
+                self.board.add_scalar(name, value, row.get("step", 0))
         except OSError as error:  # raised late: a thread of TensorBoard failed some rows ago
             problem(f"TensorBoard's file gets no more points, training goes on: {in_words(error)}")
             self.board = self.board_path = None
@@ -218,6 +217,12 @@ class MetricsLog:
         with contextlib.suppress(OSError):
             if self.board is not None:
                 self.board.close()
+
+
+def points_of(row: dict[str, Any]) -> dict[str, float]:
+    """Return the floats of a row by the names of their curves: `step/loss`."""
+    floats = ((key, value) for key, value in row.items() if isinstance(value, float))
+    return {f"{row['event']}/{key}": x for key, x in floats if key not in ("time", "seconds")}
 
 
 def _ignore_board_errors(error: threading.ExceptHookArgs) -> None:

@@ -19,6 +19,7 @@ from cli.command_line import EXIT_DONE, in_words, known_cause, unexpected
 from cli.shortages import is_out_of_memory, shortage
 from cli.waiting import NoAnswerError
 from pages.run_page import write_report
+from run_folder import wandb_log
 from run_folder.metrics import number
 from training import samples, saving
 from training.building import plan_of
@@ -100,10 +101,12 @@ def failed(run: TrainingRun, error: Exception) -> int | None:
 
 
 def close(run: TrainingRun) -> None:
-    """Wait for a save in progress and close the metrics."""
+    """Wait for a save in progress, close the metrics, and let Weights & Biases have the last."""
     with contextlib.suppress(OSError, NoAnswerError):
         saving.check_save(run, wait=True)
     run.metrics.close()
+    if run.sender is not None:
+        wandb_log.end(run.sender, run.files.metrics)
 
 
 def save_first(run: TrainingRun) -> None:

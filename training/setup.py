@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.command_line import UsageError, shell_line
+from cli.command_line import UsageError, in_words, shell_line
 from cli.device import device_name, faster_thread_count, pick_device, tune_for
 from model import ModelConfig
 from npq_dataset import EpochOrder
+from run_folder import wandb_log
 from run_folder.checkpoint import BackgroundSaver, library_versions, rng_kept
 from run_folder.files import RunFiles, run_name
 from run_folder.flags import FLAGS, saved_flags, spelled
@@ -152,6 +153,7 @@ def set_up(
     run.metrics.history = checkpoint["history"] if checkpoint is not None else []
     settle_schedule(run, checkpoint)
     settle_threads(run, resumed=checkpoint is not None)
+    start_wandb(run)
     announce(run, ready.source, resumed=checkpoint is not None)
     return run
 
@@ -163,7 +165,7 @@ def use_device(flags: argparse.Namespace, world: World, *, resumed: bool) -> tor
     """Choose and configure the device of this process, and create the folder of the run.
 
     Raises:
-        UsageError: --data names no files, the device is absent, or TensorBoard is missing.
+        UsageError: --data names no files, the device is absent, or TensorBoard or wandb is missing.
         OSError: the folder cannot be created.
     """
     if not flags.data:
@@ -172,6 +174,8 @@ def use_device(flags: argparse.Namespace, world: World, *, resumed: bool) -> tor
         )
     if flags.tensorboard:
         check_tensorboard(flags.save_dir)
+    if flags.wandb and world.is_first:
+        wandb_log.check_wandb()
     device = pick_device(flags.device, world.local_rank if world.size > 1 else None)
     settle_amp_dtype(flags, device, world, resumed=resumed)
     tune_for(device)
@@ -220,6 +224,15 @@ def settle_threads(run: TrainingRun, *, resumed: bool) -> None:
         figures = ", ".join(f"{1e3 * t:.0f} ms with {n}" for n, t in sorted(times.items()))
         run.console.line(f"threads  {count}: a micro-batch takes {figures} (kept on every resume)")
     p.threads = torch.get_num_threads()
+
+
+def start_wandb(run: TrainingRun) -> None:
+    """With --wandb, start to send the metrics rows to it; a failure is printed in one line."""
+    if run.flags.wandb and run.world.is_first:
+        try:
+            run.sender = wandb_log.start(run.files.metrics, run.flags.wandb, vars(run.flags))
+        except OSError as error:
+            run.console.problem(f"--wandb: training goes on without it: {in_words(error)}")
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class TrainingRun:
     started: float = dataclasses.field(default_factory=time.perf_counter)
     last_save: float = dataclasses.field(default_factory=time.perf_counter)
     saving: Saving | None = None  # the save in progress
+    sender: subprocess.Popen[bytes] | None = None  # of metrics rows to Weights & Biases
     best_on_disk: tuple[float, int] = (math.inf, 0)  # val and epoch
     pace: Pace = dataclasses.field(default_factory=Pace)
     failed_saves: int = 0
