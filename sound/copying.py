@@ -5,9 +5,9 @@
 
 Two frames are the same where their lower three codebooks are; the higher ones are noise that no
 copy keeps. A run is exact, or near with at most one frame in eight different. What is held is no
-music: a run has at least four distinct shared frames, and ends where 128 frames (a second and a
-half of DAC) pass without a shared one that differs from the three before it. So a held frame,
-silence and loops of two or three frames do not count.
+music: a run has at least ten distinct shared frames (silence flickers between seven), and ends
+where 128 frames (a second and a half of DAC) pass without a shared one that differs from the three
+before it. So a held frame, silence and loops of two or three frames do not count.
 
 Seed and extend, as BLAST does (Altschul et al. 1990): a seed is four frames running, the last
 unlike the other three. Every exact run has one; a near run is found by those between two of its
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 BOOKS = 3  # lower codebooks that are compared
 ONE_IN = 8  # frames of a near run, of which one may differ
-DISTINCT, HELD, SEED = 4, 128, 4  # frames, see above
+DISTINCT, HELD, SEED = 10, 128, 4  # frames, see above
 LEAST_COPY = (
     43  # frames, half a second: no run up to it is a copy, nor up to twice held-out music's
 )

@@ -85,6 +85,18 @@ def test_gpu_runs_every_mode_and_outlives_a_row_that_fails(tmp_path):
     assert ["error" in row for row in saved["rows"]] == [True, True, False, False]
 
 
+def test_copies_are_found_and_held_out_music_is_none(tmp_path):
+    rows, _ = table_of("copying.py", "--hours 0.1 --count 100", tmp_path)
+    exact, near, held_out, by_heart, *cost = rows
+    assert exact[1:] == ["100 at their place, 172 frames at least; 100 flagged", "100"]
+    assert near[1].startswith("100 at their place, ")
+    assert near[1].endswith("; 100 flagged")
+    assert held_out[1].startswith("0 and 0 flagged")
+    assert number(held_out[2]) >= 50
+    assert by_heart[1:] == ["100 flagged", "100"]
+    assert all("against 31,008 frames" in row[0] for row in cost)
+
+
 def test_numerics_of_a_device_are_compared_with_the_cpus(tmp_path):
     rows, _ = table_of("gpu_numerics.py", "--device cpu --modes=", tmp_path)
     assert [row[:2] for row in rows] == [["eager", "float32"], ["eager", "bf16"]]

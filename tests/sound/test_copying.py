@@ -65,7 +65,7 @@ def slow_runs(sample, music, one_in):
 def test_runs_are_those_of_a_slow_search_by_definition(tmp_path, seed, held):
     """Few different frames, some of them held, so that runs of all kinds meet by chance."""
     rng = np.random.default_rng([seed, held])
-    alphabet = rng.integers(1024, size=(int(rng.integers(4, 9)), 4))
+    alphabet = rng.integers(1024, size=(int(rng.integers(16, 25)), 4))
     music, sample = (
         alphabet[np.repeat(rng.integers(len(alphabet), size=n), rng.integers(1, held + 1, size=n))]
         for n in (160, 50)
@@ -75,6 +75,7 @@ def test_runs_are_those_of_a_slow_search_by_definition(tmp_path, seed, held):
     (found,) = longest_runs([sample], tracks_of([path]))
     assert found.exact.frames == slow_runs(sample, music, 0)[0]
     assert found.near.frames == slow_runs(sample, music, ONE_IN)[0]
+    assert held > 1 or found.exact.frames >= 20
     for run in found:
         ours = sample[run.at : run.at + run.frames, :3]
         theirs = music[run.start : run.start + run.frames, :3]
@@ -98,17 +99,27 @@ def test_held_frames_and_short_loops_are_no_runs(tmp_path):
 
 
 def test_what_is_held_too_long_does_not_lengthen_a_run(tmp_path):
-    """Four shared frames before 300 of shared silence are no run of 304."""
-    frame = np.random.default_rng(0).integers(1024, size=(8, 9))
-    music = frame[[0, 1, 2, 3, *[4] * 300, 5, 6, 7]]
+    """Twelve shared frames before 300 of shared silence are no run of 312."""
+    frame = np.random.default_rng(0).integers(1024, size=(16, 9))
+    music = frame[[*range(12), *[12] * 300, 13, 14, 15]]
     path = put(tmp_path / "music.npq", npq1(music))
     (found,) = longest_runs([music], tracks_of([path]))
-    assert found.exact.frames == 4 + 1 + HELD
-    (found,) = longest_runs([frame[[0, 1, 2, 3, *[4] * 100, 5, 6, 7]]], tracks_of([path]))
-    assert found.exact.frames == 104  # it goes on where the file still holds its frame
+    assert found.exact.frames == 12 + 1 + HELD
+    (found,) = longest_runs([frame[[*range(12), *[12] * 100, 13, 14, 15]]], tracks_of([path]))
+    assert found.exact.frames == 112  # it goes on where the file still holds its frame
     short = np.delete(music, slice(100, 290), axis=0)
     (found,) = longest_runs([short], tracks_of([put(tmp_path / "short.npq", npq1(short))]))
     assert found.exact.frames == len(short)  # a note that is held for less is part of its music
+
+
+@pytest.mark.parametrize(("distinct", "counts"), [(DISTINCT - 1, False), (DISTINCT, True)])
+def test_silence_that_flickers_between_several_frames_is_no_run(tmp_path, distinct, counts):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1024, size=(distinct, 9))[rng.integers(distinct, size=400)]
+    path = put(tmp_path / "music.npq", npq1(codes))
+    (found,) = longest_runs([codes], tracks_of([path]))
+    assert (found.exact.frames == found.near.frames == 400) == counts
+    assert (found.exact.frames == found.near.frames == 0) != counts
 
 
 def planted(rng, excerpt, *, changed):
