@@ -36,9 +36,10 @@ PROSE = [
     *(ROOT / "benchmarks" / name for name in ("README.md", "reliability.md")),
     ROOT / "examples" / "README.md",
 ]
-OF_OTHERS = {  # flags of torchrun, sbatch and mypy
+OF_OTHERS = {  # flags of torchrun, sbatch, wsl and mypy
     *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
-    *("--max-restarts", "--shutdown-timeout", "--signal", "--strict"),
+    *("--max-restarts", "--shutdown-timeout", "--signal", "--strict", "--install"),
+    *("--nodes", "--gpus", "--cpus-per-task", "--time", "--requeue", "--open-mode"),
 }
 
 

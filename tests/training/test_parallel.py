@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -150,6 +151,48 @@ def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path):
     assert run(1, *command, "--num_workers", "0")[0] == 0
     assert run(1, *flags(tunes, "--save_dir", tmp_path / "whole", *end))[0] == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole", 1e-5)
+
+
+def test_the_slurm_script_of_the_documents_saves_and_asks_to_be_queued_again(tunes, tmp_path):
+    """Signals go to the script alone, as Slurm sends them; `scontrol` notes what it is told."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^#!/bin/bash\n.*?(?=^```)", page, re.S | re.M)
+    for name, text in {
+        "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+        "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    save_dir = tmp_path / "run"
+    here = {"npq_out/*.npq": str(tunes), "nproc_per_node=4": "nproc_per_node=2"}
+    here["--accum 8 --quiet"] = " ".join([*TINY, f"--save_dir {save_dir} --epochs 100000"])
+    for words, others in here.items():
+        assert script.count(words) == 1
+        script = script.replace(words, others)
+    (tmp_path / "job.sh").write_text(script)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    steps = 0
+    for number, event in ((signal.SIGUSR1, "start"), (signal.SIGTERM, "resume")):
+        job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=ROOT, env=env)
+        try:
+            wait_for(lambda s=steps, j=job: newest_step(save_dir) > s or j.poll() is not None)
+            job.send_signal(number)
+            assert job.wait(60) != 0  # of torchrun that was ended
+        finally:
+            job.kill()
+            for process in itertools.chain(*processes_of(save_dir).values()):
+                os.kill(process, signal.SIGKILL)  # torchrun ends when they have
+        *_, begun, end = [r for r in rows(save_dir) if r["event"] in ("start", "resume", "end")]
+        assert (begun["event"], begun["step"], end["signal"]) == (event, steps, "SIGTERM")
+        assert (tmp_path / "told").read_text() == "requeue 77\n"  # once, and not when cancelled
+        steps = end["step"]
+        assert load_checkpoint(save_dir / "rvq_4cb_latest.pt")["progress"]["step"] == steps
+
+
+def newest_step(save_dir: Path) -> int:
+    """Step of the newest row of the metrics, if there is any."""
+    written = rows(save_dir) if any(save_dir.glob("*_metrics.jsonl")) else []
+    return written[-1]["step"] if written else 0
 
 
 def test_micro_batches_that_cannot_be_shared_are_named(tunes, tmp_path):
