@@ -2,6 +2,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
 
     python sample_rvq.py rvq_9cb_best.pt --out song.wav
     python sample_rvq.py rvq_9cb_best.pt --out more.wav --prompt song.flac
+    python sample_rvq.py rvq_9cb_best.pt --out jazz.wav --label jazz
     python sample_rvq.py rvq_9cb_best.pt --npq-out song.npq --frames 5000 \
         --seed 3
     python sample_rvq.py rvq_9cb_best.pt --out - --frames 300000 | ffplay -
@@ -64,6 +65,7 @@ from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_sh
 from sound.audio_file import AudioError, read_audio, resample, stream_wav, write_wav
 from sound.codec import Codec, CodecError, load_codec, not_the_trainings
 from sound.copying import copy_warning, describe, figures, longest_runs
+from sound.labels import labels_in
 from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
 from sound.origin import are_different, codec_of, find_all
 from sound.sampling import Draw, NotFiniteError, stream
@@ -104,6 +106,12 @@ def build_parser() -> FlagParser:
     add("--prompt-frames", type=at_least(1), metavar="N", help="use only its first so many frames")
     add("--seed", type=at_least(0), default=0, metavar="N",
         help="the same seed draws the same codes, of several samples the same first ones")
+    add("--label", metavar="NAME,...",
+        help="what to play, of the labels that the model was trained with; an unknown one lists "
+        "them, without any it plays as without labels")
+    add("--guidance", type=positive, default=1.0, metavar="X",
+        help="with --label: by how much more of it than the model itself would play; 2 is clear, "
+        "and takes twice the work")
     add("--against", type=file_path, action=Several, nargs="+", metavar="GLOB",
         help=".npq files of the training: tells the longest run of frames that each sample shares "
         "with one, and warns of a copy")
@@ -149,6 +157,12 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--against: nothing is drawn; name --out or --npq-out, or leave it out")
     if flags.prompt and not draws:
         raise UsageError("--prompt: nothing is drawn; name --out or --npq-out, or leave it out")
+    if flags.label is not None and not draws:
+        raise UsageError("--label: nothing is drawn; name --out or --npq-out, or leave it out")
+    if flags.guidance != 1 and flags.label is None:
+        raise UsageError(
+            f"--guidance {flags.guidance:g}: there is nothing to guide to; add --label"
+        )
     for flag in ("prompt_frames", "with_prompt"):
         if getattr(flags, flag) and not flags.prompt:
             raise UsageError(
@@ -325,6 +339,18 @@ def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
     return Draw.of(k, *(getattr(flags, flag) for flag in DRAW_FLAGS))
 
 
+def pick_labels(flags: argparse.Namespace, config: ModelConfig) -> list[str]:
+    """The labels asked for; raises UsageError for one that the model does not know."""
+    if flags.label is None:
+        return []
+    labels = labels_in(flags.label, config.labels) or [""]
+    try:
+        config.numbers_of(labels)
+    except ValueError as error:
+        raise UsageError(f"--label: {error}") from error
+    return list(dict.fromkeys(labels))
+
+
 def read_training_files(
     flags: argparse.Namespace, checkpoint: dict[str, Any]
 ) -> WindowDataset | None:
@@ -390,6 +416,7 @@ def begin(
 ) -> Iterator[Drawing]:
     """Yield the drawings of all samples asked for, TOGETHER in each; a bar shows their progress."""
     before = torch.empty((0, shape_of(checkpoint)[0])) if prompt is None else prompt
+    labels = pick_labels(flags, model.config)
     for first in range(0, flags.samples, TOGETHER):
         # Far from any --seed, as the next seed's sample is another command's first.
         (seed,) = np.random.SeedSequence((flags.seed, first)).generate_state(1, np.uint64)
@@ -404,6 +431,8 @@ def begin(
             compiled=flags.compile,
             dtype=pick_dtype(flags, checkpoint, model.bos.device),
             on_frame=bar.update,
+            labels=labels,
+            guidance=flags.guidance,
         )
         yield Drawing(source, before, flags.frames)
 

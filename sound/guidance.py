@@ -38,9 +38,16 @@ class Guided:
         self.config, self.depth = model.config, model.depth
 
     def new_cache(
-        self, batch: int, ctx: int, dtype: torch.dtype, *, labels: Tensor, static: bool = False
+        self,
+        batch: int,
+        ctx: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        labels: Tensor | None,
+        static: bool = False,
     ) -> KeyValueCache:
         """Return a cache of two rows for each sample, the second half of them without labels."""
+        assert labels is not None, "nothing to guide to"
         rows = torch.cat((labels, torch.full_like(labels, ABSENT)))
         return self.model.new_cache(2 * batch, ctx, dtype, static=static, labels=rows)
 

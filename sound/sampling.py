@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from layers.cache import KeyValueCache
 from layers.cpu import PackedLinear, QuickNorm
 from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
+from sound.guidance import Guided
 
 TO_DRAW = -2  # in the place of a code that is not known yet
 COLUMNS_BEFORE_GRAPH = 1  # it loads kernels and makes work space, which no graph can hold
@@ -185,6 +186,8 @@ def stream(
     compiled: bool = False,
     dtype: torch.dtype | None = None,
     on_frame: Callable[[], object] = lambda: None,
+    labels: Sequence[str] = (),
+    guidance: float = 1.0,
 ) -> Iterator[Tensor]:
     """Draw `frames` new frames after an optional prompt [T, K]; yield codes [B, n, K] int64.
 
@@ -192,27 +195,25 @@ def stream(
     memory does not grow with `frames`. The model sees at most ctx frames, as in training.
     `compiled` compiles the one step of static shape; on CUDA a frame, drawing included, is replayed
     as one CUDA graph instead. Products are made in `dtype`, without it in that of the weights.
-    `on_frame` is called after each frame. The model is left in evaluation mode.
+    `on_frame` is called after each frame. All samples have the `labels`; with another `guidance`
+    than 1 they are drawn as guidance.py says. The model is left in evaluation mode.
 
     Raises:
-        ValueError: the prompt has not K codebooks, or a code that is not below its vocab size.
+        ValueError: the prompt has not K codebooks, or a code that is not below its vocab size; a
+            label that the model does not know, guidance without labels.
         NotFiniteError: the model has diverged.
     """
     model.eval()
     device, k, lag = model.bos.device, model.config.num_codebooks, model.config.lag
     generator = torch.Generator(device).manual_seed(seed)
     known = _known_columns(prompt, model.config, ctx).to(device)
-    if dtype is not None:
-        model = packed_copy(model, dtype, eager=not compiled)
-    # A CPU attends faster in float32: it has no products of one row in bfloat16.
-    kept = torch.float32 if device.type == "cpu" else dtype or torch.float32
-    cache = model.new_cache(batch, ctx, kept, static=compiled)
+    rows, cache = _with_cache(model, batch, ctx, dtype, compiled, labels, guidance)
     in_graph = compiled and device.type == "cuda"
     by_inductor = compiled and not in_graph
-    advance = torch.compile(model.advance, fullgraph=True) if by_inductor else model.advance
+    advance = torch.compile(rows.advance, fullgraph=True) if by_inductor else rows.advance
     start = known.shape[1] - lag
-    state = model.prefill(known[:, :start].expand(batch, -1, -1), cache)
-    column = _Column(model, draw, state, known[0, :start])
+    state = rows.prefill(known[:, :start].expand(batch, -1, -1), cache)
+    column = _Column(rows, draw, state, known[0, :start])
     take: Callable[[], Tensor] = functools.partial(column.take, advance, cache)
     columns = torch.empty((batch, AT_ONCE + lag, k), dtype=torch.int64, device=device)
     filled = 0  # of `columns`: the last `lag` of those yielded, which their frames need, and on
@@ -234,14 +235,37 @@ def stream(
             columns[:, :lag], filled = columns[:, filled - lag : filled].clone(), lag
 
 
+def _with_cache(
+    model: CodesTransformer,
+    batch: int,
+    ctx: int,
+    dtype: torch.dtype | None,
+    static: bool,
+    labels: Sequence[str],
+    guidance: float,
+) -> tuple[CodesTransformer | Guided, KeyValueCache]:
+    """Return the model as it draws, and an empty cache for samples with `labels`; see `stream`."""
+    if guidance != 1 and not labels:
+        raise ValueError("guidance: expected labels, found none")
+    numbers = torch.tensor([model.config.numbers_of(labels)] * batch, device=model.bos.device)
+    if dtype is not None:
+        model = packed_copy(model, dtype, eager=not static)
+    # A CPU attends faster in float32: it has no products of one row in bfloat16.
+    kept = torch.float32 if model.bos.is_cpu else dtype or torch.float32
+    rows = Guided(model, guidance) if guidance != 1 else model
+    return rows, rows.new_cache(batch, ctx, kept, static=static, labels=numbers if labels else None)
+
+
 class _Column:
     """The columns drawn, one after another, from buffers that stay in their places for CUDA graphs.
 
     Set `given` [K] int64 (TO_DRAW: to be drawn) and `numbers` anew before each `take`.
     """
 
-    def __init__(self, model: CodesTransformer, draw: Draw, state: Tensor, before: Tensor) -> None:
-        """Of the state [B, D] after the columns `before` [T, K]."""
+    def __init__(
+        self, model: CodesTransformer | Guided, draw: Draw, state: Tensor, before: Tensor
+    ) -> None:
+        """Of the state [B, ...] after the columns `before` [T, K]."""
         self.model, self.draw, self.state = model, draw, state
         batch, k = len(state), model.config.num_codebooks
         self.inner = model.new_depth_cache(batch)

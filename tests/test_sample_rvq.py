@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import soundfile
 import torch
 from kit import processes
 from kit.checkpoints import assert_same_tensors, comparable
-from kit.trainer import ROOT, TINY, make_run, rows, train, wait_for
+from kit.trainer import ROOT, TINY, make_run, rows, run_trainer, train, wait_for
 
 import sample_rvq
 import train_rvq
@@ -36,6 +37,7 @@ from sound.statistics import compare, describe
 from training import samples
 from training.resume import settle_data_change
 
+SHORT = ("--frames", "20")
 SOUND = ("--eval-audio-every", "1", "--eval-frames", "12", "--eval-dac-repo", "demo")
 
 
@@ -573,6 +575,15 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
         (("{checkpoint}", "--out", "-", "--samples", "2"), 2, "takes one sample"),
         (("{checkpoint}", *NPQ, "--min-p", "1"), 2, "--min-p"),
         (("{checkpoint}", *NPQ, "--repeat-penalty", "1,2"), 2, "--repeat-penalty: expected 1 or 9"),
+        (("{labelled}", *NPQ, "--label", "loud"), 2,
+         "--label: unknown label 'loud'; the model knows 'high', 'low'\n"),
+        (("{labelled}", *NPQ, "--label", "low,loud"), 2, "unknown label 'loud'; the model"),
+        (("{labelled}", *NPQ, "--label", ""), 2, "unknown label ''; the model knows"),
+        (("{checkpoint}", *NPQ, "--label", "low"), 2, "knows none: it was trained without --lab"),
+        (("{labelled}", *NPQ, "--guidance", "2"), 2, "--guidance 2: there is nothing to guide to"),
+        (("{labelled}", *NPQ, "--label", "low", "--guidance", "0"), 2, "expected a number > 0"),
+        (("{labelled}", "--label", "low", "--export-safetensors", "{tmp}/x.safetensors"), 2,
+         "--label: nothing is drawn"),
         (("{checkpoint}", *NPQ, "--fames", "3"), 2, "did you mean --frames?"),
         (("{checkpoint}", "--out", "{tmp}/x.wav", "--codec", "{tmp}/no.pth"), 1, "no.pth"),
         (("{odd}/other.safetensors", "--out", "{tmp}/x.wav", "--codec", "demo"), 2, "75.00 frames"),
@@ -586,9 +597,10 @@ NPQ = ("--npq-out", "{tmp}/x.npq")
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line_and_write_nothing(
-    flags, code, message, checkpoint, shared, music, odd, tmp_path, capsys
+    flags, code, message, checkpoint, labelled, shared, music, odd, tmp_path, capsys
 ):
     places = {"checkpoint": checkpoint, "shared": shared, "music": music, "odd": odd}
+    places["labelled"] = labelled
     filled = [f.format(tmp=tmp_path, **places) for f in flags]
     try:
         found = sample(*filled)
@@ -618,3 +630,65 @@ def odd(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts["data"] = {**parts["data"], "frame_rate": 75.0}
     export_weights(parts, folder / "other.safetensors", tell=print)
     return folder
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(halves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Best checkpoint of a run over music of codes below 8 and from 8 on, labelled so."""
+    save_dir = tmp_path_factory.mktemp("labelled")
+    flags = ("--epochs", "8", "--eval-audio-every", "2", "--eval-frames", "5", "--ctx", "8")
+    train("--data", halves, "--labels", "folders", "--save_dir", save_dir, *flags)
+    return save_dir / "rvq_4cb_best.pt"
+
+
+def share_of_low(*flags: str | Path) -> float:
+    """Share of the codes that are below 8, in 16 samples of 64 frames."""
+    out = Path(flags[-1])
+    assert sample(*flags[:-1], "--npq-out", out, "--samples", "16", "--frames", "64") == 0
+    return float(np.mean([codes_in(path) < 8 for path in out.parent.glob(f"{out.stem}_*.npq")]))
+
+
+def test_a_model_obeys_its_label_and_plays_both_without(labelled, tmp_path):
+    low = share_of_low(labelled, "--label", "low", tmp_path / "low.npq")
+    high = share_of_low(labelled, "--label", "high", tmp_path / "high.npq")
+    row = rows(labelled.parent, "epoch")[-1]
+    assert row["val"] < row["val_unlabelled"]
+    assert low > 0.75
+    assert high < 0.25
+    assert 0.25 < share_of_low(labelled, tmp_path / "bare.npq") < 0.75
+    guided = share_of_low(labelled, "--label", "low", "--guidance", "3", tmp_path / "guided.npq")
+    assert guided > max(low, 0.95)
+
+
+def test_shared_weights_play_the_same_labels(labelled, tmp_path):
+    shared = tmp_path / "x.safetensors"
+    export_weights(load_checkpoint(labelled), shared, tell=lambda _: None)
+    for i, weights in enumerate((labelled, shared)):
+        out = tmp_path / f"{i}.npq"
+        assert sample(weights, "--npq-out", out, "--label", "low", "--guidance", "2", *SHORT) == 0
+    assert np.array_equal(codes_in(tmp_path / "0.npq"), codes_in(tmp_path / "1.npq"))
+
+
+def test_guidance_of_one_is_no_guidance(labelled, tmp_path):
+    for name, more in (("a", ()), ("b", ("--guidance", "1"))):
+        out = tmp_path / f"{name}.npq"
+        assert sample(labelled, "--npq-out", out, "--label", "low", *SHORT, *more) == 0
+    assert np.array_equal(codes_in(tmp_path / "a.npq"), codes_in(tmp_path / "b.npq"))
+
+
+def test_evaluation_audio_goes_through_the_labels_in_turn(labelled, music, tmp_path):
+    found = [(row["epoch"], row["label"]) for row in rows(labelled.parent, "sample")]
+    assert found == [(2, "high"), (4, "low"), (6, "high"), (8, "low")]
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / "music" / name).mkdir(parents=True)
+        shutil.copy(music / f"{i}.npq", tmp_path / "music" / name)
+    flags = ("--data", tmp_path / "music", "--labels", "folders", "--epochs", "1", *SOUND)
+    code, said = run_trainer(*TINY, *flags, "--save_dir", tmp_path / "run")
+    assert code == 0
+    assert re.search(r"\nsample   .*\.wav \(\d+\.\d s, label one\)\n", said), said
+    page = (tmp_path / "run" / "rvq_9cb_report.html").read_text()
+    assert re.search(r"<span>step \d+, one</span>", page)
+    assert "validation without labels" in page

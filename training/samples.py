@@ -37,10 +37,11 @@ def write(run: TrainingRun) -> None:
     p, started = run.state.progress, time.perf_counter()
     if not run.world.is_first:
         return
+    label = label_in_turn(run)
     outcome: dict[str, Any]
     codes: Codes | None = None
     try:
-        codes, path = draw(run)
+        codes, path = draw(run, label)
         decode(run, codes, path.with_suffix(".wav"))
     except Stopped:
         return
@@ -49,15 +50,16 @@ def write(run: TrainingRun) -> None:
         outcome = {"error": str(error)}
     else:
         seconds = round(time.perf_counter() - started, 3)
-        run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s)")
+        of = f", label {label}" if label else ""
+        run.console.detail(f"sample   {path.with_suffix('.wav')} ({seconds:.1f} s{of})")
         outcome = {"file": path.name, "sample_seconds": seconds}
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"label": label} if label else {}
     if codes is not None:
-        figures = statistics(run, codes) | compare_with_training(run, codes)
+        figures |= statistics(run, codes) | compare_with_training(run, codes)
     run.metrics.write("sample", step=p.step, epoch=p.epoch, **outcome, **figures)
 
 
-def draw(run: TrainingRun) -> tuple[Codes, Path]:
+def draw(run: TrainingRun, label: str | None) -> tuple[Codes, Path]:
     """Draw a sample from the EMA weights; return its codes [T, K] int64 and the .npq file of them.
 
     Raises:
@@ -86,6 +88,7 @@ def draw(run: TrainingRun) -> tuple[Codes, Path]:
         seed=flags.seed + p.epoch,
         dtype=run.amp_dtype,
         on_frame=stop_on_signal,
+        labels=[label] if label else [],
     )
     codes: Codes = drawn[0].cpu().numpy()
     while (path := folder(flags) / sample_name(run)).exists():
@@ -98,6 +101,14 @@ def draw(run: TrainingRun) -> tuple[Codes, Path]:
         side_codebooks=run.data["side_codebooks"],
     )
     return codes, path
+
+
+def label_in_turn(run: TrainingRun) -> str | None:
+    """Return the label of this epoch's sample, each in its turn; None if the model has none."""
+    labels, turn = run.state.model.config.labels, 1
+    if run.flags.eval_audio_every:
+        turn = run.state.progress.epoch // run.flags.eval_audio_every
+    return labels[(turn - 1) % len(labels)] if labels else None
 
 
 def sample_name(run: TrainingRun) -> str:

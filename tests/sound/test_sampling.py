@@ -366,3 +366,80 @@ def test_the_cached_step_is_faster_than_recomputing_the_window():
         for _ in range(8):
             model(window)
     assert cached < (time.perf_counter() - started) / 8 / 2
+
+
+# --- labels and guidance -------------------------------------------------------------------------
+
+LABELLED = dataclasses.replace(CONFIG, labels=("a", "b"))
+
+
+def drawn_slowly(
+    model: CodesTransformer, frames: int, draw: Draw, labels: list[int], guidance: float, batch: int
+) -> torch.Tensor:
+    """Codes [B, T, K]: for each code one pass over all before it, with labels and one without."""
+    generator, k = torch.Generator().manual_seed(5), model.config.num_codebooks
+    codes = torch.zeros(batch, frames, k, dtype=torch.int64)
+    known = torch.tensor([labels] * batch)
+    with torch.no_grad():
+        for frame in range(frames):
+            shape = (k, batch) if model.depth else (batch, k)
+            uniform = torch.rand(shape, generator=generator)
+            uniform = uniform.mT if model.depth else uniform
+            for book in range(k):
+                told = model(codes[:, : frame + 1], known)[:, frame, book]
+                bare = model(codes[:, : frame + 1])[:, frame, book]
+                mixed = torch.stack([bare[:, v] + guidance * (told[:, v] - bare[:, v])
+                                     if v < model.config.vocab_sizes[book] else bare[:, v]
+                                     for v in range(told.shape[1])], dim=1)  # fmt: skip
+                codes[:, frame, book] = draw(mixed[:, None], uniform[:, [book]], book)[:, 0]
+    return codes
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("pattern", ["parallel", "depth"])
+def test_guidance_mixes_the_logits_of_two_rows_that_hear_the_same(pattern, guidance):
+    config = dataclasses.replace(LABELLED, pattern=pattern, vocab_sizes=(16, 9, 16))
+    model, draw = make_model(config).eval(), Draw.of(3, 0.8, 12, 0.95)
+    options: dict[str, Any] = {"ctx": 16, "draw": draw, "seed": 5, "batch": 3, "guidance": guidance}
+    found = generate(model, 12, labels=["b", "a"], **options)
+    assert torch.equal(found, drawn_slowly(model, 12, draw, [1, 0], guidance, 3))
+    other = generate(model, 12, labels=["a"], **options)
+    assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("device", STATIC)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_labels_in_the_static_step_beyond_ctx_and_behind_a_prompt(pattern, guidance, device):
+    config = dataclasses.replace(LABELLED, pattern=pattern)
+    model, prompt = make_model(config).to(device), make_codes(config, 1, 12)[0, :5].to(device)
+    draw = Draw.of(3, repeat_penalty=2.0)
+    options: dict[str, Any] = {"ctx": 8, "draw": draw, "batch": 2, "prompt": prompt}
+    options |= {"labels": ["b"], "guidance": guidance, "seed": 1}
+    cached = generate(model, 14, **options)
+    assert torch.equal(cached, generate(model, 14, compiled=True, **options))
+    assert not torch.equal(cached, generate(model, 14, **{**options, "labels": ["a"]}))
+
+
+def test_guidance_of_one_and_no_label_are_the_model_itself():
+    model, plain = make_model(LABELLED).eval(), make_model(CONFIG).eval()
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if "label" not in n})
+    options: dict[str, Any] = {"ctx": 16, "draw": ANY, "seed": 2, "batch": 2}
+    assert torch.equal(generate(model, 9, **options), generate(plain, 9, **options))
+    with torch.no_grad():
+        assert model.label_embed is not None
+        model.label_embed.weight.zero_()
+    for labels in (["a"], []):
+        assert torch.equal(
+            generate(model, 9, labels=labels, **options), generate(plain, 9, **options)
+        )
+
+
+def test_labels_that_cannot_be_played_are_refused():
+    options: dict[str, Any] = {"ctx": 16, "draw": ANY}
+    with pytest.raises(ValueError, match="unknown label 'x'; the model knows 'a', 'b'"):
+        generate(make_model(LABELLED), 2, labels=["x"], **options)
+    with pytest.raises(ValueError, match="the model knows none"):
+        generate(make_model(), 2, labels=["a"], **options)
+    with pytest.raises(ValueError, match="guidance: expected labels"):
+        generate(make_model(LABELLED), 2, guidance=2.0, **options)
