@@ -13,12 +13,13 @@ import importlib.util
 import json
 import os
 import secrets
-import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cli.command_line import UsageError, problem, say
 from cli.shortages import first_line
@@ -45,13 +46,14 @@ def start(metrics: Path, project: str, flags: dict[str, Any]) -> subprocess.Pope
     A run that goes on does so in Weights & Biases too: its id is kept beside the metrics, in the
     folder of that package's files. Raises OSError.
     """
-    folder = wandb_folder(metrics)
+    name = metrics.name.removesuffix("_metrics.jsonl")
+    folder = metrics.with_name(f"{name}_wandb")
     folder.mkdir(exist_ok=True)
     kept = folder / "run_id"
     if not kept.exists():
         kept.write_text(secrets.token_hex(4))
-    name = f"{metrics.absolute().parent.name}/{metrics.name.removesuffix('_metrics.jsonl')}"
-    of_run = {"project": project, "id": kept.read_text(), "dir": str(folder), "name": name}
+    of_run = {"project": project, "id": kept.read_text(), "dir": str(folder)}
+    of_run["name"] = f"{metrics.absolute().parent.name}/{name}"
     where = {"metrics": str(metrics), "offset": metrics.stat().st_size}
     code = CHILD.format(str(Path(__file__).resolve().parents[1]))
     sender = subprocess.Popen(
@@ -75,16 +77,14 @@ def end(sender: subprocess.Popen[bytes], metrics: Path) -> None:
         problem(f"not all rows have reached Weights & Biases; all are in {metrics}")
 
 
-def wandb_folder(metrics: Path) -> Path:
-    """Return the folder of that package's files, beside the metrics file."""
-    return metrics.with_name(metrics.name.removesuffix("_metrics.jsonl") + "_wandb")
-
-
 def follow() -> None:
     """Send the rows of a file, as the first line of standard input says, until that ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends after the trainer, which they are for
-    facts = json.loads(sys.stdin.buffer.readline())
+    trainer = open(os.dup(0), "rb")  # noqa: SIM115 - open until the end
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a question gets no answer, at once
+    facts, ended = json.loads(trainer.readline()), threading.Event()
+    threading.Thread(target=_await_end, args=(trainer, ended), daemon=True).start()
     try:
         import wandb
 
@@ -94,19 +94,24 @@ def follow() -> None:
         run.define_metric("*", step_metric="step")
         with open(facts["metrics"], "rb") as file:
             file.seek(facts["offset"])
-            line, is_last = b"", False
+            is_last = False
             while not is_last:
-                is_last = bool(select.select([sys.stdin], [], [], PAUSE)[0])
-                while more := file.readline():
-                    line += more
-                    if line.endswith(b"\n"):
-                        row = json.loads(line)
-                        run.log({**points_of(row), "step": row.get("step", 0)})
-                        line = b""
-        for stream in (1, 2):  # whoever reads the trainer's output does not wait for this process
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        signal.alarm(GIVE_UP)
+                is_last = ended.wait(PAUSE)
+                while (line := file.readline()).endswith(b"\n"):
+                    row = json.loads(line)
+                    run.log({**points_of(row), "step": row.get("step", 0)})
+                file.seek(-len(line), os.SEEK_CUR)  # half a row
         run.finish()
     except BaseException as error:
         problem(f"Weights & Biases gets no more rows, training goes on: {first_line(error)}")
         os._exit(1)
+
+
+def _await_end(trainer: BinaryIO, ended: threading.Event) -> None:
+    """Wait for the trainer's end; some time later let go of its output, whose reader may wait."""
+    trainer.read()
+    ended.set()
+    time.sleep(WAIT)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    signal.alarm(GIVE_UP)

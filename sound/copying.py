@@ -36,7 +36,6 @@ DISTINCT, HELD, SEED = 10, 128, 4  # frames, see above
 LEAST_COPY = (
     43  # frames, half a second: no run up to it is a copy, nor up to twice held-out music's
 )
-AROUND = 32  # frames on either side of a seed that are compared first
 PIECE = 4096  # frames; a longer sample is searched in such pieces, each half over the next
 BLOCK = 1 << 17  # frames read at once
 BATCH = 1 << 19  # frames compared at once
@@ -173,20 +172,16 @@ class _Search:
             for at in range(0, max(1, len(codes) - PIECE // 2), PIECE // 2)
         ]
         self.width = max((len(keys) for *_, keys in cuts), default=0)
-        self.owner, self.at = (np.array([c[i] for c in cuts], np.int64) for i in (0, 1))
+        self.owner, self.at = (np.array([cut[i] for cut in cuts], np.int64) for i in (0, 1))
         self.best = [[Run()] * len(samples) for _ in Shared._fields]
-        # Outside of a piece -1, outside of a block -2: neither is a key, nor are they equal.
-        self.keys = np.full((len(cuts), self.width + 2 * AROUND), -1, np.int64)
-        for row, (*_, keys) in zip(self.keys, cuts, strict=True):
-            row[AROUND : AROUND + len(keys)] = keys
-        self.pieces = self.keys[:, AROUND : AROUND + self.width]
+        self.pieces = np.full((len(cuts), max(self.width, SEED)), -1, np.int64)  # -1 is no key
+        for row, (*_, keys) in zip(self.pieces, cuts, strict=True):
+            row[: len(keys)] = keys
         self.is_new = self.pieces >= 0
         for back in range(1, SEED):
-            before = self.keys[:, AROUND - back : AROUND - back + self.width]
-            self.is_new &= self.pieces != before
-        piece, last = np.nonzero(self.is_new)
-        piece, at = piece[last >= SEED - 1], last[last >= SEED - 1] - SEED + 1
-        hashes = _hashes(self.keys)[piece, at + AROUND]
+            self.is_new[:, back:] &= self.pieces[:, back:] != self.pieces[:, :-back]
+        piece, at = np.nonzero(self.is_new[:, SEED - 1 :])
+        hashes = _hashes(self.pieces)[piece, at]
         order = np.argsort(hashes)
         self.hashes, self.seed_piece, self.seed_at = hashes[order], piece[order], at[order]
         self.table = np.zeros(1 << TABLE_BITS, bool)  # whether a seed's hash has these high bits
@@ -196,59 +191,29 @@ class _Search:
         """Search a block of keys [T] that begins with frame `first` of a file."""
         if len(keys) < SEED:
             return
-        hashes = _hashes(keys)
+        hashes, width = _hashes(keys), self.pieces.shape[1]
         found = np.flatnonzero(self.table[_place(hashes)])
         low, high = (np.searchsorted(self.hashes, hashes[found], s) for s in ("left", "right"))
-        counts = high - low
-        ends = np.cumsum(counts)
-        if not len(found) or not ends[-1]:
-            return
-        block = np.pad(keys, self.width + AROUND, constant_values=-2)
-        origin = path, first - self.width - AROUND
-        found += self.width + AROUND
-        for part in np.split(np.arange(len(found)), np.flatnonzero(np.diff(ends // BATCH)) + 1):
+        found, low, counts = (x[high > low] for x in (found, low, high - low))
+        block = np.pad(keys, width, constant_values=-2)  # which equals neither a key nor -1
+        batches = np.flatnonzero(np.diff(np.cumsum(counts) // BATCH)) + 1
+        for part in np.split(np.arange(len(found)), batches) if len(found) else ():
             n = counts[part]
             seeds = np.arange(n.sum()) + np.repeat(low[part] - np.cumsum(n) + n, n)
-            piece, at = self.seed_piece[seeds], self.seed_at[seeds]
-            self._extend(block, origin, piece, at, found[part].repeat(n))
+            shift = width + found[part].repeat(n) - self.seed_at[seeds]
+            pairs, number = np.unique(
+                self.seed_piece[seeds] * len(block) + shift, return_counts=True
+            )
+            pairs = pairs[np.argsort(-number)]  # long runs first: fewer are longer than these
+            for some in np.array_split(pairs, 1 + len(pairs) * width // BATCH):
+                self._compare(block, path, first - width, *np.divmod(some, len(block)))
 
-    def _extend(
-        self, block: Array, origin: tuple[str, int], piece: Array, at: Array, found: Array
-    ) -> None:
-        """Compare whole pieces [N] with what they lie over when their frame `at` is on `found`.
-
-        Most shared frames around the seed first, and only where there are as many as some seed of
-        a run longer than the best has.
-        """
-        shared = self._shared_around(block, piece, at, found)
-        order = np.argsort(-shared, kind="stable")
-        most = AROUND - AROUND // ONE_IN  # a longer run has a seed in so dense a part of it
-        rows = max(1, BATCH // self.width)
-        for part in (order[i : i + rows] for i in range(0, len(order), rows)):
-            enough = shared[part] >= np.minimum(self._needed(piece[part]), most)
-            if enough.any():
-                some = part[enough]
-                pairs = np.stack((piece[some], found[some] - at[some]))
-                self._compare(block, origin, *np.unique(pairs, axis=1))
-
-    def _shared_around(self, block: Array, piece: Array, at: Array, found: Array) -> Array:
-        """Number of equal frames within AROUND of each seed, [N]."""
-        ours = sliding_window_view(self.keys, 2 * AROUND, axis=1)
-        theirs = sliding_window_view(block, 2 * AROUND)
-        parts = [slice(i, i + BATCH // AROUND) for i in range(0, len(piece), BATCH // AROUND)]
-        equal = (ours[piece[p], at[p]] == theirs[found[p] - AROUND] for p in parts)
-        return np.concatenate([e.sum(axis=1) for e in equal])
-
-    def _needed(self, piece: Array) -> Array:
-        """Shared frames that a run longer than the best of the piece's sample has, [N]."""
+    def _compare(self, block: Array, path: str, first: int, piece: Array, shift: Array) -> None:
+        """Note the longer runs where the pieces [N] lie over frames `shift` of a block."""
+        equal = self.pieces[piece] == sliding_window_view(block, self.pieces.shape[1])[shift]
         exact, near = (np.array([run.frames for run in runs]) + 1 for runs in self.best)
-        needed: Array = np.minimum(exact, near - near // ONE_IN)[self.owner[piece]]
-        return needed
-
-    def _compare(self, block: Array, origin: tuple[str, int], piece: Array, shift: Array) -> None:
-        """Note the longer runs where the first frames of pieces [N] lie over frames `shift`."""
-        equal = self.pieces[piece] == sliding_window_view(block, self.width)[shift]
-        enough = equal.sum(axis=1) >= self._needed(piece)
+        needed = np.minimum(exact, near - near // ONE_IN)  # shared frames of a longer run
+        enough = equal.sum(axis=1) >= needed[self.owner[piece]]
         piece, shift, equal = piece[enough], shift[enough], equal[enough]
         for best, penalty in zip(self.best, (BREAK, ONE_IN - 1), strict=True):
             row, start, stop = _runs(equal, equal & self.is_new[piece], penalty)
@@ -258,9 +223,8 @@ class _Search:
                 r, a, b = int(row[i]), int(start[i]), int(stop[i])
                 shared = self.pieces[piece[r], a:b][equal[r, a:b]]
                 if b - a > best[owner[i]].frames and len(np.unique(shared)) >= DISTINCT:
-                    path, first = origin
-                    at = int(self.at[piece[r]]) + a
-                    best[owner[i]] = Run(b - a, at, path, first + int(shift[r]) + a)
+                    places = int(self.at[piece[r]]) + a, path, first + int(shift[r]) + a
+                    best[owner[i]] = Run(b - a, *places)
 
 
 def _runs(equal: Array, shows: Array, penalty: int) -> tuple[Array, Array, Array]:

@@ -17,7 +17,6 @@ from kit.trainer import TINY, rows, run_trainer, start_trainer, train, wait_for
 
 from cli.command_line import UsageError
 from run_folder import wandb_log
-from run_folder.files import RunFiles
 from run_folder.metrics import points_of
 
 NOTES = """
@@ -35,6 +34,7 @@ class Run:
     def define_metric(self, name, step_metric): note(axis=step_metric)
     def log(self, points):
         if os.environ.get("FAULT") == "crash": os.kill(os.getpid(), 9)
+        if os.environ.get("FAULT") == "stall": time.sleep(8)
         if os.environ.get("FAULT") == "error": raise ValueError("no more\\nof this")
         note(points=points)
     def finish(self):
@@ -82,11 +82,11 @@ def test_the_rows_arrive_once_and_a_resumed_run_goes_on_in_the_same_one(tunes, t
     assert noted(package, "init")[2] != first  # a new run is a new one there
 
 
-@pytest.mark.parametrize("fault", ["error", "crash", "hang", "question"])
+@pytest.mark.parametrize("fault", ["error", "crash", "stall", "hang", "question"])
 def test_its_faults_do_not_end_a_run(fault, tunes, tmp_path, package, monkeypatch, capfd):
-    """An error, SIGKILL, no end, and a question at the terminal."""
+    """An error, SIGKILL, a row that is not taken, no end, and a question at the terminal."""
     monkeypatch.setenv("FAULT", fault)
-    monkeypatch.setattr(wandb_log, "WAIT", 0.5 if fault == "hang" else 60.0)
+    monkeypatch.setattr(wandb_log, "WAIT", 0.5 if fault in ("hang", "stall") else 60.0)
     flags = ("--data", tunes, "--save_dir", tmp_path / "run", "--wandb", "songs", "--epochs", "2")
     train(*flags)  # and ends with code 0
     said = capfd.readouterr().err
@@ -145,8 +145,7 @@ def test_the_package_itself_keeps_the_rows_offline(tunes, tmp_path, monkeypatch)
     flags = ("--data", tunes, "--save_dir", tmp_path / "run", "--wandb", "songs", "--max-steps")
     train(*flags, "10")
     train(*flags, "20")
-    files = RunFiles(tmp_path / "run", "rvq_4cb")
-    kept = sorted((wandb_log.wandb_folder(files.metrics)).glob("wandb/offline-run-*/*.wandb"))
+    kept = sorted((tmp_path / "run").glob("rvq_4cb_wandb/wandb/offline-run-*/*.wandb"))
     assert len(kept) == 2
     assert len({path.name for path in kept}) == 1
     for path in kept:
