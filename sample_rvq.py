@@ -9,6 +9,7 @@ r"""Draw music from a checkpoint: codes and sound; or make shared weights of it.
     python sample_rvq.py rvq_9cb_best.pt --export-safetensors tunes.safetensors
     python sample_rvq.py tunes.safetensors --out song.wav --codec 44khz
     python sample_rvq.py rvq_9cb_best.pt --out song.wav --against npq_out
+    python sample_rvq.py run/*_epoch_*.pt --samples 3 --page listen.html
 
 A prompt is an .npq file or audio; the sample carries it on.
 
@@ -22,10 +23,11 @@ import contextlib
 import functools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P and -I leave it out
@@ -39,6 +41,7 @@ from tqdm import tqdm
 
 from cli.command_line import (
     EXIT_DONE,
+    EXIT_FAILED,
     FlagParser,
     Several,
     UsageError,
@@ -60,6 +63,8 @@ from cli.shortages import is_out_of_memory
 from cli.signals import code_of_interruption
 from model import CodesTransformer, ModelConfig
 from npq_dataset import BadFilesError, WindowDataset, find_npq_files, scan_corpus, split_corpus
+from pages.listening_page import Cell, Column, column_of, distinct_names, write_page
+from pages.spectrogram import player
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError, read_audio, resample, stream_wav, write_wav
@@ -72,7 +77,7 @@ from sound.sampling import Draw, NotFiniteError, stream
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
 TOGETHER = 4  # samples in a batch: on a CPU one alone takes a tenth less time at most
-NEEDED = {"ema", "architecture", "data", "flags"}
+NEEDED = {"ema", "architecture", "data", "flags", "progress"}
 DRAW_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
 STDOUT = "-"
 
@@ -84,14 +89,16 @@ def build_parser() -> FlagParser:
     parser = FlagParser(__file__, usage="%(prog)s CHECKPOINT [flags]")
     # fmt: off
     add = parser.add_argument_group("weights").add_argument
-    add("checkpoint", type=file_path, metavar="CHECKPOINT",
-        help="any checkpoint of train_rvq.py, or shared weights (.safetensors)")
+    add("checkpoints", type=file_path, nargs="+", metavar="CHECKPOINT",
+        help="any checkpoint of train_rvq.py, or shared weights (.safetensors); several for --page")
     add("--raw", action="store_true", help="raw weights, not their average (EMA)")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=file_path, metavar="FILE.wav",
         help="where the sound goes; - is standard output, which it reaches as it is drawn")
     add("--npq-out", type=file_path, metavar="FILE.npq", help="where the codes go")
+    add("--page", type=file_path, metavar="FILE.html",
+        help="one page to hear and compare the samples of several checkpoints, also blind")
     add("--with-prompt", action="store_true", help="write the prompt too")
     add("--export-safetensors", type=file_path, metavar="FILE.safetensors",
         help="write the EMA weights to share, and a model card beside them; without --out and "
@@ -148,11 +155,16 @@ def build_parser() -> FlagParser:
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError where flags do not fit together, or a name cannot be written or read."""
-    draws = flags.out or flags.npq_out
+    draws = flags.out or flags.npq_out or flags.page
     if not draws and not flags.export_safetensors:
         raise UsageError(
-            f"name --out FILE.wav, --npq-out FILE.npq or --export-safetensors FILE{SUFFIX}"
+            "name --out FILE.wav, --npq-out FILE.npq, --page FILE.html or --export-safetensors "
+            f"FILE{SUFFIX}"
         )
+    if flags.page and (flags.out or flags.npq_out or flags.export_safetensors):
+        raise UsageError("--page is written alone; leave --out, --npq-out and the export out")
+    if (count := len(flags.checkpoints)) > 1 and not flags.page:
+        raise UsageError(f"found {count} checkpoints; name one, or add --page FILE.html")
     if flags.against and not draws:
         raise UsageError("--against: nothing is drawn; name --out or --npq-out, or leave it out")
     if flags.prompt and not draws:
@@ -170,7 +182,7 @@ def check_flags(flags: argparse.Namespace) -> None:
             )
     if flags.prompt and not Path(flags.prompt).is_file():
         raise UsageError(f"--prompt {flags.prompt}: no such file; name an .npq or audio file")
-    if is_shared(flags.checkpoint) and flags.raw:
+    if any(map(is_shared, flags.checkpoints)) and flags.raw:
         raise UsageError("--raw: shared weights are averages (EMA) alone; leave it out")
     if is_shared(flags.checkpoint) and flags.export_safetensors:
         raise UsageError(f"--export-safetensors: {flags.checkpoint} is such a file; copy it")
@@ -180,6 +192,7 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--out -: standard output is a terminal; add `| ffplay -` or `> song.wav`")
     if flags.out != STDOUT:
         check_output("--out", flags.out, ".wav")
+    check_output("--page", flags.page, ".html")
     check_output("--npq-out", flags.npq_out, ".npq")
     check_output("--export-safetensors", flags.export_safetensors, SUFFIX)
 
@@ -490,15 +503,20 @@ def from_sample(chunks: Iterator[torch.Tensor], first: int) -> Iterator[np.ndarr
 
 def tell_copies(
     music: WindowDataset, checkpoint: dict[str, Any], samples: list[np.ndarray[Any, Any]]
-) -> None:
-    """Say what each of samples [T, K] shares with the training files, with a progress bar."""
+) -> list[str]:
+    """Say what each of samples [T, K] shares with the training files, with a progress bar.
+
+    Returns a line for each sample.
+    """
+    lines = []
     held_out = checkpoint["progress"].get("held_out_run", -1)
     with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
         shared = longest_runs(samples, music.tracks(), on_frames=bar.update)
     for number, each in enumerate(shared, start=1):
         found = figures(each, held_out, checkpoint["data"]["frame_rate"])
         name = f"sample {number}" if len(shared) > 1 else "the sample"
-        say(f"{name}: {describe(found)}")
+        lines.append(describe(found))
+        say(f"{name}: {lines[-1]}")
         if warning := copy_warning(found):
             problem(f"{name} {warning}")
     if held_out < 0:
@@ -506,13 +524,24 @@ def tell_copies(
             "what held-out music shares with the training music is not known, as the training made "
             "no evaluation audio before it saved, or is of an older version: no copy is warned of"
         )
+    return lines
 
 
 # --- main ----------------------------------------------------------------------------------------
 
 
-def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> None:
-    """Draw and write; all that the flags name is opened first."""
+class Opened(NamedTuple):
+    """What is needed to draw from a checkpoint and to write what is drawn."""
+
+    draw: Draw
+    codec: Codec | None
+    prompt: torch.Tensor | None
+    music: WindowDataset | None
+    model: CodesTransformer
+
+
+def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Opened:
+    """Open all that the flags name, before minutes of drawing and not after them."""
     device = pick_device(None if flags.device == "best" else flags.device)
     draw = read_draw(flags, checkpoint)
     use_threads_of(checkpoint)
@@ -520,6 +549,12 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
     prompt = read_prompt(flags, checkpoint, codec)
     music = read_training_files(flags, checkpoint)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    return Opened(draw, codec, prompt, music, model)
+
+
+def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> list[str]:
+    """Draw and write; returns what --against found of each sample."""
+    draw, codec, prompt, music, model = open_all(flags, checkpoint)
     batches, seconds, count = -(-flags.samples // TOGETHER), 0.0, 0
     drawn: list[np.ndarray[Any, Any]] = []
     bar = tqdm(total=flags.frames * batches, unit="frame", miniters=1, disable=None)
@@ -529,7 +564,8 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
                 for _ in range(min(TOGETHER, flags.samples - count)):
                     for path in write_sample(flags, checkpoint, count, drawing, codec):
                         written.append(path)
-                        say(f"wrote {path}")
+                        if not flags.page:  # whose .wav files are temporary
+                            say(f"wrote {path}")
                     if music is not None:
                         drawn.append(drawing.read(count % TOGETHER, *drawing.new).numpy())
                     count += 1
@@ -543,16 +579,74 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
         ) from error
     times = flags.frames * batches / checkpoint["data"]["frame_rate"] / seconds
     say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
-    if music is not None:
-        tell_copies(music, checkpoint, drawn)
+    return tell_copies(music, checkpoint, drawn) if music is not None else []
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def draw_page(flags: argparse.Namespace, needed: set[str]) -> int:
+    """Draw from each checkpoint alike, and write the page to compare them by ear.
+
+    All are opened before one is drawn, and one model at a time is in memory. Returns the exit code:
+    1 where weights that draw nothing finite left a column without sound.
+    """
+    each = [argparse.Namespace(**{**vars(flags), "checkpoint": c}) for c in flags.checkpoints]
+    columns: list[Column] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, one in enumerate(each):
+            one.out = str(Path(folder, f"{number}.wav"))
+            with naming(one.checkpoint):
+                open_all(one, load_parts(one.checkpoint, needed=needed))
+        for one, name in zip(each, distinct_names(flags.checkpoints), strict=True):
+            say(f"{name}:")
+            with naming(one.checkpoint):
+                columns.append(draw_column(one, name, load_parts(one.checkpoint, needed=needed)))
+    size = write_page(Path(flags.page), columns, facts_of(flags))
+    say(f"wrote {flags.page} ({size}); open it in a browser")
+    return EXIT_DONE if all(c.cells[0].player for c in columns) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def naming(checkpoint: str) -> Iterator[None]:
+    """Add the checkpoint to errors that name only a flag, as several are given."""
+    try:
+        yield
+    except (UsageError, CodecError) as error:
+        raise type(error)(f"{checkpoint}: {error}") from error
+
+
+def draw_column(flags: argparse.Namespace, name: str, checkpoint: dict[str, Any]) -> Column:
+    """Draw one checkpoint's samples for the page, by way of temporary .wav files."""
+    column, count = column_of(flags.checkpoint, name, checkpoint), flags.samples
+    try:
+        lines = sample(flags, checkpoint, []) or [""] * count
+    except NotFiniteError as error:
+        problem(f"{flags.checkpoint}: {error}")
+        return column._replace(cells=[Cell(None, f"No sound: {error}")] * count)
+    paths = [numbered(flags.out, number, count) for number in range(count)]
+    players = [player(path, path.stat().st_mtime_ns) for path in paths]
+    return column._replace(cells=[*map(Cell, players, lines)])
+
+
+def facts_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """Seed, frames and what else was given of the flags, for the head of the page."""
+    usual = vars(build_parser().parse_args(flags.checkpoints))
+    shown = vars(flags).keys() - {"checkpoint", "checkpoints", "page", "samples", "debug"}
+    given = {n: getattr(flags, n) for n in sorted(shown) if getattr(flags, n) != usual[n]}
+    words = {n: ", ".join(map(str, v)) if isinstance(v, list) else v for n, v in given.items()}
+    return {"seed": flags.seed, "frames": flags.frames, **words}
 
 
 def work(flags: argparse.Namespace) -> int:
     """Load, export, draw, write; tells what was written when it is interrupted."""
+    flags.checkpoint = flags.checkpoints[0]
     check_flags(flags)
     written: list[Path] = []
     needed = NEEDED | ({"model"} if flags.raw else set())
     try:
+        if flags.page:
+            return draw_page(flags, needed)
         exports = flags.export_safetensors
         needed |= SHARED_KEYS if exports else set()
         checkpoint = load_parts(flags.checkpoint, needed=needed)

@@ -20,7 +20,7 @@ from cli.command_line import figure
 from pages.html import render
 from run_folder.metrics import gap_of
 
-Points = list[tuple[int, float]]  # (step, value); a value that is not finite is drawn as a cross
+Points = Sequence[tuple[float, float]]  # (step, value); one that is not finite is drawn as a cross
 Rows = Sequence[dict[str, Any]]  # metrics rows, each with a step
 EVENTS = ("skip", "quarantine", "rollback")  # metrics rows of what the guard did
 
@@ -48,12 +48,13 @@ class Chart(NamedTuple):
 class Frame(NamedTuple):
     """The axis of steps that all charts of a page share, and the marks on it."""
 
-    low: int  # first step
-    high: int  # last step
+    low: float  # first step
+    high: float  # last step
     epochs: Points  # (step, epoch), as far as known
     onset: tuple[int | None, int | None] = (None, None)  # last good and first bad step of a fault
     healthy: int | None = None  # step of the last healthy file
     passes_a_step: float | None = None  # passes over the music in a step, if known
+    unit: str = "step"  # of the axis, as it is called there
 
 
 # --- drawing -------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def draw(chart: Chart, frame: Frame) -> Markup:
 
 def share_of(step: float, frame: Frame) -> float:
     """Return the place of a step in a frame, from 0 (low or before) to 1 (high or beyond)."""
-    return min(1.0, max(0.0, (step - frame.low) / max(frame.high - frame.low, 1)))
+    return min(1.0, max(0.0, (step - frame.low) / (frame.high - frame.low or 1)))
 
 
 def _x(step: float, frame: Frame) -> float:
@@ -177,12 +178,13 @@ def _healthy(frame: Frame) -> float | None:
 def _steps(frame: Frame) -> list[tuple[float, str, str]]:
     """Return the ticks of the axis of steps: x, step, and passes or else the nearest epoch."""
     known, found = np.array([step for step, _ in frame.epochs], float), []
-    for value in _round_values(frame.low, max(frame.high, frame.low + 1), 6):
+    span = frame.high - frame.low or 1
+    for value in _round_values(frame.low, frame.low + span, 6):
         below = ""
         if frame.passes_a_step:
             below = f"{value * frame.passes_a_step:.3g}"
         elif frame.epochs:
-            below = f"{frame.epochs[np.abs(known - value).argmin()][1]:.0f}"
+            below = f"{frame.epochs[int(np.abs(known - value).argmin())][1]:.0f}"
         found.append((_x(value, frame), _short(value), below))
     return found
 
@@ -299,12 +301,17 @@ def codebooks_chart(epochs: Rows, vocab_sizes: Sequence[int]) -> Chart:
         Line(
             f"k{k}",
             [(step, _real(values[k])) for step, values in found if k < len(values)],
-            f"hsl({225 - 215 * k / max(count - 1, 1):.0f} 75% 52%)",
+            hue(k, count),
         )
         for k in range(count)
     ]
     guides = [(f"guessing, ln {v}", math.log(v)) for v in sorted(set(vocab_sizes)) if v > 1]
     return Chart("Val CE per codebook", lines, guides=guides)
+
+
+def hue(index: int, count: int) -> str:
+    """Return a line's colour, from blue to red."""
+    return f"hsl({225 - 215 * index / max(count - 1, 1):.0f} 75% 52%)"
 
 
 def gradient_chart(steps: Rows, events: Sequence[tuple[str, int]]) -> Chart:

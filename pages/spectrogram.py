@@ -22,6 +22,7 @@ from pages.html import render
 
 HZ = 50.0, 20_000.0  # lowest and highest frequency drawn
 ROWS = 150  # frequency bands, each one unit of the view box high; script.js repeats this number
+COLUMNS = 4096  # at most; a browser shows no picture of 65,536
 KEPT = 4  # players kept in memory: those of one page
 
 
@@ -54,9 +55,9 @@ def spectrogram(wave: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
     """Return levels [ROWS, T] of a waveform [N] in dB relative to its loudest, from -80 to 0.
 
     The bands are spaced logarithmically over HZ, lowest first. A column is 512 samples, 1/86 s at
-    44.1 kHz; windows are Hann windows of 2048 samples.
+    44.1 kHz, or as many more as leave COLUMNS; windows are Hann windows of 2048 samples.
     """
-    window, hop = 2048, 512
+    window, hop = 2048, max(512, math.ceil(len(wave) / COLUMNS))
     padded = np.pad(wave, (window // 2, window // 2 + hop))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
     power = np.abs(np.fft.rfft(frames * np.hanning(window), axis=1)) ** 2

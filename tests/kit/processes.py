@@ -25,7 +25,9 @@ from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "train_rvq", "encode_npq", "sample_rvq", "ckpt_doctor"
-READ_AT_START = "PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH", "LD_"
+READ_AT_START = (
+    *("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH", "LD_", "TMPDIR"),
+)
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 # --- the side of the tests -----------------------------------------------------------------------

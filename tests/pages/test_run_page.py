@@ -211,6 +211,15 @@ def test_a_spectrogram_shows_a_tone_where_it_is():
         assert levels[:, 40].min() == -80
 
 
+def test_a_long_sound_has_a_picture_that_a_browser_can_show():
+    minutes = np.zeros(44_100 * 60 * 30, np.float32)
+    minutes[-44_100 * 60 * 15 :] = 0.5 * np.sin(np.arange(44_100 * 60 * 15) * 0.1)
+    levels = spectrogram(minutes, 44_100)
+    assert levels.shape == (ROWS, pytest.approx(4096, abs=2))
+    assert levels[:, 2000].max() == -80
+    assert levels[:, 2100].max() > -1
+
+
 def test_silence_is_dark_and_finite():
     levels = spectrogram(np.zeros(44_100, np.float32), 44_100)
     assert levels.max() == -80
