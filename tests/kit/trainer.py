@@ -63,9 +63,9 @@ def run_trainer(*flags: str | Path, timeout: float = 120, **options: Any) -> tup
 
 
 def rows(save_dir: Path, event: str = "") -> list[dict[str, Any]]:
-    """Metrics rows of the only run in a folder."""
+    """Metrics rows of the only run in a folder, but one that is just being written."""
     (path,) = save_dir.glob("*_metrics.jsonl")
-    parsed = [json.loads(line) for line in path.read_text().splitlines()]
+    parsed = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     return [row for row in parsed if not event or row["event"] == event]
 
 
