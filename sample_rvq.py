@@ -549,6 +549,7 @@ def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Opened:
     prompt = read_prompt(flags, checkpoint, codec)
     music = read_training_files(flags, checkpoint)
     model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    pick_labels(flags, model.config)  # raises where one is unknown
     return Opened(draw, codec, prompt, music, model)
 
 

@@ -152,7 +152,7 @@ def test_flags_that_do_not_fit(flags, said, archives, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["damaged", "missing", "of another codec"])
+@pytest.mark.parametrize("fault", ["damaged", "missing", "of another codec", "without labels"])
 def test_a_checkpoint_that_cannot_be_opened_is_named_and_nothing_is_drawn(
     fault, archives, tmp_path, capsys
 ):
@@ -163,7 +163,12 @@ def test_a_checkpoint_that_cannot_be_opened_is_named_and_nothing_is_drawn(
         content = load_checkpoint(archives[0])
         content["data"]["frame_rate"] = 50.0
         save_checkpoint(content, bad)
-    assert sample(archives[0], bad, archives[1], "--frames", "2", "--page", out) in (1, 2)
+    flags: list[object] = ["--frames", "2", "--page", out]
+    if fault == "without labels":
+        shutil.copyfile(archives[0], bad)
+        flags += ["--label", "jazz"]
+    first = [] if fault == "without labels" else archives[:1]
+    assert sample(*first, bad, archives[1], *flags) in (1, 2)
     told = capsys.readouterr()
     assert told.err.startswith(f"! {bad}: ")
     assert told.err.count("\n") == 1
