@@ -594,6 +594,7 @@ def draw_page(flags: argparse.Namespace, needed: set[str]) -> int:
     """
     each = [argparse.Namespace(**{**vars(flags), "checkpoint": c}) for c in flags.checkpoints]
     columns: list[Column] = []
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         for number, one in enumerate(each):
             one.out = str(Path(folder, f"{number}.wav"))
@@ -601,6 +602,7 @@ def draw_page(flags: argparse.Namespace, needed: set[str]) -> int:
                 open_all(one, load_parts(one.checkpoint, needed=needed))
         for one, name in zip(each, distinct_names(flags.checkpoints), strict=True):
             say(f"{name}:")
+            torch.set_num_threads(threads)  # of which each run takes those that it trained with
             with naming(one.checkpoint):
                 columns.append(draw_column(one, name, load_parts(one.checkpoint, needed=needed)))
     size = write_page(Path(flags.page), columns, facts_of(flags))
@@ -636,7 +638,8 @@ def facts_of(flags: argparse.Namespace) -> dict[str, Any]:
     shown = vars(flags).keys() - {"checkpoint", "checkpoints", "page", "samples", "debug"}
     given = {n: getattr(flags, n) for n in sorted(shown) if getattr(flags, n) != usual[n]}
     words = {n: ", ".join(map(str, v)) if isinstance(v, list) else v for n, v in given.items()}
-    return {"seed": flags.seed, "frames": flags.frames, **words}
+    facts = {"seed": flags.seed, "frames": flags.frames, **words}
+    return {name.replace("_", " "): fact for name, fact in facts.items()}
 
 
 def work(flags: argparse.Namespace) -> int:

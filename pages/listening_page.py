@@ -131,4 +131,4 @@ def _curves(columns: Sequence[Column]) -> list[Markup]:
         return []
     coloured = [line._replace(colour=hue(i, len(lines))) for i, line in enumerate(lines)]
     high = max(passes for line in lines for passes, _ in line.points)
-    return [draw(Chart("Val over passes", coloured), Frame(0, high, [], unit="pass"))]
+    return [draw(Chart("Val of each run", coloured), Frame(0, high, [], unit="pass"))]

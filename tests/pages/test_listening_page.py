@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kit import processes
 from kit.trainer import ROOT, rows, train, wait_for
 
@@ -77,7 +78,7 @@ def test_curves_of_all_runs_lie_in_one_chart_and_what_has_none_says_so(page, run
     vals = " ".join(f"{row['val']:.4g}" for row in epochs)
     text = page.read_text()
     assert f'data-v="{vals}"' in text
-    assert text.count('aria-label="Val over passes over passes"') == 1
+    assert text.count('aria-label="Val of each run over passes"') == 1
     assert ".pt has no curve: its name is not one that a run gives." in text
     other = tmp_path / "other" / "rvq_9cb_latest.pt"
     other.parent.mkdir()
@@ -110,11 +111,40 @@ def test_a_column_sounds_as_its_checkpoint_alone_and_as_the_same_weights_beside_
 
 def test_the_size_is_said_and_what_the_page_is(page, archives, tmp_path, capsys):
     out = tmp_path / "listen.html"
-    assert sample(archives[0], "--frames", "4", "--temperature", "0.9", "--page", out) == 0
+    assert (
+        sample(
+            archives[0], "--frames", "4", "--temperature", "0.9", "--top-p", "0.95", "--page", out
+        )
+        == 0
+    )
     size = f"{out.stat().st_size / 1e6:.1f} MB"
     assert f"wrote {out} ({size}); open it in a browser" in capsys.readouterr().out
     assert f"{size}, works without a network" in out.read_text()
     assert "<dt>temperature</dt><dd>0.9</dd>" in out.read_text()
+    assert "<dt>top p</dt><dd>0.95</dd>" in out.read_text()
+
+
+def test_each_checkpoint_draws_with_the_threads_it_was_trained_with(
+    archives, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, used, draw = torch.get_num_threads(), [], sample_rvq.begin
+
+    def begin(*arguments: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return draw(*arguments)
+
+    monkeypatch.setattr(sample_rvq, "begin", begin)
+    content, paths = load_checkpoint(archives[0]), [tmp_path / f"{n}.pt" for n in range(3)]
+    for count, path in zip((2, 1, 2), paths, strict=True):
+        content["progress"]["threads"] = count
+        save_checkpoint(content, path)
+    try:
+        torch.set_num_threads(2)
+        assert sample(*paths, "--frames", "2", "--page", tmp_path / "a.html") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2, 1, 2]
 
 
 def test_weights_to_share_have_their_val_too(run, archives, tmp_path):
