@@ -565,8 +565,8 @@ def close_epoch(run: TrainingRun, *, complete: bool) -> bool:
     archive = complete and flags.archive_every > 0 and epoch % flags.archive_every == 0
     ring = complete and run.state.policy.keep_due(p.step, p.schedule_steps)
     has_audio = complete and flags.eval_audio_every > 0 and epoch % flags.eval_audio_every == 0
-    if has_audio:
-        samples.compare_validation(run)  # the save keeps its figure
+    if has_audio or (epoch == 1 and flags.eval_audio_every):
+        samples.compare_validation(run)  # before the save, so that `best` always has its figure
     saving.save(run, is_best=is_best, archive=archive, ring=ring, is_sound=True)
     if has_audio:
         samples.write(run)

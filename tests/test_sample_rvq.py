@@ -191,6 +191,13 @@ def test_evaluation_audio_that_copies_is_a_warning(by_heart):
     assert load_checkpoint(by_heart)["progress"]["held_out_run"] == 0
 
 
+def test_a_best_checkpoint_from_before_the_first_sample_has_the_limit(music, tmp_path):
+    flags = ("--epochs", "1", *SOUND, "--eval-audio-every", "5")
+    train("--data", music, "--save_dir", tmp_path, *flags)
+    assert not rows(tmp_path, "sample")
+    assert load_checkpoint(tmp_path / "rvq_9cb_best.pt")["progress"]["held_out_run"] == 0
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_a_sample_that_copies_is_a_warning(share, by_heart, tmp_path, capsys):
     weights, card = by_heart, tmp_path / "x.md"
