@@ -14,6 +14,7 @@ from kit.trainer import TINY, make_run, rows, train
 import train_rvq
 from run_folder.checkpoint import load_checkpoint
 from run_folder.shared_weights import export_weights, load_parts
+from training.building import plan_of
 
 FOLDERS = ("--labels", "folders")
 
@@ -136,3 +137,12 @@ def test_init_from_adds_labels_and_keeps_the_rows_of_equal_names(halves, tmp_pat
     run = make_run("--data", halves, "--init-from", shared, "--save_dir", tmp_path / "e")
     assert run.state.model.label_embed is None
     assert "left out, though known by --init-from's weights: high, low\n" in capsys.readouterr().out
+
+
+def test_a_plan_counts_the_labels(halves, tmp_path):
+    weights = []
+    for flags in ((), FOLDERS):
+        run = make_run("--data", halves, "--save_dir", tmp_path / f"{len(flags)}", *flags)
+        memory = plan_of(run.flags, run.state.model.config, run.device).predict()
+        weights.append([memory.parts[part] for part in ("weights", "gradients", "EMA")])
+    assert [b - a for a, b in zip(*weights, strict=True)] == [2 * 32 * 4] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +133,23 @@ def test_two_processes_are_one_run(tunes, tmp_path, alone):
     assert mine["guard"].keys() == its["guard"].keys()
     for part in ("model", "ema"):
         assert mine[part].keys() == its[part].keys()
+
+
+def test_two_processes_are_one_labelled_run(halves, tmp_path):
+    """Label dropout and rows that a micro-batch lacks are the same, however it is shared."""
+    more = ("--labels", "folders", "--label-dropout", "0.5", *EXACT)
+    for processes in (1, 2):
+        flags_ = flags(halves, *more, "--save_dir", tmp_path / str(processes))
+        code, output = run(processes, *flags_)
+        assert code == 0, output
+    assert_same_run(tmp_path / "2", tmp_path / "1", 1e-5)
+    vals = [rows(tmp_path / n, "epoch")[-1]["val_unlabelled"] for n in "12"]
+    assert vals[0] == pytest.approx(vals[1], rel=1e-5)
+    shutil.copytree(halves / "low", tmp_path / "other" / "low")
+    begun = ("--init-from", tmp_path / "2" / "rvq_4cb_latest.pt", "--save_dir", tmp_path / "new")
+    code, output = run(2, "--data", tmp_path / "other", *more, *begun, "--max-steps", "1")
+    assert code == 0, output
+    assert "left out, though known by --init-from's weights: high" in output
 
 
 def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path):
