@@ -48,7 +48,7 @@ from cli.disk import replace_file
 from cli.file_search import NothingFoundError, expand
 from doctor.diagnosis import GRAVITY, Diagnosis, Verdict, diagnose
 from doctor.examined_run import ExaminedRun
-from doctor.probe import WINDOWS, probe, probe_own_data
+from doctor.probe import WINDOWS, needs_labels, probe, probe_own_data
 from doctor.reading.foreign import by_folder
 from doctor.reading.reader import summarize
 from doctor.reading.summary import Problem, Summary
@@ -159,10 +159,13 @@ def probe_alone(run: ExaminedRun, s: Summary) -> None:
         answer = Problem("missing", "the older script saved no fingerprint of it")
     elif s.mismatches:
         answer = Problem("missing", "it does not fit its own architecture")
+    elif needs_labels(s):
+        answer = Problem("missing", "it knows music by its labels alone (--label-dropout 0)")
     else:
         answer = probe_own_data(s)
     if isinstance(answer, Problem):
-        run.probe_note = f"Not run on its own data: {answer.text}; --probe-data GLOB runs it."
+        remedy = "" if needs_labels(s) else "; --probe-data GLOB runs it"
+        run.probe_note = f"Not run on its own data: {answer.text}{remedy}."
     else:
         run.probes[s.path], run.on_own_data = answer, True
         run.probe_note = f"Run on {WINDOWS} windows of its own data; --no-probe leaves that out."

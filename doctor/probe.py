@@ -45,12 +45,13 @@ WINDOWS, SECONDS, MOST_PARAMETERS = 4, 60.0, 400_000_000
 def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> dict[str, Any]:
     """By path, for raw and EMA weights: figures of `_figures`; or a Problem where it failed.
 
-    Files of this trainer that do not fit their own architecture are left out.
+    Files of this trainer that do not fit their own architecture, or that know music by its labels
+    alone, are left out.
 
     Raises:
         NpqError, BadFilesError: the data cannot be read.
     """
-    known = [s for s in summaries if s.style == "old" or not s.mismatches]
+    known = [s for s in summaries if s.style == "old" or not (s.mismatches or needs_labels(s))]
     if not known:
         return {}
     ctx = min(as_count(s.flags.get("ctx")) or MAX_FRAMES for s in known)
@@ -59,6 +60,11 @@ def probe(summaries: Sequence[Summary], data: Sequence[str], windows: int) -> di
     corpus = scan_corpus(find_npq_files(list(data)), ctx=ctx, codebooks=codebooks)
     codes = _windows(corpus, ctx, windows)
     return {s.path: in_child(_probe_in_child, s.path, lambda _: None, codes) for s in known}
+
+
+def needs_labels(summary: Summary) -> bool:
+    """Whether a model never saw music without labels, which the probe does not know."""
+    return bool(summary.architecture.get("labels")) and summary.flag("label_dropout") == 0
 
 
 def probe_own_data(summary: Summary) -> dict[str, Any] | Problem:

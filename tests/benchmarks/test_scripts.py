@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 
 import gpu_numerics
@@ -124,3 +125,16 @@ def test_gpu_says_what_it_needs(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("! benchmarks/gpu.py needs a CUDA device")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_labels_trains_and_counts_by_label(tmp_path):
+    flags = f"--steps 2 --samples 2 --frames 8 --folder {tmp_path / 'kept'}"
+    for said in (table_of("labels.py", flags, tmp_path)[1] for _ in range(2)):  # made; kept
+        lines = said.splitlines()[-6:]
+        assert re.fullmatch(r"val \d\.\d{4} with labels, \d\.\d{4} without", lines[0])
+        assert [line[:30].rstrip() for line in lines[1:]] == [
+            *(f"--label {name} --guidance {g}" for g in (1, 2) for name in ("lower", "upper")),
+            "no label",
+        ]
+        assert all(line.endswith("upper of 2 x 8 frames") for line in lines[1:])
