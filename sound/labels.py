@@ -42,21 +42,25 @@ class Labels:
         """Tells these labels of these files from others."""
         return hashlib.sha256(repr(self.names).encode() + self.of_file.tobytes()).hexdigest()[:16]
 
+    def sums(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Sum values [files] over the files of each label: [labels]."""
+        file, place = np.nonzero(self.of_file != NONE)
+        return np.bincount(self.of_file[file, place], values[file], len(self.names))
+
     def lines(self, train: np.ndarray[Any, Any], val: np.ndarray[Any, Any]) -> list[str]:
         """For the console: each label with its files and hours, from both sides' hours [files]."""
-        found = []
-        for number, name in enumerate(self.names):
-            has = (self.of_file == number).any(1)
-            hours = f"{train[has].sum():.2f} hours to train, {val[has].sum():.2f} to validate"
-            found.append((-train[has].sum(), f"label    {name}: {has.sum()} files, {hours}"))
-        lines = [line for _, line in sorted(found)]
+        count, hours, held_out = map(self.sums, (np.ones(len(train)), train, val))
+        lines = [
+            f"label    {self.names[i]}: {count[i]:.0f} files, {hours[i]:.2f} hours to train, "
+            f"{held_out[i]:.2f} to validate"
+            for i in np.argsort(-hours, kind="stable")
+        ]
         rest = len(lines) - MOST_LINES
         return lines[:MOST_LINES] + [f"label    and {rest} with less to train"] * (rest > 0)
 
     def untrained(self, train: np.ndarray[Any, Any]) -> list[str]:
         """A line that names the labels without training hours, if there are some."""
-        trained = set(self.of_file[train > 0].flat)
-        lost = [name for number, name in enumerate(self.names) if number not in trained]
+        lost = [name for name, hours in zip(self.names, self.sums(train), strict=True) if not hours]
         return [f"no music to train on has {_some(lost)}: nothing is learned of it"] * bool(lost)
 
 

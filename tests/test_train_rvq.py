@@ -143,6 +143,12 @@ def test_wrong_flags_end_with_code_2_and_a_remedy(flags, message, capsys):
         (("--data", "{tunes}", "--resume", "{tmp}/typo.pt"), 1, "no such checkpoint"),
         (("--data", "{tunes}", "--val-list", "{tmp}/typo.txt"), 2, "--val-list"),
         (("--data", "{tunes}", "--val-list", __file__), 2, "listed files are not in the data"),
+        (
+            ("--data", "{tunes}", "--labels", "folder"),
+            2,
+            "--labels: expected folders or a CSV file, found 'No such file or directory' at folder",
+        ),
+        (("--data", "{tunes}", "--labels", __file__), 2, "--labels: "),
     ],
 )
 def test_mistakes_get_one_message_and_write_no_run_file(

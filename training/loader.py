@@ -97,23 +97,25 @@ class Loader:
                 if not begun:
                     return
                 codes, labels = self.result(begun.popleft(), windows)
-                yield Batch(self.page_locked(codes), labels)
+                yield Batch(
+                    self.page_locked(codes), None if labels is None else self.page_locked(labels)
+                )
         finally:
             for future in begun:
                 future.cancel()
 
-    def page_locked(self, codes: Tensor) -> Tensor:
-        """Return a batch in page-locked memory with `pinned`, until it fails, which is told."""
+    def page_locked(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in page-locked memory with `pinned`, until it fails, which is told."""
         if self.pinned:
             try:
-                return codes.pin_memory()
+                return tensor.pin_memory()
             except RuntimeError as error:
                 self.pinned = False
                 self.tell(
                     f"micro-batches cannot be page-locked ({first_line(error)}), so each waits for "
                     "its copy to the device; free memory, or raise `ulimit -l`"
                 )
-        return codes
+        return tensor
 
     def give_back(self) -> None:
         """Close the reserved file descriptors after a failure, so that a save can open files."""
