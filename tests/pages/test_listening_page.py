@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from kit import processes
+from kit.sounds import HOP, RATE, K, V, save_tiny_dac
 from kit.trainer import ROOT, rows, train, wait_for
 
 import sample_rvq
@@ -25,6 +30,7 @@ from pages.listening_page import distinct_names
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
 from run_folder.shared_weights import export_weights
+from sound.npq_format import write_npq
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = '<img src=x onerror="alert(1)">\x1b[31m\n.pt'
@@ -107,6 +113,21 @@ def test_a_column_sounds_as_its_checkpoint_alone_and_as_the_same_weights_beside_
     assert (
         both[::2] == both[1::2] == re.findall(r"audio/mpeg;base64,([^\"]+)", page.read_text())[1::3]
     )
+
+
+def test_each_is_heard_through_its_own_codec_and_carries_on_the_same_prompt(archives, tmp_path):
+    codec = save_tiny_dac(tmp_path / "tiny.pth")
+    codes = np.random.default_rng(0).integers(V, size=(400, K))
+    write_npq(tmp_path / "a.npq", codes, vocab_sizes=[V] * K, frame_rate=RATE / HOP)
+    flags = ("--epochs", "1", "--archive-every", "1", "--eval-dac-repo", codec)
+    train("--data", tmp_path / "a.npq", "--save_dir", tmp_path / "run", *flags)
+    (other,) = (tmp_path / "run").glob("*_epoch_e*.pt")
+    soundfile.write(tmp_path / "prompt.wav", 0.3 * np.sin(np.arange(22_050) * 0.1), 22_050)
+    drawn = ("--frames", "40", "--prompt", tmp_path / "prompt.wav", "--prompt-frames", "9")
+    assert sample(archives[0], other, *drawn, "--page", tmp_path / "a.html") == 0
+    text = (tmp_path / "a.html").read_text()
+    sounds = map(base64.b64decode, re.findall(r"audio/mpeg;base64,([^\"]+)", text))
+    assert [soundfile.info(io.BytesIO(sound)).samplerate for sound in sounds] == [44_100, RATE]
 
 
 def test_the_size_is_said_and_what_the_page_is(page, archives, tmp_path, capsys):
