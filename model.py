@@ -28,6 +28,7 @@ code from each of K frames.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,7 @@ class ModelConfig:
     depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
     depth_dropout: float = 0.0  # dropout of the depth transformer
     embed_fall: float = 0.0  # the embeddings of codebook k enter the sum times (k + 1) ** -fall
+    code_features: int = 0  # numbers of a codec's vector that the model knows of each code
     labels: tuple[str, ...] = ()  # names of what a window can be labelled with
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class ModelConfig:
                 f"--d_model {self.d_model} over --heads {self.heads}: expected a whole, even "
                 f"number of channels per head, found {self.d_model / self.heads:g}; 64 is usual"
             )
+        if self.code_features < 0:
+            raise ValueError(f"code_features: expected a number >= 0, found {self.code_features}")
         if not 0 <= self.embed_fall < math.inf:
             raise ValueError(f"embed_fall: expected a number >= 0, found {self.embed_fall}")
         for name in ("dropout", "depth_dropout"):
@@ -241,7 +245,7 @@ class CodesTransformer(nn.Module):
         # An integer: torch.compile would treat a float that differs between models as a symbol.
         self.drawn_of_1024 = max(1, round(1024 * depth_share))
         k, v, d = config.num_codebooks, max(config.vocab_sizes), config.d_model
-        self.embed = nn.Embedding(k * v, d)  # codebook k owns rows k * V to (k + 1) * V
+        self.embed = Embeddings(d, k, v, config.code_features)
         self.label_embed = None
         if config.labels:  # without random numbers: all else begins as in a model without
             none = torch.zeros(len(config.labels), d)
@@ -252,7 +256,7 @@ class CodesTransformer(nn.Module):
         self.norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.depth = DepthTransformer(config) if config.pattern == "depth" else None
         width = config.depth().d_model if self.depth else d
-        self.head = Heads(width, k, v)
+        self.head = Heads(width, k, v, config.code_features)
         self.register_buffer("row_offset", torch.arange(k) * v, persistent=False)
         scale = torch.arange(1, k + 1, dtype=torch.float32) ** -config.embed_fall
         self.register_buffer("embed_scale", scale, persistent=False)
@@ -342,7 +346,7 @@ class CodesTransformer(nn.Module):
         if self.config.embed_fall or self.config.lag or (self.code_dropout and self.training):
             scale = ((codes >= 0) * self.embed_scale).flatten(0, 1).to(self.embed.weight.dtype)
         # One bag per frame: gathers and sums without a tensor [B, T, K, D].
-        x = F.embedding_bag(rows, self.embed.weight, mode="sum", per_sample_weights=scale)
+        x = F.embedding_bag(rows, self.embed.rows(), mode="sum", per_sample_weights=scale)
         return x.unflatten(0, codes.shape[:2])
 
     def embed_labels(self, labels: Tensor) -> Tensor:
@@ -463,6 +467,27 @@ class CodesTransformer(nn.Module):
             column[:, i] = choose(logits, i)[:, 0]
         return column
 
+    # --- a codec's vectors -----------------------------------------------------------------------
+
+    def learn_vectors(self, vectors: Tensor) -> None:
+        """Take the vectors [K, V, code_features] that the codes stand for, once before training."""
+        for rows in self._code_rows():
+            assert rows.vectors is not None, "the model was built without code_features"
+            rows.vectors.copy_(vectors[: rows.k])
+
+    def folded(self) -> CodesTransformer:
+        """Return a model with the same output and without vectors; all else is shared."""
+        if not self.config.code_features:
+            return self
+        shared = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        model = copy.deepcopy(self, shared)  # what the memo names is not copied
+        for rows in model._code_rows():
+            rows.fold()
+        return model
+
+    def _code_rows(self) -> list[CodeRows]:
+        return [module for module in self.modules() if isinstance(module, CodeRows)]
+
     # --- size ------------------------------------------------------------------------------------
 
     def num_parameters(self) -> int:
@@ -485,20 +510,58 @@ class CodesTransformer(nn.Module):
         return 6 * (weights + head) + 6 * self.config.layers * ctx * self.config.d_model
 
 
-class Heads(nn.Linear):
-    """The output heads of K codebooks as one matrix [K * V, D] without bias."""
+class CodeRows(nn.Module):
+    """A row of `width` numbers for each code of k codebooks; codebook i owns rows i * V on.
 
-    def __init__(self, width: int, k: int, v: int) -> None:
+    Where the model knows the vectors [k, V, F] that a codec's codes stand for, a row is its own
+    weight plus its code's vector times a matrix [F, width] of the codebook, which is learned too.
+    So what is learned of one code holds for all that sound like it; a weight of its own is seen
+    once in V frames. The matrices start at zero.
+    """
+
+    weight: Tensor  # [k * V, width]
+    vectors: Tensor | None
+
+    def know(self, k: int, v: int, features: int) -> None:
+        """Make room for vectors of `features` numbers; 0: none."""
+        self.k, width = k, self.weight.shape[1]
+        self.proj = nn.Parameter(torch.zeros(k, features, width)) if features else None
+        self.register_buffer("vectors", torch.zeros(k, v, features) if features else None)
+
+    def rows(self) -> Tensor:
+        """Return all rows, [k * V, width]."""
+        if self.vectors is None or self.proj is None:
+            return self.weight
+        return self.weight + (self.vectors @ self.proj).flatten(0, 1)
+
+    def fold(self) -> None:
+        """Make the rows plain weights, for a model that is used and no longer trained."""
+        self.weight = nn.Parameter(self.rows().detach(), requires_grad=False)
+        self.vectors = self.proj = None
+
+
+class Embeddings(CodeRows, nn.Embedding):
+    """The embeddings [k * V, width] of k codebooks."""
+
+    def __init__(self, width: int, k: int, v: int, features: int) -> None:
+        super().__init__(k * v, width)
+        self.know(k, v, features)
+
+
+class Heads(CodeRows, nn.Linear):
+    """The output heads of K codebooks as one matrix [K * V, width] without bias."""
+
+    def __init__(self, width: int, k: int, v: int, features: int) -> None:
         super().__init__(width, k * v, bias=False)
-        self.k = k
+        self.know(k, v, features)
 
     def forward(self, x: Tensor, k: int | None = None) -> Tensor:
         """Map x [..., D] to logits of all codebooks [..., K * V], or of codebook k [..., V]."""
-        return F.linear(x, self.weight if k is None else self.by_codebook()[k])
+        return F.linear(x, self.rows() if k is None else self.by_codebook()[k])
 
     def by_codebook(self) -> Tensor:
-        """Return the weight as [K, V, D], a view."""
-        return self.weight.unflatten(0, (self.k, -1))
+        """Return the rows as [K, V, D]."""
+        return self.rows().unflatten(0, (self.k, -1))
 
 
 class DepthTransformer(nn.Module):
@@ -515,7 +578,7 @@ class DepthTransformer(nn.Module):
         k, v, e = config.num_codebooks, max(config.vocab_sizes), own.d_model
         self.config = own
         self.proj = nn.Linear(config.d_model, k * e, bias=False)  # state -> input of each position
-        self.embed = nn.Embedding((k - 1) * v, e)
+        self.embed = Embeddings(e, k - 1, v, config.code_features)
         self.embed_norm = nn.RMSNorm(e, eps=EMBED_NORM_EPS, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(own.layers))
         self.norm = nn.RMSNorm(e, eps=NORM_EPS)
@@ -525,7 +588,8 @@ class DepthTransformer(nn.Module):
         """Map states [N, D] and codes [N, k], k <= K, to [k, N, E]; the last code is not used."""
         k = codes.shape[1]
         x = self.inputs(states)[:, :k]
-        lower = self.embed_norm(self.embed(codes[:, :-1] + self.row_offset[: k - 1]))
+        rows = codes[:, :-1] + self.row_offset[: k - 1]
+        lower = self.embed_norm(F.embedding(rows, self.embed.rows()))
         x = F.dropout(x + F.pad(lower, (0, 0, 1, 0)), self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(k, device=codes.device))
         for block in self.blocks:
@@ -545,7 +609,7 @@ class DepthTransformer(nn.Module):
         if k:
             # A code that could not be drawn is ABSENT, which is no row of the embedding.
             rows = lower[:, -1:].clamp(min=0) + self.row_offset[k - 1]
-            x = x + self.embed_norm(self.embed(rows))
+            x = x + self.embed_norm(F.embedding(rows, self.embed.rows()))
         here = rope[0][k : k + 1], rope[1][k : k + 1]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, here, layer)

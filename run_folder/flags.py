@@ -129,6 +129,8 @@ add("--code-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
     help="share of the input codes hidden during training")
 add("--label-dropout", scope="run", moves_loss=True, type=fraction, default=0.1,
     help="with --labels: share of the windows that are shown without, so that it plays without too")
+add("--code-vectors", scope="architecture", before=False, action=SWITCH, default=True,
+    help="begin from what the codes stand for in the codec that made them, if its weights are here")
 add("--grad-checkpoint", scope="machine", action=SWITCH, default=False,
     help="recompute blocks in the backward pass to save memory")
 

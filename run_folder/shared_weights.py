@@ -342,6 +342,7 @@ FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
         "rope_base": _real(1, 1e12),
         "qk_norm": SWITCH,
         "embed_fall": _real(0, 10),
+        "code_features": _whole(0),
         "pattern": ("a name", lambda x: type(x) is str),
     },
     "data": {"frame_rate": _real(1e-3, 1e6), "side_codebooks": _whole(0)},
@@ -384,6 +385,7 @@ def _check_size(path: Path, architecture: dict[str, Any], weights: dict[str, Ten
     depth = architecture.get("depth_layers", 1) if architecture.get("pattern") == "depth" else 0
     mlps = architecture["layers"] * architecture.get("mlp_ratio", 1) * width * width
     labels = len(architecture.get("labels", ())) * width
-    least = max(len(sizes) * max(sizes) * width, labels, mlps, depth * 32 * 32)
+    vectors = len(sizes) * max(sizes) * architecture.get("code_features", 0)
+    least = max(len(sizes) * max(sizes) * width, labels, mlps, depth * 32 * 32, vectors)
     if least > (found := sum(tensor.numel() for tensor in weights.values())):
         raise _damaged(path, f"its architecture takes {least} weights or more, it has {found}")

@@ -51,17 +51,19 @@ class CodecError(Exception):
     """No codec: its weights are missing, refused or not of DAC, or the device is absent."""
 
 
-def find_weights(name: str) -> Path:
+def find_weights(name: str, *, download: bool = True) -> Path:
     """Path of a codec's weights: an official model (downloaded if need be), `demo`, or a path.
 
     Raises:
-        CodecError: no such name or file, or an official file that cannot be downloaded.
+        CodecError: no such name or file, or an official file that can't be downloaded.
     """
     if name == "demo":
         return DEMO_WEIGHTS
     if name in OFFICIAL_WEIGHTS:
         file, address = OFFICIAL_WEIGHTS[name]
         path = Path.home() / ".cache" / "descript" / "dac" / file
+        if not path.exists() and not download:
+            raise CodecError(f"codec {name!r}: its weights are not at {path}")
         if not path.exists():
             _download(address, path)
         return path
@@ -142,6 +144,28 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(weights, dict) or not {"state_dict", "metadata"} <= weights.keys():
         raise refusal("no state_dict and metadata")
     return weights
+
+
+def codebook_vectors(name: str) -> tuple[torch.Tensor, float]:
+    """The vectors [K, V, F] float32 that a codec's codes stand for, and its frames per second.
+
+    The codec is neither built nor downloaded: `dac` is not needed.
+
+    Raises:
+        CodecError: its weights are not at hand, refused, or not of a DAC.
+    """
+    import torch
+
+    path = find_weights(name, download=False)
+    weights = read_weights(path)
+    try:
+        made, tensors = weights["metadata"]["kwargs"], weights["state_dict"]
+        rate = made["sample_rate"] / math.prod(made["encoder_rates"])
+        entry = "quantizer.quantizers.{}.codebook.weight"
+        books = [tensors[entry.format(k)].float() for k in range(made["n_codebooks"])]
+        return torch.stack(books), rate
+    except Exception as error:  # metadata may be anything
+        raise CodecError(f"{path}: no codebooks of a DAC in it: {error!r}") from error
 
 
 def _import_dac() -> Any:

@@ -248,6 +248,7 @@ def _with_cache(
     if guidance != 1 and not labels:
         raise ValueError("guidance: expected labels, found none")
     numbers = torch.tensor([model.config.numbers_of(labels)] * batch, device=model.bos.device)
+    model = model.folded()  # else each frame would make all rows anew
     if dtype is not None:
         model = packed_copy(model, dtype, eager=not static)
     # A CPU attends faster in float32: it has no products of one row in bfloat16.

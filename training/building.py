@@ -34,12 +34,14 @@ def pick_architecture(
     source: str,
     vocab_sizes: tuple[int, ...],
     labels: tuple[str, ...] = (),
+    code_features: int = 0,
     world: World = ALONE,
 ) -> tuple[ModelConfig, dict[str, Any] | None]:
     """Take the architecture from the checkpoint, else from --init-from's file, else from the flags.
 
     With --ignore-arch the flags always win. `source` is the checkpoint's path, `vocab_sizes` [K]
     and `labels` are those of the data; a new model has these labels, whatever it begins with.
+    `code_features` is F of the vectors that a model of the flags begins from; 0: none.
     Returns the architecture and the content of --init-from's file, or None.
 
     Raises:
@@ -73,6 +75,7 @@ def pick_architecture(
                 pattern=flags.pattern,
                 embed_fall=EMBED_FALL,
                 labels=labels,
+                code_features=code_features,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -142,13 +145,19 @@ def first_state(
     flags: argparse.Namespace,
     config: ModelConfig,
     initial: dict[str, Any] | None,
+    vectors: torch.Tensor | None,
     amp_dtype: torch.dtype | None,
     device: torch.device,
     world: World,
 ) -> TrainState:
-    """Build the state of a new run: fresh weights, or the EMA weights of --init-from's file."""
+    """Build the state of a new run: fresh weights, or the EMA weights of --init-from's file.
+
+    `vectors` [K, V, code_features] are those of a fresh model with such.
+    """
     torch.manual_seed(flags.seed)
     model = new_model(flags, config).to(device)
+    if vectors is not None:
+        model.learn_vectors(vectors)
     if initial is not None:
         load_weights(model, initial["ema"], flags.init_from, world)
     return build_state(flags, model, amp_dtype, device)

@@ -37,6 +37,7 @@ from training.building import (
     plan_of,
     settle_amp_dtype,
 )
+from training.code_vectors import find_code_vectors
 from training.data import Data, build_loader, open_data
 from training.memory_prediction import gib
 from training.objective import Objective
@@ -61,6 +62,7 @@ class Prepared:
     config: ModelConfig
     shares: list[float]  # [K], loss weight of each codebook
     initial: dict[str, Any] | None  # content of --init-from's file
+    vectors: torch.Tensor | None  # [K, V, F] of the codec, that a new model begins from
     plan: Plan
 
 
@@ -95,7 +97,15 @@ def prepare(
         console.line(f"data     none given (--data): {len(vocab_sizes)} codebooks are assumed")
     console.lines(settle_depth_dropout(flags, data.train if data is not None else None))
     labels = data.corpus.labels.names if data is not None and data.corpus.labels else ()
-    config, initial = pick_architecture(flags, checkpoint, source, vocab_sizes, labels, world)
+    vectors, is_saved = None, (checkpoint or flags.init_from) and not flags.ignore_arch
+    if data is not None and flags.code_vectors and not is_saved:
+        with world.rank0_first():
+            vectors, line = find_code_vectors(flags, data)
+        console.line(line)
+    features = 0 if vectors is None else vectors.shape[2]
+    config, initial = pick_architecture(
+        flags, checkpoint, source, vocab_sizes, labels, features, world
+    )
     if initial is not None:
         console.lines(adapt_labels(initial, config))
     if data is not None and labels:
@@ -110,7 +120,7 @@ def prepare(
         check_accum(flags.accum, world)
         check_same(flags, data.facts, world)
         check_windows(flags, len(data.train), len(data.val), console)
-    return Prepared(flags, checkpoint, source, device, data, config, shares, initial, plan)
+    return Prepared(flags, checkpoint, source, device, data, config, shares, initial, vectors, plan)
 
 
 def set_up(
@@ -126,7 +136,7 @@ def set_up(
     check_size(flags, ready.config, device)
     amp_dtype, k = pick_amp_dtype(flags, device), ready.config.num_codebooks
     weights = torch.tensor(ready.shares, device=device)
-    state = first_state(flags, ready.config, ready.initial, amp_dtype, device, world)
+    state = first_state(flags, ready.config, ready.initial, ready.vectors, amp_dtype, device, world)
     files = RunFiles(flags.save_dir, run_name(k, flags.tag))
     if checkpoint is not None:
         restore(state, checkpoint, ready.source, world)

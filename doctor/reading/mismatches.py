@@ -11,11 +11,12 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from doctor.reading.optimizer_state import Member, groups_of, method_of
-from doctor.reading.summary import Summary, as_dict, as_list
+from doctor.reading.summary import VECTORS, Summary, as_dict, as_list
 from model import CodesTransformer, ModelConfig
 from run_folder.checkpoint import REQUIRED_KEYS
 
@@ -31,6 +32,7 @@ def mismatches_of(
         *_odd_keys(summary, content),
         *(f"raw {name} is no tensor" for name in content["model"] if name not in shapes),
         *_odd_weights(summary, content, shapes),
+        *_odd_vectors(content),
         *_odd_optimizer(summary, content, members, shapes),
     ]
 
@@ -65,6 +67,18 @@ def _odd_weights(summary: Summary, content: dict[str, Any], shapes: Shapes) -> l
             odd.append(f"architecture builds no model: {error}")
     if ema := as_dict(content.get("ema")):
         odd += _differences("EMA", _shapes(ema), shapes)
+    return odd
+
+
+def _odd_vectors(content: dict[str, Any]) -> list[str]:
+    """A codec's vectors of the codes that are not finite, or of which the EMA has others."""
+    odd, ema = [], as_dict(content.get("ema"))
+    for name, found in content["model"].items():
+        if isinstance(name, str) and isinstance(found, Tensor) and name.endswith(VECTORS):
+            if not found.isfinite().all():
+                odd.append(f"raw {name} is not finite")
+            elif isinstance(ema.get(name), Tensor) and not torch.equal(found, ema[name]):
+                odd.append(f"EMA {name} is not the raw one")
     return odd
 
 
@@ -113,7 +127,8 @@ def _odd_optimizer(
         odd += _odd_moments(name, member.state, shapes.get(name))
     if summary.style == "own" and members:
         odd += _odd_methods(summary, members)
-        if lost := sorted(shapes.keys() - members.keys()):
+        trained = {name for name in shapes if not name.endswith(VECTORS)}
+        if lost := sorted(trained - members.keys()):
             odd.append(f"no optimizer state for {', '.join(lost[:3])}")
     return odd
 

@@ -25,6 +25,7 @@ from doctor.reading.mismatches import mismatches_of
 from doctor.reading.optimizer_state import Member, members_of, settings_of
 from doctor.reading.scales import scales_of
 from doctor.reading.summary import (
+    VECTORS,
     Parameter,
     Problem,
     Scale,
@@ -138,6 +139,8 @@ def _measure_all(
     done = 0
     for name, raw in content["model"].items():
         if not (isinstance(name, str) and isinstance(raw, Tensor) and raw.is_floating_point()):
+            continue
+        if name.endswith(VECTORS):  # a mismatch where they are not finite
             continue
         ema, member = averages.get(name), members.get(name, Member({}, {}))
         summary.parameters.append(measure(name, raw, ema, member, summary))

@@ -32,13 +32,26 @@ def scales_of(weights: dict[Any, Any], summary: Summary) -> list[Scale]:
     for name, tensor in known.items():
         place = place_of(name)
         if place.role in ("head", "embed") and tensor.dim() == 2:
-            for k, table in tables_of(tensor, place.codebook, summary.vocab_sizes):
+            rows = _rows_of(name.removesuffix(".weight"), known)
+            for k, table in tables_of(rows, place.codebook, summary.vocab_sizes):
                 found += _of_table(name, k, table.float(), last, place.role)
         elif place.role == "head.bias":
             found.append(Scale("bias", name, place.codebook, _rms(tensor.float())))
         elif place.role.endswith("attn.qkv") and tensor.dim() == 2:
             found += _of_attention(name, tensor.float(), known, summary)
     return found
+
+
+def _rows_of(name: str, known: dict[str, Tensor]) -> Tensor:
+    """All of a table's rows, with what it adds by its codec's vectors; see `model.CodeRows`."""
+    weight, vectors, proj = (known.get(f"{name}.{x}") for x in ("weight", "vectors", "proj"))
+    assert weight is not None, "it is what was found"
+    if vectors is None or proj is None or vectors.dim() != 3 or proj.dim() != 3:
+        return weight
+    shape = len(vectors), vectors.shape[2], weight.shape[1]
+    if proj.shape != shape or len(weight) != vectors.shape[0] * vectors.shape[1]:
+        return weight  # a mismatch, which is told by itself
+    return weight.float() + (vectors.float() @ proj.float()).flatten(0, 1)
 
 
 def _rms(x: Tensor) -> float:

@@ -165,6 +165,7 @@ class Place(NamedTuple):
     role: str
 
 
+VECTORS = ".vectors"  # end of the names of what a codec's codes stand for, which is never trained
 STAGES = ("embed", "label_embed", "bos", "pos", "proj", "blocks", "norm", "depth", "head")
 PARTS = (
     *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.out"),
