@@ -58,9 +58,8 @@ def find_code_vectors(flags: argparse.Namespace, data: Data) -> tuple[Tensor | N
                 f"other (chi-square {chi_square:.0f}, by chance {len(books)})"
             )
     return None, (
-        f"codes    of no codec at hand (not here: {', '.join(absent) or 'none'}): what each one "
-        "means is learned from the data alone, and val stays higher; `python -m dac download` "
-        "fetches 44khz, --eval-dac-repo names another"
+        f"codes    of no codec at hand (not here: {', '.join(absent) or 'none'}): the model learns "
+        "from the data alone what each one means, and val stays higher; see docs/training.md"
     )
 
 
