@@ -508,7 +508,7 @@ def test_a_stream_equals_the_file_and_the_whole_decode(flags, checkpoint, music,
     flags = ("--frames", 1100, *flags)  # three chunks
     named = ("--npq-out", tmp_path / "a.npq", "--codec", "demo")
     assert sample(checkpoint, "--out", tmp_path / "a.wav", *named, *flags) == 0
-    sound, errors = streamed(checkpoint, *flags).communicate(timeout=60)
+    sound, errors = streamed(checkpoint, *flags).communicate(timeout=240)
     assert sound == (tmp_path / "a.wav").read_bytes(), errors
     drawn = codes_in(tmp_path / "a.npq").astype(np.int64)
     if "--prompt-frames" not in flags:  # the codec looks back into the prompt
