@@ -512,8 +512,8 @@ def tell_copies(
     held_out = checkpoint["progress"].get("held_out_run", -1)
     with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
         shared = longest_runs(samples, music.tracks(), on_frames=bar.update)
-    for number, each in enumerate(shared, start=1):
-        found = figures(each, held_out, checkpoint["data"]["frame_rate"])
+    for number, (codes, each) in enumerate(zip(samples, shared, strict=True), start=1):
+        found = figures(each, len(codes), held_out, checkpoint["data"]["frame_rate"])
         name = f"sample {number}" if len(shared) > 1 else "the sample"
         lines.append(describe(found))
         say(f"{name}: {lines[-1]}")

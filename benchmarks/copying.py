@@ -68,9 +68,10 @@ def planted(tracks: list[Track], count: int, changed: int) -> tuple[list[Codes],
     return samples, places
 
 
-def flagged(shared: list[Shared], held_out: int) -> int:
-    """How many would be a warning."""
-    return sum(copy_warning(figures(each, held_out, RATE)) is not None for each in shared)
+def flagged(shared: list[Shared], frames: int, held_out: int) -> int:
+    """How many of samples of so many frames would be a warning."""
+    found = (figures(each, frames, held_out, RATE) for each in shared)
+    return sum(copy_warning(of_one) is not None for of_one in found)
 
 
 def longest(shared: list[Shared]) -> int:
@@ -93,18 +94,21 @@ def quality(tracks: list[Track], args: argparse.Namespace) -> list[list[str]]:
             for each, place in zip(runs, places, strict=True)
         )
         least = min(each.near.frames for each in runs)
-        warned = flagged(runs, max(limits))
+        warned = flagged(runs, 3 * TWO_SECONDS, max(limits))
         told = f"{at_place} at their place, {least} frames at least; {warned} flagged"
         rows.append(
             [f"planted excerpts of 172 frames, {changed} of them changed", told, str(len(runs))]
         )
-    both = flagged(shared[half:], limits[0]), flagged(shared[:half], limits[1])
+    both = (
+        flagged(shared[half:], args.frames, limits[0]),
+        flagged(shared[:half], args.frames, limits[1]),
+    )
     told = f"{both[0]} and {both[1]} flagged; the longest are {limits[0]} and {limits[1]} frames"
     rows.append(
         [f"held-out excerpts of {args.frames} frames, by the other half's limit", told, str(half)]
     )
     by_heart = longest_runs(excerpts(music, args.frames)[: args.count], music)
-    told = f"{flagged(by_heart, max(limits))} flagged"
+    told = f"{flagged(by_heart, args.frames, max(limits))} flagged"
     rows.append([f"training excerpts of {args.frames} frames", told, str(len(by_heart))])
     return rows
 

@@ -67,11 +67,16 @@ class Track(NamedTuple):
     stop: int
 
 
-def figures(shared: Shared, held_out: int, frame_rate: float) -> dict[str, Any]:
-    """Fields of a `sample` row: frames, seconds, the file's name and where in it, in seconds."""
+def figures(shared: Shared, length: int, held_out: int, frame_rate: float) -> dict[str, Any]:
+    """Fields of a `sample` row: frames, seconds, the file's name and where in it, in seconds.
+
+    `length` is the sample's, and `held_out` the longest near run of held-out music, in frames; -1
+    where that is not known.
+    """
     frames = {"": shared.near.frames, "_exact": shared.exact.frames, "_music": held_out}
     known = {name: count for name, count in frames.items() if count >= 0}
     return {
+        "frames": length,
         **{f"shared_frames{name}": count for name, count in known.items()},
         **{f"shared_seconds{name}": round(n / frame_rate, 3) for name, n in known.items()},
         "shared_file": os.path.basename(shared.near.path),
@@ -92,9 +97,16 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def copy_warning(figures: dict[str, Any]) -> str | None:
-    """What to say of a sample that copies; None if it does not, or nobody knows what music does."""
-    held_out = figures.get("shared_frames_music")
-    if held_out is None or figures["shared_frames"] <= max(LEAST_COPY, 2 * held_out):
+    """What to say of a sample that copies; None if it does not, or nobody knows what music does.
+
+    A copy has a run of twice the frames of held-out music's, or of nearly all of the sample: three
+    quarters of the way from there to its length, where music repeats itself so much.
+    """
+    held_out, length = figures.get("shared_frames_music"), figures["frames"]
+    if held_out is None:
+        return None
+    limit = max(LEAST_COPY, min(2 * held_out, (held_out + 3 * length) // 4))
+    if figures["shared_frames"] <= limit:
         return None
     return (
         f"repeats {figures['shared_seconds']:.1f} s ({figures['shared_frames']} frames) of "

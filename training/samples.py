@@ -179,7 +179,7 @@ def compare_with_training(run: TrainingRun, codes: Codes) -> dict[str, Any]:
     if not found:
         return {}
     held_out, rate = run.state.progress.held_out_run, run.data["frame_rate"]
-    figures = copying.figures(found[0], held_out, rate)
+    figures = copying.figures(found[0], len(codes), held_out, rate)
     run.console.line(f"         {copying.describe(figures)}")
     if warning := copying.copy_warning(figures):
         run.console.problem(f"the sample {warning}")

@@ -210,14 +210,17 @@ def test_a_file_that_is_cut_meanwhile_is_an_error_with_its_name(tmp_path):
 
 
 def test_a_copy_is_longer_than_twice_what_held_out_music_shows_and_than_half_a_second():
-    def warning(frames: int, held_out: int) -> str | None:
+    def warning(frames: int, held_out: int, length: int = 1290) -> str | None:
         run = Run(frames, 100, "music/song.npq", 1000)
-        return copy_warning(figures(Shared(run, run), held_out, 100.0))
+        return copy_warning(figures(Shared(run, run), length, held_out, 100.0))
 
     limits = {0: 43, 21: 43, 22: 44, 100: 200}
     assert not any(warning(limit, held_out) for held_out, limit in limits.items())
     assert all(warning(limit + 1, held_out) for held_out, limit in limits.items())
     assert not warning(900, -1)  # nobody knows
+    assert not warning(610, 508, length=645)  # of music that repeats itself for 508 frames
+    assert warning(611, 508, length=645)  # nearly all of the sample
+    assert not warning(645, 645, length=645)
     assert "repeats 9.0 s (900 frames) of song.npq from 10.0 s on, held-out music 0.22 s" in str(
         warning(900, 22)
     )
