@@ -16,7 +16,7 @@ import numpy as np
 from doctor.examined_run import ExaminedRun, scheduled_lr, spread_of
 from doctor.findings import Cause, Finding, Level, check, in_file, in_metrics
 from doctor.reading.summary import Summary
-from run_folder.metrics import finite_number
+from run_folder.metrics import finite_number, gap_of, number
 from run_folder.validations import OVERFIT_RISE, finite_validations, overfits
 
 LASTING = 0.1  # nats above guessing that an average may have; the guard's own limit
@@ -196,7 +196,7 @@ def check_validation(run: ExaminedRun) -> Iterator[Finding]:
     if rises:
         text = (
             f"val {vals[-1]:.3f} has left its best {lowest:.3f} of step {at} smoothly while train "
-            "still falls: overfitting, not instability"
+            f"still falls (gap {number(gap_of(epochs[-1]))}): overfitting, not instability"
         )
         first = epochs[best + 1]["step"]
         yield in_metrics("H4", text, first, after=at, value=vals[-1], baseline=lowest, n=len(vals))

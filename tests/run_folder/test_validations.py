@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from kit.trainer import TINY, rows, run_trainer
+from kit.trainer import TINY, rows, run_doctor, run_trainer
 
 from run_folder.metrics import RunMetrics
 from run_folder.validations import trouble_of
@@ -112,3 +112,30 @@ def test_patience_without_validation_is_refused(tunes: Any, tmp_path: Any) -> No
     code, said = run_trainer(*flags)
     assert code == 2, said
     assert "! --patience 3: expected validation windows, found none; " in said
+
+
+def test_trainer_page_and_doctor_tell_the_same_gap_of_a_run_that_overfits(tmp_path: Any) -> None:
+    """Half of the codes follow a scale, which is learned, and half are noise, known by heart."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        scale = (np.arange(400)[:, None] // 4 * 3 + np.arange(2)) % 16
+        codes = np.where(rng.random((400, 2)) < 0.5, scale, rng.integers(16, size=(400, 2)))
+        write_npq(tmp_path / f"{i}.npq", codes, vocab_sizes=[16, 16], frame_rate=86.0)
+    (tmp_path / "val.txt").write_text("0.npq\n")
+    folder = tmp_path / "run"
+    flags = [*TINY, "--data", tmp_path / "*.npq", "--val-list", tmp_path / "val.txt"]
+    flags += ["--save_dir", folder, "--d_model", "64", "--dropout", "0", "--lr", "2e-3"]
+    flags += ["--label-smoothing", "0", "--ema", "0.95", "--epochs", "40", "--archive-every", "5"]
+    code, said = run_trainer(*flags, "--weight-decay", "0")
+    assert code == 0, said
+    assert "while train falls: overfitting, gap " in said
+    newest = rows(folder, "epoch")[-1]
+    gap = f"{newest['val'] - newest['train_ce']:.4f}"
+    assert f"| gap {gap} |" in said
+    assert f"<dd>{gap}: val minus train" in (folder / "rvq_2cb_report.html").read_text()
+    examined = run_doctor(folder, "--no-probe")
+    assert examined.returncode == 1, examined.stdout
+    assert "OVERFITTING" in examined.stdout
+    assert f"(gap {gap})" in examined.stdout
