@@ -519,6 +519,7 @@ def tell_copies(
         say(f"{name}: {lines[-1]}")
         if warning := copy_warning(found):
             problem(f"{name} {warning}")
+            lines[-1] += f"; it {warning}"
     if held_out < 0:
         problem(
             "what held-out music shares with the training music is not known, as the training made "

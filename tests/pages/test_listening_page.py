@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import io
 import json
 import math
@@ -174,6 +175,22 @@ def test_weights_to_share_have_their_val_too(run, archives, tmp_path):
     text = (tmp_path / "a.html").read_text()
     assert f"val {rows(run, 'epoch')[1]['val']:.4f}<br>" in text
     assert "a.safetensors has no curve" in text
+
+
+def test_a_sample_that_copies_says_so_on_the_page(archives, tmp_path, capsys):
+    content, path = load_checkpoint(archives[0]), tmp_path / "a.pt"
+    content["progress"]["held_out_run"] = 0
+    save_checkpoint(content, path)
+    drawn = ("--frames", "80", "--seed", "3")
+    assert sample(path, *drawn, "--npq-out", tmp_path / "music.npq") == 0
+    flags = ("--against", tmp_path / "music.npq", "--page", tmp_path / "a.html")
+    assert sample(path, archives[1], *drawn, *flags) == 0
+    (warning,) = re.findall(r"! the sample (repeats .* of music.npq .*)", capsys.readouterr().err)
+    first, second = re.findall(
+        r"shared with training music[^<]*", (tmp_path / "a.html").read_text()
+    )
+    assert first.endswith(f"; it {html.escape(warning)}")
+    assert "repeats" not in second
 
 
 def test_names_are_told_apart():
