@@ -135,7 +135,7 @@ def _rows(
         raise ValueError(f"{source}: {named.doubtful}")
     if not named.files:
         raise ValueError(
-            f"{source}: expected rows of a path and its labels, with commas between, found none "
+            f"{source}: expected rows of an .npq file and its labels, commas between, found none "
             f"that names a file of the data: {named.examples or 'it is empty'}"
         )
     if named.missing:
