@@ -21,7 +21,8 @@ DOORS = {d.__name__: d for d in (train_rvq, encode_npq, sample_rvq, ckpt_doctor)
 OF_PATHS = {
     "train_rvq": "--data --val-list --save_dir --resume --init-from --eval-outdir --eval-dac-repo",
     "encode_npq": "AUDIO --out-dir --codec",
-    "sample_rvq": "CHECKPOINT --out --npq-out --export-safetensors --prompt --codec",
+    "sample_rvq": "CHECKPOINT --out --npq-out --page --export-safetensors --prompt --against "
+    "--codec",
     "ckpt_doctor": "PATH --metrics --probe-data --json --csv --html",
 }
 CASES = [(door, flag) for door, flags in OF_PATHS.items() for flag in flags.split()]
