@@ -63,6 +63,7 @@ VARIANTS = {
     "decay-0.3-dropout-0.2": "--weight-decay 0.3 --decay-all --dropout 0.2",
     "smoothing-0.1": "--label-smoothing 0.1",
     "dropout-0.2": "--dropout 0.2",
+    "no-code-vectors": "--no-code-vectors",
     "depth-dropout-0": "--depth-dropout 0",
     "depth-dropout-0.4": "--depth-dropout 0.4",
     "hidden-0.1": "--code-dropout 0.1",
