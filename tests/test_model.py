@@ -287,8 +287,8 @@ def test_traces_without_a_graph_break_and_agrees_with_eager(pattern):
 
 
 def test_compiles_with_all_that_training_adds():
-    """Dropout of states and codes, a share of the frames, bfloat16: no graph break either."""
-    config = ModelConfig((16, 16, 7), 32, 1, 2, dropout=0.1, pattern="depth")
+    """Dropout of states and codes, vectors, a share of the frames, bfloat16: no graph break."""
+    config = ModelConfig((16, 16, 7), 32, 1, 2, dropout=0.1, pattern="depth", code_features=3)
     model = make_model(config, code_dropout=0.1, depth_share=0.5).train()
     with torch.autocast("cpu", torch.bfloat16):
         losses = torch.compile(model.losses, fullgraph=True)(make_codes(config), 0.05)

@@ -20,18 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import train_rvq
 from model import CodesTransformer, ModelConfig
 from run_folder.metrics import Console
-from sound.npq_format import write_npq
 from sound.sampling import Draw, generate
 from training import saving
+from training.loader import Batch
 from training.setup import set_up
 from training.state import TrainingRun
 
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = ctypes.CDLL(None)  # runtime.cpp is preloaded
 LAYERS = 16
 MODES = {
@@ -69,13 +69,14 @@ def counted(action: Callable[[], object]) -> Counts:
 
 
 class Training:
-    """A run of random codes with run #3's flags and others, after its first steps."""
+    """A run with run #3's flags and others, after its first steps."""
 
     def __init__(self, *flags: str) -> None:
         self.run = run_of(*flags)
         assert self.run.compiled == ("--no-compile" not in flags), "it fell back"
         shape = (self.run.flags.batch, self.run.flags.ctx, 9)
-        self.batches = itertools.repeat(torch.zeros(shape, dtype=torch.int16).pin_memory())
+        codes = torch.zeros(shape, dtype=torch.int16).pin_memory()
+        self.batches = itertools.repeat(Batch(codes))
         for _ in range(3):  # state is made, graphs are recorded
             self.step()
 
@@ -101,15 +102,13 @@ class Training:
 
 
 def run_of(*flags: str) -> TrainingRun:
-    """Set up a run as the trainer does, compiled if `flags` say so."""
-    folder, rng = Path(tempfile.mkdtemp()), np.random.default_rng(0)
-    for i in range(4):
-        codes = rng.integers(1024, size=(3000, 9))
-        write_npq(folder / f"{i}.npq", codes, vocab_sizes=[1024] * 9, frame_rate=86.13)
-    given = ["--data", str(folder), "--save_dir", str(folder / "run"), "--device", "cuda"]
+    """Set up a run as the trainer does, with the codec's vectors, compiled if `flags` say so."""
+    folder, tokens = Path(tempfile.mkdtemp()), ROOT / "examples" / "tokens" / "val"
+    given = ["--data", str(tokens), "--save_dir", str(folder / "run"), "--device", "cuda"]
     parsed, explicit = train_rvq.parse_flags([*given, "--eval-audio-every", "0", *flags])
     Path(parsed.save_dir).mkdir()
     run = set_up(parsed, explicit, Console(quiet=True))
+    assert run.state.model.config.code_features, "the codec was not found"
     train_rvq.prepare_losses(run)
     return run
 
