@@ -62,7 +62,7 @@ def find_weights(name: str, *, download: bool = True) -> Path:
     if name in OFFICIAL_WEIGHTS:
         file, address = OFFICIAL_WEIGHTS[name]
         path = Path.home() / ".cache" / "descript" / "dac" / file
-        if not path.exists() and not download:
+        if not download and not os.access(path, os.R_OK):  # also in another user's home
             raise CodecError(f"codec {name!r}: its weights are not at {path}")
         if not path.exists():
             _download(address, path)
