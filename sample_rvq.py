@@ -412,7 +412,7 @@ class Drawing:
         """Frames of a sample, [stop - start, K] int64; those that are not there yet are drawn."""
         while self.ready < stop:
             started = time.perf_counter()
-            new = next(self.source).cpu()
+            new = next(self.source)
             self.seconds += time.perf_counter() - started
             self.codes[:, self.ready : self.ready + new.shape[1]] = new
             self.ready += new.shape[1]

@@ -169,7 +169,7 @@ def _limits(draw: Draw, device: torch.device) -> _Limits:
 
 
 def generate(model: CodesTransformer, frames: int, **options: Any) -> Tensor:
-    """Draw `frames` new frames; codes [B, frames, K] int64. Options and errors as of `stream`."""
+    """Draw `frames` new frames; codes [B, frames, K] int64 on the CPU. Options as of `stream`."""
     return torch.cat(list(stream(model, frames, **options)), dim=1)
 
 
@@ -191,8 +191,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Draw `frames` new frames after an optional prompt [T, K]; yield codes [B, n, K] int64.
 
-    They come as they are drawn, n = AT_ONCE frames at a time, the last ones perhaps fewer, so that
-    memory does not grow with `frames`. The model sees at most ctx frames, as in training.
+    They are on the CPU and come as they are drawn, n = AT_ONCE frames at a time, the last ones
+    perhaps fewer, so that memory does not grow with `frames`. The model sees at most ctx frames, as
+    in training.
     `compiled` compiles the one step of static shape; on CUDA a frame, drawing included, is replayed
     as one CUDA graph instead. Products are made in `dtype`, without it in that of the weights.
     `on_frame` is called after each frame. All samples have the `labels`; with another `guidance`
@@ -224,11 +225,11 @@ def stream(
             take = _recorded(take)
         columns[:, filled] = drawn = take()
         filled += 1
-        if i == 0 and ((drawn == ABSENT) & (codes == TO_DRAW)).any():
+        if i == 0 and ((drawn.cpu() == ABSENT) & (codes.cpu() == TO_DRAW)).any():
             raise NotFiniteError(0)
         on_frame()
         if filled == AT_ONCE + lag or i + 1 == frames + lag:
-            new = unshift(columns[:, :filled], lag).clone()
+            new = unshift(columns[:, :filled], lag).to("cpu", copy=True)
             if (spoiled := (new < 0).any(-1).any(0)).any():
                 raise NotFiniteError(i + 1 - filled + int(spoiled.nonzero()[0]))
             yield new

@@ -90,7 +90,7 @@ def draw(run: TrainingRun, label: str | None) -> tuple[Codes, Path]:
         on_frame=stop_on_signal,
         labels=[label] if label else [],
     )
-    codes: Codes = drawn[0].cpu().numpy()
+    codes: Codes = drawn[0].numpy()
     while (path := folder(flags) / sample_name(run)).exists():
         time.sleep(0.1)  # a run begun anew within a second has the same names
     write_npq(
