@@ -225,15 +225,20 @@ def stream(
             take = _recorded(take)
         columns[:, filled] = drawn = take()
         filled += 1
-        if i == 0 and ((drawn.cpu() == ABSENT) & (codes.cpu() == TO_DRAW)).any():
-            raise NotFiniteError(0)
+        if i == 0:
+            check_finite(drawn.cpu()[:, None, codes.cpu() == TO_DRAW], 0)
         on_frame()
         if filled == AT_ONCE + lag or i + 1 == frames + lag:
             new = unshift(columns[:, :filled], lag).to("cpu", copy=True)
-            if (spoiled := (new < 0).any(-1).any(0)).any():
-                raise NotFiniteError(i + 1 - filled + int(spoiled.nonzero()[0]))
+            check_finite(new, i + 1 - filled)
             yield new
             columns[:, :lag], filled = columns[:, filled - lag : filled].clone(), lag
+
+
+def check_finite(codes: Tensor, first: int) -> None:
+    """Raise NotFiniteError if a code of [B, n, K] could not be drawn; `first` is frame 0 of n."""
+    if (spoiled := (codes < 0).any(-1).any(0)).any():
+        raise NotFiniteError(first + int(spoiled.nonzero()[0]))
 
 
 def _with_cache(
