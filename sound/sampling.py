@@ -193,8 +193,8 @@ def stream(
 
     They are on the CPU and come as they are drawn, n = AT_ONCE frames at a time, the last ones
     perhaps fewer, so that memory does not grow with `frames`. The model sees at most ctx frames, as
-    in training.
-    `compiled` compiles the one step of static shape; on CUDA a frame, drawing included, is replayed
+    in training. `compiled` compiles the one step of static shape; on CUDA a frame, drawing
+    included, is replayed
     as one CUDA graph instead. Products are made in `dtype`, without it in that of the weights.
     `on_frame` is called after each frame. All samples have the `labels`; with another `guidance`
     than 1 they are drawn as guidance.py says. The model is left in evaluation mode.

@@ -6,8 +6,9 @@ A code is the number of an entry in a codec's codebook. Entries with near vector
 the numbers do not tell and a model learns slowly: of V entries each is seen once in V frames. With
 the vectors, val falls in four passes lower than without in sixty (benchmarks/journal.md).
 
-Which codec made the codes is told by the record beside the files, or by the codes: from frame to
-frame they move otherwise in their own codec than where its entries are shuffled, mostly less far.
+Which codec made the codes is told by the codes: from frame to frame they move otherwise in their
+own codec than where its entries are shuffled, mostly less far. The one that the record beside the
+files names is tried first.
 """
 
 from __future__ import annotations
@@ -33,12 +34,9 @@ SURE = 100.0  # chi-square beyond which no other codec comes; half a minute of m
 def find_code_vectors(flags: argparse.Namespace, data: Data) -> tuple[Tensor | None, str]:
     """Find the features [K, V, F] of the data's codec among those at hand, and a line to print."""
     known = codec_of(data.facts)
-    names = [known.name] if known else []
-    names += [
-        name for name in (flags.eval_dac_repo, "demo", *OFFICIAL_WEIGHTS) if name not in names
-    ]
+    first = [known.name] if known else []
     codes, absent = sample_of(data.train), []
-    for name in names:
+    for name in dict.fromkeys([*first, flags.eval_dac_repo, "demo", *OFFICIAL_WEIGHTS]):
         try:
             vectors, frame_rate = codebook_vectors(name)
         except CodecError:

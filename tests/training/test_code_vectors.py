@@ -74,7 +74,9 @@ def test_codes_of_another_codec_are_not_taken_for_its(how, music, tmp_path, caps
     if how == "another vocabulary":
         write_npq(path, codes, vocab_sizes=[1025] * 9, frame_rate=rate)
     run = make_run("--data", path, "--save_dir", tmp_path / "run")
-    assert NONE_LINE in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert NONE_LINE in said
+    assert said.count("44khz") <= 1, "each codec is tried and named once"
     assert run.state.model.config.code_features == 0
 
 
