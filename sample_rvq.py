@@ -663,9 +663,8 @@ def work(flags: argparse.Namespace) -> int:
     except BrokenPipeError:
         problem("standard output was closed; the sample ends there")
     except KeyboardInterrupt as error:
-        told = (
-            f"already written: {', '.join(map(str, written))}" if written else "nothing was written"
-        )
+        done = [*map(str, written), *["what standard output got"] * (flags.out == STDOUT)]
+        told = f"already written: {', '.join(done)}" if done else "nothing was written"
         problem(f"interrupted; {told}")
         return code_of_interruption(error)
     return EXIT_DONE

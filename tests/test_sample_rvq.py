@@ -527,6 +527,15 @@ def test_sound_comes_while_it_is_drawn_and_its_reader_may_leave(checkpoint):
     assert errors.splitlines()[-1] == "! standard output was closed; the sample ends there"
 
 
+def test_ctrl_c_ends_a_stream_and_says_that_some_of_it_is_out(checkpoint):
+    process = streamed(checkpoint, "--frames", 1_000_000)
+    assert process.stdout.read(44)[:4] == b"RIFF"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith(b"! interrupted; already written: what standard output got\n")
+
+
 def test_sound_is_not_written_into_a_terminal(checkpoint):
     master, terminal = os.openpty()
     process = processes.Popen(
