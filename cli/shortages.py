@@ -14,10 +14,11 @@ THREADS = "no more threads or processes can be started{}; raise `ulimit -u` or `
 PROC = "torch finds no /proc{}; mount it"
 TEMPORARY = "no folder for temporary files can be written{}; set TMPDIR to one that can"
 # oneDNN reports the primitive without memory, CUDA's libraries a status, CPython and Rust a null
-# pointer.
+# pointer, and CPython 3.11 a depth that does not match where memory ends within a syntax tree.
 IN_WORDS = {
     MEMORY: r"out of memory|[Cc]an(no|')t allocate|[Cc]ould not (create|execute) a |bad_alloc|"
-    r"ALLOC_FAILED|failed to map segment|error return without exception|pointer is null",
+    r"ALLOC_FAILED|failed to map segment|error return without exception|pointer is null|"
+    r"AST constructor recursion depth mismatch",
     THREADS: r"can't start new thread|thread constructor failed|Resource temporarily unavailable",
     PROC: r"Failed to initialize cpuinfo",
     TEMPORARY: r"No usable temporary directory",
