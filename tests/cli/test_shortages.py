@@ -17,7 +17,7 @@ SAID = [
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "out of memory (CUDA error"),
     (ImportError("libtorch.so: failed to map segment from shared object"), "out of memory (lib"),
     (SystemError("error return without exception set"), "out of memory (error return"),
-    (SystemError("AST constructor recursion depth mismatch (before=1, after=9)"), "out of mem"),
+    (SystemError("AST constructor recursion depth mismatch (before=1)"), "out of memory (AST"),
     (RuntimeError("Failed to initialize cpuinfo!"), "torch finds no /proc"),
     (RuntimeError("can't start new thread"), "no more threads or processes"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "no folder for temp"),
