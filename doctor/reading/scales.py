@@ -43,7 +43,7 @@ def scales_of(weights: dict[Any, Any], summary: Summary) -> list[Scale]:
 
 
 def _rows_of(name: str, known: dict[str, Tensor]) -> Tensor:
-    """All of a table's rows, with what it adds by its codec's vectors; see `model.CodeRows`."""
+    """All rows of a table, with what it adds by its codec's vectors; see `layers/code_rows.py`."""
     weight, vectors, proj = (known.get(f"{name}.{x}") for x in ("weight", "vectors", "proj"))
     assert weight is not None, "it is what was found"
     if vectors is None or proj is None or vectors.dim() != 3 or proj.dim() != 3:
