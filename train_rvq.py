@@ -49,7 +49,7 @@ from cli.command_line import (
 from cli.waiting import NoAnswerError
 from npq_dataset import BadFilesError, WindowDataset
 from run_folder import flags as flags_of_runs
-from run_folder.checkpoint import CheckpointError, rng_kept
+from run_folder.checkpoint import CheckpointError
 from run_folder.lock import FolderLock
 from run_folder.metrics import (
     Console,
@@ -224,52 +224,21 @@ def update(run: TrainingRun, lr: float, grad_norm: float) -> None:
 def prepare_losses(run: TrainingRun) -> None:
     """Compile the losses with --compile, or by default on CUDA; else only wrap them for DDP."""
     if run.flags.compile or (run.flags.compile is None and run.device.type == "cuda"):
-        compile_losses(run)
+        compiling.compile_losses(run, lambda count: take_trial(run, count))
     else:
         run.losses = run.world.averaging(run.losses)
 
 
-def compile_losses(run: TrainingRun) -> None:
-    """Switch to compiled losses after a trial; report what fails, and stay eager if nothing works.
-
-    A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one. What DDP
-    finds inside it before the first call is compiled in parts, a bucket of gradients each: those of
-    one part are averaged while the next part's backward runs.
-    """
-    eager = run.losses
-    torch._dynamo.config.optimize_ddp = not run.flags.grad_checkpoint  # torch 2.10 splits none such
-    for mode, instead in compiling.attempts(run.flags.compile_mode):
-        run.losses, run.compiled = run.world.averaging(compiling.compiled(eager, mode)), True
-        run.has_graphs = mode in compiling.GRAPH_MODES and run.device.type == "cuda"
-        if (failure := run.world.first(failure_of_trial(run))) is None:
-            return
-        run.losses, run.compiled, run.has_graphs = run.world.averaging(eager), False, False
-        compiling.give_back()
-        run.console.problem(f"torch.compile failed in mode {mode}, going on {instead} ({failure})")
-
-
-def failure_of_trial(run: TrainingRun) -> str | None:
-    """Return why micro-batches cannot be taken, or None; the trial leaves no trace."""
-    state, scaler, started = run.state, run.state.scaler, time.perf_counter()
-    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
-    mine = run.flags.accum // run.world.size
+def take_trial(run: TrainingRun, count: int) -> None:
+    """Take `count` times the micro-batches of a step, all of the first training window."""
+    first = np.zeros(run.flags.batch, dtype=np.int64)
+    (trial,) = run.loader.read(run.train_windows, [first])
     try:
-        # Without exchanges: the compiler may fail in one process alone.
-        with rng_kept(), run.world.reducing(last=False):
-            first = np.zeros(run.flags.batch, dtype=np.int64)
-            (trial,) = run.loader.read(run.train_windows, [first])
-            for _ in range(-(-compiling.MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1):
-                accumulate(run, itertools.repeat(trial))
-        run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
+        for _ in range(count):
+            accumulate(run, itertools.repeat(trial))
     except torch.OutOfMemoryError:
         ends.tell_out_of_memory(run)
         raise
-    except Exception as error:  # the compiler can fail in any way; training need not
-        return compiling.first_words(error)
-    finally:
-        state.scaler = scaler
-        state.optimizer.zero_grad(set_to_none=True)
-    return None
 
 
 # --- evaluation ----------------------------------------------------------------------------------

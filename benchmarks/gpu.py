@@ -90,7 +90,8 @@ def measure(flags: argparse.Namespace, shape: Shape, mode: str) -> dict[str, Any
         feed = measuring.micro_batches(run)
         started = time.perf_counter()
         if MODES[mode]:
-            train_rvq.compile_losses(run)
+            run.flags.compile = True
+            train_rvq.prepare_losses(run)
             if not run.compiled:
                 raise RuntimeError("torch.compile failed; the trainer goes on without it")
         for _ in range(3):  # warm up; CUDA graphs are recorded here

@@ -1,9 +1,7 @@
 """torch.compile for what training minimises, and what its CUDA graphs ask of the gradients.
 
-    for mode, instead in attempts("reduce-overhead"):  # then "default"
-        losses = compiled(objective, mode)
-        try: ...                                       # MICRO_BATCHES_TO_TRUST of them
-        except Exception: give_back()
+    compile_losses(run, take_micro_batches)   # run.losses, run.compiled, run.has_graphs
+    own_gradients(model.parameters())         # before the first micro-batch of each step
 
 A graph writes what it returns to the same place whenever it is replayed.
 """
@@ -11,14 +9,58 @@ A graph writes what it returns to the same place whenever it is replayed.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from run_folder.checkpoint import rng_kept
+from training.state import TrainingRun
+
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # those of --compile-mode with CUDA graphs
 MICRO_BATCHES_TO_TRUST = 3  # of a graph mode: it warms up, is recorded, and is replayed
+
+
+def compile_losses(run: TrainingRun, take_micro_batches: Callable[[int], None]) -> None:
+    """Switch to compiled losses after a trial; report what fails, and stay eager if nothing works.
+
+    A mode with CUDA graphs is tried for as many micro-batches as it takes to replay one, and the
+    default mode after it; `take_micro_batches(n)` takes those of a step n times. What DDP finds
+    inside the module before the first call is compiled in parts, a bucket of gradients each: those
+    of one part are averaged while the next part's backward runs.
+    """
+    eager = run.losses
+    torch._dynamo.config.optimize_ddp = not run.flags.grad_checkpoint  # torch 2.10 splits none such
+    for mode, instead in attempts(run.flags.compile_mode):
+        run.losses, run.compiled = run.world.averaging(compiled(eager, mode)), True
+        run.has_graphs = mode in GRAPH_MODES and run.device.type == "cuda"
+        if (failure := run.world.first(failure_of_trial(run, take_micro_batches))) is None:
+            return
+        run.losses, run.compiled, run.has_graphs = run.world.averaging(eager), False, False
+        give_back()
+        run.console.problem(f"torch.compile failed in mode {mode}, going on {instead} ({failure})")
+
+
+def failure_of_trial(run: TrainingRun, take_micro_batches: Callable[[int], None]) -> str | None:
+    """Return why micro-batches cannot be taken, or None; the trial leaves no trace."""
+    state, scaler, started = run.state, run.state.scaler, time.perf_counter()
+    state.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
+    mine = run.flags.accum // run.world.size
+    try:
+        # Without exchanges: the compiler may fail in one process alone.
+        with rng_kept(), run.world.reducing(last=False):
+            take_micro_batches(-(-MICRO_BATCHES_TO_TRUST // mine) if run.has_graphs else 1)
+        run.console.detail(f"compiled in {time.perf_counter() - started:.0f} s")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler can fail in any way; training need not
+        return first_words(error)
+    finally:
+        state.scaler = scaler
+        state.optimizer.zero_grad(set_to_none=True)
+    return None
 
 
 def attempts(mode: str) -> list[tuple[str, str]]:
