@@ -6,7 +6,7 @@
     python benchmarks/doctor_scoreboard.py --muon --extra # the same of runs with --optim muon
     python benchmarks/doctor_scoreboard.py --pattern depth # of runs with another --pattern
     python benchmarks/doctor_scoreboard.py --single       # one file alone, diverged or healthy
-    python benchmarks/doctor_scoreboard.py --without G3   # what is lost without a check
+    python benchmarks/doctor_scoreboard.py --ablate       # what would be lost without each check
     python benchmarks/doctor_scoreboard.py --keep runs    # leave the runs there; a second start
                                                           # trains only what is missing
 
@@ -31,12 +31,12 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,10 +64,9 @@ from kit.planted_faults import (  # noqa: E402
 )
 
 import ckpt_doctor  # noqa: E402
-from doctor import diagnosis  # noqa: E402
 from doctor.checks import findings_of  # noqa: E402
-from doctor.examined_run import ExaminedRun  # noqa: E402
-from doctor.findings import Finding  # noqa: E402
+from doctor.diagnosis import Diagnosis, conclude  # noqa: E402
+from doctor.findings import Level, ids_in_order  # noqa: E402
 
 QUICK = ("NaN layer", "head drift", "lr x 10", "scale collapse", "wrong Adam", "swapped EMA",
          "bit flip", "truncation")  # fmt: skip
@@ -321,18 +320,11 @@ def make_overfit(bench: Bench, seed: int, folder: Path) -> Truth:
 # --- asking the doctor ---------------------------------------------------------------------------
 
 
-def ask(folder: Path, *more: str, without: Sequence[str] = ()) -> Verdict:
-    """What the doctor says of a folder, the findings of some checks left out."""
+def ask(folder: Path, *more: str) -> Verdict:
+    """What the doctor says of a folder."""
     report = folder.with_name(folder.name + ".json")
     report.unlink(missing_ok=True)
-
-    def kept(run: ExaminedRun) -> list[Finding]:
-        return [f for f in findings_of(run) if f.check not in without]
-
-    with (
-        mock.patch.object(diagnosis, "findings_of", kept),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with contextlib.redirect_stdout(io.StringIO()):
         code = ckpt_doctor.main([str(folder), "--json", str(report), *more])
     if not report.exists():
         raise RuntimeError(f"{folder}: the doctor ended with {code}")
@@ -343,6 +335,47 @@ def ask(folder: Path, *more: str, without: Sequence[str] = ()) -> Verdict:
     )  # fmt: skip
 
 
+# --- each check switched off ---------------------------------------------------------------------
+
+CONCLUSIONS = ("verdict", "part", "date", "command")
+
+
+def ablate(folders: Sequence[Path], *more: str) -> None:
+    """Print for each check in how many folders what would change if it found nothing."""
+    counts = Counter[tuple[str, str]]()
+    for changes in in_background([lambda f=f: _changes(f, *more) for f in folders]):
+        counts.update((id, what) for id, changed in changes.items() for what in changed)
+    head = ("speaks", "alone", *CONCLUSIONS)
+    print(
+        f"\nwithout a check, of {len(folders)} folders\n      " + " ".join(f"{h:>8}" for h in head)
+    )
+    for id in ids_in_order():
+        print(f"{id:<5} " + " ".join(f"{counts[id, what]:>8}" for what in head))
+
+
+def _changes(folder: Path, *more: str) -> dict[str, list[str]]:
+    """By check that finds anything: what it alone decides; the folder is read once.
+
+    "alone" means that no other check finds anything that is more than information.
+    """
+    (run,) = ckpt_doctor.read_runs(ckpt_doctor.build_parser().parse_args([str(folder), *more]))
+    found = findings_of(run)
+    whole, changes = _conclusions(conclude(run, found)), {}
+    for id in dict.fromkeys(f.check for f in found):
+        rest = [f for f in found if f.check != id]
+        less = _conclusions(conclude(run, rest))
+        alone = ["alone"] * all(f.level == Level.INFO for f in rest)
+        changed = [c for c, a, b in zip(CONCLUSIONS, whole, less, strict=True) if a != b]
+        changes[id] = ["speaks", *alone, *changed]
+    return changes
+
+
+def _conclusions(d: Diagnosis) -> tuple[Any, ...]:
+    """What CONCLUSIONS names: the part is that of the first sign, or of the worst finding."""
+    sign = d.first_sign or max(d.findings, key=lambda f: f.level, default=None)
+    return d.verdict, sign and sign.where, d.onset, (d.command, d.remedy)
+
+
 # --- one file alone ------------------------------------------------------------------------------
 
 SINGLE_QUICK = (
@@ -351,7 +384,7 @@ SINGLE_QUICK = (
 )
 
 
-def run_singles(bench: Bench, names: Sequence[str], without: Sequence[str]) -> bool:
+def run_singles(bench: Bench, names: Sequence[str], *, ablated: bool) -> bool:
     """Judge each file with nothing beside it and no data: the worst that a user can have."""
     for data in single_files.DATA:
         single_files.data_at(bench.root, data)
@@ -361,7 +394,10 @@ def run_singles(bench: Bench, names: Sequence[str], without: Sequence[str]) -> b
     for stage in (sorted({*names, *bases} - later), [n for n in names if n in later]):
         in_background([lambda n=n: single_files.make(bench.root, n) for n in stage])
     folders = [single_files.make(bench.root, n).parent for n in names]
-    answers = in_background([lambda f=f: ask(f, "--no-probe", without=without) for f in folders])
+    if ablated:
+        ablate(folders, "--no-probe")
+        return True
+    answers = in_background([lambda f=f: ask(f, "--no-probe") for f in folders])
     called = named = sick = accused = sound = 0
     for name, said in zip(names, answers, strict=True):
         where = single_files.TRUTH[name]
@@ -522,7 +558,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults alone")
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="CHECK", help="ignore what these checks find"
+        "--ablate", action="store_true", help="what each check decides, instead of the score"
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the runs there, leave them")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
@@ -533,7 +569,7 @@ def main() -> int:
         bench = Bench(root, quick=flags.quick, muon=flags.muon, pattern=flags.pattern)
         every = SINGLE_QUICK if flags.quick else tuple(single_files.TRUTH)
         if flags.single:
-            passed = run_singles(bench, flags.only or every, flags.without)
+            passed = run_singles(bench, flags.only or every, ablated=flags.ablate)
         else:
             passed = run_bench(bench, flags)
     print(f"{time.perf_counter() - started:.0f} s")
@@ -562,7 +598,10 @@ def run_bench(bench: Bench, flags: argparse.Namespace) -> bool:
         f"runs made: {len(healthy)} healthy, {len(faulty) + len(beyond)} with a fault", flush=True
     )
     cases = [*healthy, *faulty, *beyond]
-    answers = in_background([lambda c=c: ask(c.folder, without=flags.without) for c in cases])
+    if flags.ablate:
+        ablate([c.folder for c in cases])
+        return True
+    answers = in_background([lambda c=c: ask(c.folder) for c in cases])
     files, alarms = print_healthy(healthy, answers[: len(healthy)])
     scores = [judge(c, a) for c, a in zip(faulty, answers[len(healthy) :], strict=False)]
     print_scores("planted faults of the list", scores, verbose=flags.verbose)

@@ -90,7 +90,12 @@ def copies_of(run: ExaminedRun, summary: Summary) -> set[str]:
 
 def diagnose(run: ExaminedRun) -> Diagnosis:
     """Run every check and draw the conclusions."""
-    findings = _forgive_what_healed(run, findings_of(run))
+    return conclude(run, findings_of(run))
+
+
+def conclude(run: ExaminedRun, found: list[Finding]) -> Diagnosis:
+    """The diagnosis that follows from what checks found in a run."""
+    findings = _forgive_what_healed(run, found)
     findings.sort(key=lambda f: (-1 if f.step is None else f.step, -f.level))
     grave = [f for f in findings if f.level >= Level.SUSPECT]
     trouble = [f for f in grave if not _is_of_a_file(f) and f.step is not None]

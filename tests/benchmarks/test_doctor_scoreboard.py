@@ -12,13 +12,26 @@ from kit.trainer import ROOT
 import train_rvq
 
 
-@pytest.mark.parametrize("kind", [(), ("--single",)], ids=["runs", "single files"])
-def test_planted_faults_are_found_and_nothing_healthy_is_accused(kind):
+def scoreboard(*flags):
     script = ROOT / "benchmarks" / "doctor_scoreboard.py"
-    command = [sys.executable, str(script), "--quick", *kind]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *flags]
     done = processes.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", [(), ("--single",)], ids=["runs", "single files"])
+def test_planted_faults_are_found_and_nothing_healthy_is_accused(kind):
+    scoreboard("--quick", *kind)
+
+
+def test_what_a_check_alone_decides_is_counted():
+    table = scoreboard("--single", "--ablate", "--only", "adamw", "embeddings x 30")
+    rows = {words[0]: words[1:] for words in map(str.split, table.splitlines()) if words}
+    speaks, _, verdict, *_ = rows["A4"]
+    assert (speaks, verdict) == ("1", "1")
+    assert rows["F1"] == ["0"] * 6
 
 
 def test_the_trainer_has_the_flags_of_every_training():
