@@ -149,7 +149,8 @@ def test_statistics_that_fail_are_one_line_and_training_goes_on(music, tmp_path,
     thread = threading.Thread(target=cut_once_drawn)
     thread.start()
     files = ("--data", train_on, held_out, "--val-list", tmp_path / "list.txt")
-    train(*files, "--save_dir", run, "--epochs", "2", *SOUND, "--eval-frames", "400")
+    flags = ("--epochs", "2", *SOUND, "--eval-frames", "400", "--pattern", "parallel")
+    train(*files, "--save_dir", run, *flags)
     thread.join()
     assert "statistics of the sample failed, training goes on" in capsys.readouterr().err
     assert [row["epoch"] for row in rows(run, "epoch")] == [1, 2]

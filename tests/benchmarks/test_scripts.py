@@ -76,14 +76,16 @@ def test_checkpoint_speed_has_saving_and_loading(tmp_path):
     assert all(number(row[1]) > 0 for row in rows)
 
 
-def test_gpu_runs_every_mode_and_outlives_a_row_that_fails(tmp_path):
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_gpu_measures_a_mode_and_outlives_a_row_that_fails(mode, tmp_path):
     tiny = "--device cpu --rounds 1 --steps 1 --device-tflops 0.1 --no-numerics"
-    rows, _ = table_of("gpu.py", f"{tiny} --shapes none,tiny --modes eager,compile", tmp_path)
-    assert [row[1] for row in rows] == ["eager", "compile"] * 2
-    assert all(row[2].startswith("KeyError") for row in rows[:2])
-    assert all(number(row[3]) > 0 and number(row[4]) > 0 for row in rows[2:])
+    rows, _ = table_of("gpu.py", f"{tiny} --shapes none,tiny --modes {mode}", tmp_path)
+    assert [row[1] for row in rows] == [mode] * 2
+    assert rows[0][2].startswith("KeyError")
+    assert number(rows[1][3]) > 0
+    assert number(rows[1][4]) > 0
     saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert ["error" in row for row in saved["rows"]] == [True, True, False, False]
+    assert ["error" in row for row in saved["rows"]] == [True, False]
 
 
 def test_copies_are_found_and_held_out_music_is_none(tmp_path):

@@ -112,6 +112,7 @@ LIMITS = [
     ("train", MEMORY, 100 << 20, 1, NO_MEMORY, BIG),
     ("train", FILE_SIZE, 2000, 1, "rvq_4cb_latest.pt: File too large; raise `ulimit -f`", ""),
     ("train", FILE_SIZE, 20 << 10, 1, "TensorBoard's file gets no more points", CURVES),
+    ("encode", FILE_SIZE, 0, 1, "File too large; raise `ulimit -f`", ""),
     ("decode", FILE_SIZE, 2000, 1, "melody_00.npq: .*File too large; raise `ulimit -f`", ""),
     ("sample", FILE_SIZE, 2000, 1, r"x\.wav: File too large; raise `ulimit -f`", ""),
     ("export", FILE_SIZE, 2000, 1, r"x\.safetensors: File too large; raise `ulimit -f`", ""),
@@ -248,8 +249,10 @@ STARTS = [
     ("train", {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "abc"}, "", 0, ""),
     ("doctor", {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, "", 0, ""),
     ("train", {}, "ulimit -v 300000", 1, NO_MEMORY),
-    ("encode", {}, "ulimit -f 0", 1, "raise `ulimit -f`"),
-    ("encode", {}, "exec >&- 2>&- <&-", 0, ""),
+    *(
+        pytest.param("encode", {}, *row, marks=pytest.mark.slow)  # as forked above
+        for row in (("ulimit -f 0", 1, "raise `ulimit -f`"), ("exec >&- 2>&- <&-", 0, ""))
+    ),
 ]
 
 

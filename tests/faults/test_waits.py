@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from kit import processes
-from kit.trainer import ROOT, TINY, rows, run_trainer, wait_for
+from kit.trainer import ROOT, TINY, end_ranks, rows, run_trainer, start_ranks, wait_for
 
 import cli.waiting
 from cli.waiting import NoAnswerError, in_thread
@@ -213,18 +213,9 @@ def test_one_process_of_two_that_waits_ends_both(ending, tunes, tmp_path, odd_fi
     """Rank 1's data is held; rank 0 waits for rank 1, and saves."""
     hold = tmp_path / "hold"
     held = {**odd_file_system, "HOLD": str(hold), "HOLD_RANK": "1"}
-    script = tmp_path / "impatient.py"
-    script.write_text(IMPATIENT)
     flags = ["--data", tunes, "--save_dir", tmp_path / "run", "--epochs", "10000", *WORKERS]
     flags += ["--log-lr-steps", "1", "--save-every-minutes", "0", "--step", "4"]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
-    trainers = subprocess.Popen(
-        [sys.executable, *launch, *TINY, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=held,
-    )
+    ranks = start_ranks(2, *flags, program=("-c", IMPATIENT), env=held)
     try:
         metrics = tmp_path / "run"
         wait_for(lambda: any(metrics.glob("*.jsonl")) and len(rows(metrics, "step")) >= 3)
@@ -232,10 +223,11 @@ def test_one_process_of_two_that_waits_ends_both(ending, tunes, tmp_path, odd_fi
         if ending == "signal":
             wait_for(lambda: (tmp_path / "hold.held").exists())
             time.sleep(1)
-            trainers.send_signal(signal.SIGTERM)  # torchrun hands it on
-        output, _ = trainers.communicate(timeout=40)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)  # as torchrun hands it on
     finally:
-        trainers.kill()
+        codes, output = end_ranks(ranks, timeout=40)
+    assert codes == [143, 143] if ending == "signal" else all(codes), output
     saved = load_checkpoint(tmp_path / "run" / "rvq_4cb_latest.pt")["progress"]["step"]
     assert saved == len(rows(tmp_path / "run", "step")) >= 3
     if ending == "signal":
@@ -288,8 +280,8 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(tmp_path):
     script.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "import cli.waiting as w\n"
-        "w.PATIENCE = 3.0\n"
-        "future = w.in_thread(lambda: time.sleep(8))\n"
+        "w.PATIENCE = 1.0\n"
+        "future = w.in_thread(lambda: time.sleep(3))\n"
         "print('waiting', flush=True)\n"
         "w.wait_for(future, lambda: (0, 'it'))\n"
     )
@@ -298,7 +290,7 @@ def test_a_process_that_was_stopped_itself_accuses_nobody(tmp_path):
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(2.5)
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 0, output

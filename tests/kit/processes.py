@@ -19,15 +19,15 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "train_rvq", "encode_npq", "sample_rvq", "ckpt_doctor"
-READ_AT_START = (
-    *("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH", "LD_", "TMPDIR"),
-)
+READ_AT_START = "PYTHON", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH", "LD_"
+ENCODING = "PYTHONIOENCODING"  # the one of them that is taken over afterwards
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 # --- the side of the tests -----------------------------------------------------------------------
@@ -67,6 +67,7 @@ class Popen(subprocess.Popen):
     @classmethod
     def _from(cls, env: dict[str, str]) -> socket.socket:
         """The process with the variables of `env` that are read at the start; started if new."""
+        env = {k: v for k, v in env.items() if k != ENCODING}
         key = tuple(sorted((k, v) for k, v in env.items() if k.startswith(READ_AT_START)))
         if key not in cls._ready:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -153,14 +154,16 @@ def become(request: dict[str, Any], descriptors: list[int], requests: socket.soc
         os.dup2(number, own)
     requests.detach()
     os.closerange(3, 1000)
+    tempfile.tempdir = None  # TMPDIR may be another
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         by_line = name == "stderr" or "PYTHONUNBUFFERED" in os.environ
+        asked = ENCODING in os.environ and name != "stderr"
         stream = open(  # noqa: SIM115
             number,
             "w" if number else "r",
             buffering=1 if number and by_line else -1,
-            encoding=getattr(sys, name).encoding,
-            errors=getattr(sys, name).errors,
+            encoding=os.environ.get(ENCODING) or getattr(sys, name).encoding,
+            errors="strict" if asked else getattr(sys, name).errors,
             closefd=False,
         )
         setattr(sys, name, stream)

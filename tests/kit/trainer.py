@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,37 @@ def rows(save_dir: Path, event: str = "") -> list[dict[str, Any]]:
     (path,) = save_dir.glob("*_metrics.jsonl")
     parsed = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     return [row for row in parsed if not event or row["event"] == event]
+
+
+def start_ranks(
+    count: int, *flags: str | Path, program: tuple[str, ...] = (), env: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Processes of one run, by rank: the trainer, or `program`, with what torchrun tells each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), **meeting}
+    words = [sys.executable, *(program or (str(ROOT / "train_rvq.py"),)), *TINY, *map(str, flags)]
+    return [
+        processes.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**env, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def end_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 200) -> tuple[list[int], str]:
+    """Exit codes of `start_ranks`, by rank, and everything printed."""
+    try:
+        output = "".join(rank.communicate(timeout=timeout)[0] for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], output
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

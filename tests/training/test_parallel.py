@@ -1,4 +1,7 @@
-"""training/parallel.py: runs under torchrun, as real processes over gloo, against one process."""
+"""training/parallel.py: runs of several real processes over gloo against one process.
+
+Ranks are started as torchrun starts them, by torchrun itself where its part matters.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.trainer import ROOT, TINY, rows, wait_for
+from kit.trainer import ROOT, TINY, end_ranks, rows, start_ranks, wait_for
 
 import train_rvq
 from npq_dataset import EpochOrder
@@ -49,16 +52,12 @@ def start(
     )
 
 
-def run(processes: int, *flags: str | Path, torchrun: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Exit code of torchrun and everything printed."""
+def run(processes: int, *flags: str | Path) -> tuple[int, str]:
+    """The first exit code that is not 0, and everything printed."""
     if processes == 1:
         return train_rvq.main([*TINY, *map(str, flags)]), ""
-    trainers = start(processes, *flags, torchrun=torchrun)
-    try:
-        output, _ = trainers.communicate(timeout=200)
-    finally:
-        trainers.kill()
-    return trainers.returncode, output
+    codes, output = end_ranks(start_ranks(processes, *flags))
+    return next(filter(None, codes), 0), output
 
 
 def processes_of(save_dir: Path) -> dict[int, list[int]]:
@@ -182,7 +181,7 @@ def test_the_slurm_script_of_the_documents_saves_and_asks_to_be_queued_again(tun
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     save_dir = tmp_path / "run"
-    here = {"npq_out/*.npq": str(tunes), "nproc_per_node=4": "nproc_per_node=2"}
+    here = {"npq_out/*.npq": str(tunes), "nproc_per_node=4": "nproc_per_node=1"}
     here["--accum 8 --quiet"] = " ".join([*TINY, f"--save_dir {save_dir} --epochs 100000"])
     for words, others in here.items():
         assert script.count(words) == 1
@@ -214,8 +213,9 @@ def newest_step(save_dir: Path) -> int:
 
 
 def test_micro_batches_that_cannot_be_shared_are_named(tunes, tmp_path):
-    code, output = run(2, *flags(tunes, "--save_dir", tmp_path, "--accum", "5"))
-    assert code == 1  # torchrun's own
+    trainers = start(2, *flags(tunes, "--save_dir", tmp_path, "--accum", "5"))
+    output, _ = trainers.communicate(timeout=200)
+    assert trainers.returncode == 1  # torchrun's own
     assert output.count("! ") == 1, output
     assert "expected a multiple of the 2 processes" in output
     assert "use --accum 4 or 6" in output
