@@ -361,9 +361,10 @@ def test_json_on_standard_output_is_json_alone(healthy_run):
 
 
 def test_a_reader_that_leaves_early_is_no_error(healthy_run):
-    command = f"{sys.executable} {ROOT / 'ckpt_doctor.py'} {healthy_run} | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    command = [sys.executable, str(ROOT / "ckpt_doctor.py"), healthy_run]
+    _, first, errors = processes.run_and_leave(command)
+    assert first
+    assert errors == ""
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.01])

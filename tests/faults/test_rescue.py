@@ -36,7 +36,7 @@ from training.state import TrainingRun
 
 FAST = ("--layers", "1", "--batch", "2", "--accum", "1", "--val-every", "10000")
 FAST += ("--archive-every", "0", "--log-lr-steps", "100", "--save-every-minutes", "0")
-FAST += ("--max-steps", "300")
+FAST += ("--max-steps", "300", "--pattern", "parallel")
 
 
 def fast_run(tunes: Path, save_dir: Path, *flags: str | Path) -> TrainingRun:

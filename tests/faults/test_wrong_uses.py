@@ -183,7 +183,7 @@ def test_what_may_not_be_read_or_written_is_named(tunes, tmp_path):
     for folder in tmp_path.parents:
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own are private
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     first, unread, unwritten = done.stderr.splitlines()

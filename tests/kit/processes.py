@@ -109,6 +109,15 @@ def run(
     return done
 
 
+def run_and_leave(command: list[str | Path]) -> tuple[int, str, str]:
+    """Exit code, the first line and all errors, for a reader that leaves then: `| head -1`."""
+    with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        return process.wait(), first, errors
+
+
 def adopt_orphans(on: bool) -> None:
     """Whether a grandchild whose parent has ended becomes a child of this process (prctl(2))."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0):

@@ -43,6 +43,7 @@ def run(tunes_of_the_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A folder of a run of two epochs, with an archive of each; its codec is the bundled one."""
     folder = tmp_path_factory.mktemp("run")
     flags = ("--epochs", "2", "--archive-every", "1", "--eval-dac-repo", "demo")
+    flags += ("--pattern", "parallel")
     train("--data", tunes_of_the_demo, "--save_dir", folder, *flags)
     return folder
 

@@ -29,6 +29,7 @@ def broken(folder: Path) -> dict[str, str]:
 
 def test_a_plan_times_what_the_run_would_fall_back_to(tunes, tmp_path):
     flags = [*TINY, "--data", tunes, "--save_dir", tmp_path, "--plan", "--compile"]
+    flags += ["--layers", "1", "--pattern", "parallel"]
     code, output = run_trainer(*flags, env=broken(tmp_path), timeout=200)
     assert code == 0, output
     assert "torch.compile failed in mode default, so without it (" in output

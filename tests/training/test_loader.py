@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import processes
 from kit.trainer import ROOT, TINY, rows, wait_for
 
 from npq_dataset import EpochOrder, WindowDataset, find_npq_files, scan_corpus, split_corpus
@@ -97,15 +98,25 @@ def test_an_error_arrives_where_its_batch_would_and_as_it_was_raised(many, tmp_p
 # --- how many files are open ----------------------------------------------------------------------
 
 
-def limited(limit: str, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """A command behind `ulimit`, as a user's shell starts it."""
-    return subprocess.Popen(
-        ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *map(str, command)],
+TRAIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_rvq
+train_rvq.leave(train_rvq.main())
+"""
+
+
+def limited(
+    soft: int, *flags: str | Path, hard: int | None = None, program: str = TRAIN
+) -> subprocess.Popen[str]:
+    """A trainer that may have so many files open, as behind `ulimit -n` (or -Sn)."""
+    least = f"({soft}, {hard} or resource.getrlimit(resource.RLIMIT_NOFILE)[1])"
+    lower = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {least})\n"
+    return processes.Popen(
+        [sys.executable, "-c", lower + program, *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
     )
 
 
@@ -116,7 +127,7 @@ def flags_of(many: Path, save_dir: Path) -> list[str | Path]:
 
 def test_a_run_over_600_files_keeps_to_a_limit_of_64_open_ones(many, tmp_path):
     flags = [*flags_of(many, tmp_path), "--max-steps", "100", "--epochs", "9"]
-    process = limited("-n 64", sys.executable, ROOT / "train_rvq.py", *flags)
+    process = limited(64, *flags, hard=64)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "! " not in output
@@ -124,7 +135,7 @@ def test_a_run_over_600_files_keeps_to_a_limit_of_64_open_ones(many, tmp_path):
 
 def test_a_soft_limit_is_raised_as_far_as_is_allowed(many, tmp_path):
     flags = [*flags_of(many, tmp_path), "--max-steps", "1000000", "--epochs", "1000000"]
-    process = limited("-Sn 100", sys.executable, ROOT / "train_rvq.py", *flags)
+    process = limited(100, *flags)
     try:
         wait_for(lambda: any(tmp_path.glob("*.jsonl")) or process.poll() is not None)
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
@@ -160,7 +171,7 @@ def test_with_no_descriptor_left_the_cause_is_named_and_the_run_saved(many, tmp_
     """Something in the process takes every descriptor that gets free, until the run fails."""
     go = tmp_path / "go"
     flags = [*flags_of(many, tmp_path / "run"), "--epochs", "100000", "--save-every-minutes", "0"]
-    process = limited("-n 128", sys.executable, "-c", LEAK, *flags, go)
+    process = limited(128, *flags, go, hard=128, program=LEAK)
     metrics = tmp_path / "run"
     wait_for(lambda: any(metrics.glob("*.jsonl")) and len(rows(metrics, "step")) >= 10)
     go.touch()
