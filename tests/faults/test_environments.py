@@ -317,12 +317,6 @@ def test_a_parser_takes_a_value_or_refuses_it_in_a_line(door, capsys):
             assert len(said) < 400
 
 
-def test_a_plan_refuses_what_its_run_would(words, tmp_path, capsys):
-    command = [w.format(out=tmp_path) for w in words["train"]]
-    assert train_rvq.main([*command, "--plan", "--cb-weights", "nan"]) == 2
-    assert "--cb-weights: expected 4 numbers >= 0 and not all 0" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["train", "encode", "sample", "doctor"])
 def test_what_a_parser_takes_is_done_or_refused(kind, words, tmp_path):

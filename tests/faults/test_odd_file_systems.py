@@ -125,17 +125,8 @@ def test_a_run_on_the_oddest_file_system_ends_as_on_a_plain_one(tunes, tmp_path,
     """Killed by SIGKILL on the way, and resumed without a manual step."""
     odd, plain = tmp_path / "odd", tmp_path / "plain"
     env = {**odd_file_system, "FAULTS": numbered(ALL), "FAULTS_IN": str(odd)}
-    flags = [
-        *TINY,
-        "--data",
-        tunes,
-        "--epochs",
-        "3",
-        "--archive-every",
-        "1",
-        "--save-every-minutes",
-    ]
-    flags += ["0.001"]
+    flags = [*TINY, "--data", tunes, "--epochs", "3", "--archive-every", "1"]
+    flags += ["--save-every-minutes", "0.001"]
     process = start_trainer(*flags, "--save_dir", odd, env=env)
     wait_for(lambda: (odd / "rvq_4cb_latest.pt").exists() or process.poll() is not None)
     process.kill()

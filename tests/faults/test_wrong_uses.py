@@ -66,6 +66,7 @@ def ending(flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 # Flags, exit code, words of the remedy. "{p}" is the place; RUN goes on with the finished run.
 RUN = "--save_dir {p}/run --max-steps 24 "
 USES = [
+    ("", 2, "--data"),
     ("--data {p}/nowhere", 1, "name folders, .npq files or quoted globs"),
     ("--data {p}/empty", 1, "name folders, .npq files or quoted globs"),
     ("--data {p}/sound", 1, "encode_npq.py makes .npq of audio"),
@@ -73,19 +74,34 @@ USES = [
     ("--data=~nobody_here/toks", 2, "write ./~nobody_here/toks for that very name"),
     ("--val-list a.txt --val-list b.txt", 2, "--val-list: is given twice, with other values"),
     ("--lr -1e-3", 2, "--lr: expected a number > 0"),
+    ("--lr nan", 2, "--lr: expected a number > 0"),
     ("--lr 1e300", 2, "--lr: expected a number < 1e+30, found '1e300'"),
     ("--eta-min 1", 2, "lower it, or raise --lr"),
+    ("--dropout 1.5", 2, "expected a number >= 0 and < 1"),
     ("--layers 1000000", 2, "--layers: expected 1 to 1000"),
     ("--d_model 65536 --heads 1024 --layers 900", 2, "this machine has"),
     ("--d_model 63", 2, "even number of channels per head"),
+    ("--heads 5", 2, "--heads 5"),
+    ("--device cuda:7", 2, "--device cuda:7"),
+    ("--device gpu", 2, "expected cuda, cuda:1, mps or cpu"),
+    ("--device gpu --plan", 2, "expected cuda, mps or cpu"),
     ("--num_workers 1000000", 2, "--num_workers: expected 0 to 256"),
+    ("--batch 0", 2, "expected a whole number >= 1, found '0'"),
+    ("--batch some", 2, "expected a whole number"),
     ("--batch 1000000000", 2, "lower these, --ctx or --step, or add data"),
     ("--batch auto --accum 2", 2, "leave it out, or give --effective-batch"),
+    ("--memory-gb 0 --plan", 2, "expected a number > 0"),
+    ("--mfu 2 --plan", 2, "expected a number > 0 and <= 1"),
     ("--effective-batch 7", 2, "--batch can be one of [1, 7]"),
+    ("--cb-weights 1,2", 2, "expected 4 numbers"),
+    ("--cb-weights nan --plan", 2, "--cb-weights: expected 4 numbers >= 0 and not all 0"),
     ("--cb-weights 0,0,0,0", 2, "expected 4 numbers >= 0 and not all 0"),
     ("--cb-weights -1,2,3,4", 2, "expected 4 numbers >= 0 and not all 0"),
     ("--val-list {p}/all.txt", 2, "shorten it"),
     ("--val-list {p}/wrong.txt", 2, "write base names or paths that --data matches"),
+    ("--val-list {p}/no.txt", 2, "--val-list"),
+    ("--labels folder", 2, "expected folders or a CSV file, found 'No such file or directory'"),
+    ("--labels {p}/file", 2, "--labels: "),
     ("--val-list {p}", 2, "expected a text file of validation files, found 'Is a directory'"),
     ("--tag a\nb", 2, "--tag: expected at most 100 letters"),
     ("--tensorboard --save_dir {p}/\udcff", 2, "--save_dir whose path is text (UTF-8)"),
@@ -102,6 +118,7 @@ USES = [
     (RUN + "--resume {p}/module.pt", 1, "give a .pt file of train_rvq.py"),
     (RUN + "--resume {p}/weights.safetensors", 2, "use --init-from"),
     (RUN + "--resume x.pt --init-from y.pt", 2, "give one"),
+    (RUN + "--resume x.pt --no-resume", 2, "contradict"),
     (RUN + "--data {p}/v128.npq --accum 1", 1, "or start anew with --no-resume"),
     (RUN + "--init-from {p}/no.pt --no-resume", 1, "no such checkpoint; check the path"),
     (RUN + "--ctx 16", 1, "ctx 32 -> 16"),
@@ -113,7 +130,7 @@ USES = [
 @pytest.mark.parametrize(("use", "code", "remedy"), USES, ids=[use for use, *_ in USES])
 def test_a_mistake_is_one_line_that_says_what_to_do(use, code, remedy, place, tunes, capsys):
     words = [w.format(p=place, tunes=tunes) for w in use.split(" ") if w]
-    data = [] if "--data" in use else ["--data", str(tunes)]
+    data = [] if "--data" in use or not use else ["--data", str(tunes)]
     where = [] if "--save_dir" in use else ["--save_dir", str(place / "new")]
     before = files_of(place)
     found, said = ending([*TINY, *data, *where, *words], capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 from kit.trainer import make_run, rows, train
@@ -28,16 +29,21 @@ def finished(folder, tunes, *budget: str):
     return folder / "rvq_4cb_latest.pt"
 
 
+@pytest.fixture(scope="module", params=BUDGETS, ids=lambda b: b[0])
+def ended(request, tunes, tmp_path_factory):
+    """The folder of a run that has used up its budget."""
+    return finished(tmp_path_factory.mktemp("ended"), tunes, *request.param).parent
+
+
 @pytest.mark.parametrize(
     "longer", [("--max-seconds", "900"), ("--max-steps", "900"), ("--epochs", "90")]
 )
-@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: b[0])
 def test_a_finished_cosine_run_that_is_prolonged_stays_at_its_lowest_rate(
-    budget, longer, tunes, tmp_path, capsys
+    longer, ended, tunes, tmp_path
 ):
     """Pitfall 7: more seconds are another budget of the run, and none of the schedule."""
-    path = finished(tmp_path, tunes, *budget)
-    end = load_checkpoint(path)["progress"]
+    shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
+    end = load_checkpoint(tmp_path / "rvq_4cb_latest.pt")["progress"]
     run = make_run("--data", tunes, "--save_dir", tmp_path, *longer)
     p = run.state.progress
     assert (p.schedule_steps, p.schedule_seconds) == (
