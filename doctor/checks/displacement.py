@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +40,18 @@ class _Past(list[float]):
         return math.log(value / self.centre()) / max(spread_of(self), math.log(1.25))
 
 
-Judged = tuple[float, Finding]  # how far a tensor moved, and the finding about it
+def _worst(found: list[Finding]) -> Finding:
+    """The finding of the tensor that moved farthest, with the number of the others.
 
+    The value of G1 and G3 is a multiple of what is usual, that of G2 an element's way.
+    """
 
-def _worst(found: list[Judged]) -> Finding:
-    """The finding of the tensor that moved farthest, with the number of the others."""
-    return max(found, key=lambda judged: judged[0])[1].with_others(len(found) - 1)
+    def excess(f: Finding) -> float:
+        if f.check != "G2":
+            return f.value
+        return f.value / f.baseline if f.baseline else math.inf
+
+    return max(found, key=excess).with_others(len(found) - 1)
 
 
 # --- from file to file ---------------------------------------------------------------------------
@@ -100,20 +105,19 @@ def _leap(run: ExaminedRun, a: Summary, b: Summary, pasts: dict[str, _Past]) -> 
         return None
     before = {p.name: p for p in a.parameters}
     lr = run.mean_lr(a.step or 0, b.step or 0, b)
-    found: list[Judged] = []
+    found: list[Finding] = []
     for p in b.parameters:
         old = before.get(p.name)
         if p.sample and old is not None and old.shape == p.shape and not old.bad and not p.bad:
             move = _Move(a, b, old, p, steps, lr * p.lr_factor)
             past = pasts.setdefault(p.name, _Past())
-            if judged := _beyond_reach(move) or _off_pace(move, past):
-                found.append(judged)
-    provable = [f for f in found if f[1].check == "G2"]
+            if finding := _beyond_reach(move) or _off_pace(move, past):
+                found.append(finding)
+    provable = [f for f in found if f.check == "G2"]
     return _worst(provable or found) if found else None
 
 
-@dataclass(frozen=True)
-class _Move:
+class _Move(NamedTuple):
     """A tensor in two files, the steps between them, and the mean learning rate of its group."""
 
     earlier: Summary
@@ -128,7 +132,7 @@ class _Move:
         return in_file(self.later, id, text, after=self.earlier.step, where=self.new.name, **fields)
 
 
-def _beyond_reach(move: _Move) -> Judged | None:
+def _beyond_reach(move: _Move) -> Finding | None:
     """G2: an element that moved farther than any gradients can move it."""
     old, new = move.old, move.new
     moved = float(np.abs(np.subtract(new.sample, old.sample)).max())
@@ -139,17 +143,15 @@ def _beyond_reach(move: _Move) -> Judged | None:
     reach = 2 * move.lr * move.steps * (bound + decay * max(old.largest, new.largest))
     if not (math.isfinite(reach) and moved > 1.1 * reach + 1e-6):
         return None
-    text = f"{new.name} moved by up to {moved:.3g} in {move.steps} steps"
-    text += (
-        f"; {new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g} at most"
-        if reach
-        else ", without a learning rate: lr was 0 all the way"
-    )
-    found = move.finding("G2", text, value=moved, baseline=reach)
-    return moved / reach if reach else math.inf, found
+    limit = ", without a learning rate: lr was 0 all the way"
+    if reach:
+        limit = f"; {new.optimizer or 'Adam'} at lr {move.lr:.2g} can move a weight by {reach:.2g}"
+        limit += " at most"
+    text = f"{new.name} moved by up to {moved:.3g} in {move.steps} steps{limit}"
+    return move.finding("G2", text, value=moved, baseline=reach)
 
 
-def _off_pace(move: _Move, past: _Past) -> Judged | None:
+def _off_pace(move: _Move, past: _Past) -> Finding | None:
     """G1: a distance (RMS) of zero, or larger than noise explains; other paces join `past`."""
     old, new, lr, steps = move.old, move.new, move.lr, move.steps
     with np.errstate(over="ignore"):  # beyond float64 the distance is infinite
@@ -160,7 +162,7 @@ def _off_pace(move: _Move, past: _Past) -> Judged | None:
         return None
     if moved == 0:
         text = f"{new.name} has not moved at all in {steps} steps"
-        return 1.0, move.finding("G1", text, cause=Cause.OPTIMIZER, value=0.0)
+        return move.finding("G1", text, cause=Cause.OPTIMIZER, value=0.0)
     pace, n = moved / usual, len(past)
     straight = lr * update * steps / usual  # the pace of a straight line
     leap = pace > 2 * straight if new.optimizer == "Muon" else pace > max(3 * straight, 6)
@@ -175,7 +177,7 @@ def _off_pace(move: _Move, past: _Past) -> Judged | None:
     if n >= 3:
         text += f", before {past.centre():.2g} (z {past.z(pace):.0f})"
     baseline = past.centre() if n >= 3 else straight
-    return pace, move.finding("G1", text, value=pace, baseline=baseline, n=n)
+    return move.finding("G1", text, value=pace, baseline=baseline, n=n)
 
 
 def _bursts(pace: float, past: _Past) -> bool:
@@ -228,7 +230,7 @@ def _ema_lr(run: ExaminedRun, s: Summary, span: float) -> float:
 
 def _judge_average(
     run: ExaminedRun, s: Summary, p: Parameter, lr: float, span: float, past: _Past
-) -> Judged | None:
+) -> Finding | None:
     """A finding where a tensor is too far from its EMA; other distances join `past`."""
     # Late in a run steps may be small, and the average still holds older, larger ones.
     update = p.update_rms if p.optimizer == "Muon" else max(p.update_rms, 0.1)
@@ -248,7 +250,7 @@ def _judge_average(
         f"{p.rms:.2g}; {apart:.3g} times what {span:.0f} steps at lr {lr:.2g} explain"
     )
     earlier = [e.step for e in run.series if (e.step or 0) < (s.step or 0)]
-    return apart, in_file(
+    return in_file(
         s, "G3", text, after=earlier[-1] if earlier else None, where=p.name, value=apart,
         baseline=past.centre() if n >= 3 else math.nan, n=n,
     )  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,17 +32,6 @@ HEAD_REACH = 16.0  # of the head, which is pushed one way at first; healthy: up 
 SMALL, SMALL_TABLE, SMALL_OLD_TABLE = 4.0, 0.5, 3.0
 
 
-class _Figure(NamedTuple):
-    """A value and its limit; in a report `text` follows `where`."""
-
-    id: str
-    where: str
-    text: str
-    value: float
-    limit: float
-    n: int = 0
-
-
 @check("A1", "logits of a codebook, by head and last gain: size, offset, bias", Level.DIVERGED)
 @check("A2", "attention logits of random inputs", Level.DIVERGED)
 @check("A3", "a matrix against its start, its steps, other layers, its EMA", Level.DIVERGED)
@@ -53,27 +41,26 @@ def check_scales(run: ExaminedRun) -> Iterator[Finding]:
     """A1 to A5: logits, attention, matrices, tables of codebooks, gains; the worst of each."""
     for s in run.readable:
         for part in ("raw", "ema"):
-            over = [
-                f
-                for figures in (_of_logits, _of_attention, _of_matrices, _of_tables)
-                for f in figures(s, part)
-                if f.value > f.limit
-            ]
-            for id in dict.fromkeys(f.id for f in over):
-                found = [f for f in over if f.id == id]
-                yield _finding(s, part, max(found, key=lambda f: f.value / f.limit), len(found))
+            over: dict[str, list[Finding]] = {}
+            for figures in (_of_logits, _of_attention, _of_matrices, _of_tables):
+                for f in figures(s, part):
+                    if f.value > f.baseline:
+                        over.setdefault(f.check, []).append(f)
+            for found in over.values():
+                worst = max(found, key=lambda f: f.value / f.baseline)
+                yield worst.with_others(len(found) - 1)
 
 
-def _finding(s: Summary, part: str, f: _Figure, count: int) -> Finding:
+def _figure(
+    s: Summary, part: str, id: str, where: str, text: str, value: float, limit: float, n: int = 0
+) -> Finding:
+    """A figure of the raw weights or of their average, which is a fault if it is over its limit."""
     of, cause = ("", Cause.INSTABILITY) if part == "raw" else ("averaged ", Cause.EMA)
-    found = in_file(
-        s, f.id, f"{of}{f.where}: {f.text}", cause=cause, where=f.where, value=f.value,
-        baseline=f.limit, n=f.n,
-    )  # fmt: skip
-    return found.with_others(count - 1)
+    facts = {"where": where, "value": value, "baseline": limit, "n": n}
+    return in_file(s, id, f"{of}{where}: {text}", cause=cause, **facts)
 
 
-def _of_logits(s: Summary, part: str) -> Iterator[_Figure]:
+def _of_logits(s: Summary, part: str) -> Iterator[Finding]:
     """A1. Normal logits of deviation r pick one of V codes with certainty once r^2 / 2 > ln V.
 
     Beyond that cross-entropy has no gradient that would make them larger.
@@ -94,7 +81,7 @@ def _of_logits(s: Summary, part: str) -> Iterator[_Figure]:
         text = f"{texts[x.what]} {x.value:.3g}, where {enough:.2g} tells its codes apart"
         text += f" and other codebooks have {others:.2g}" if others else ""
         where = f"{x.where} codebook {x.number}"
-        yield _Figure("A1", where, text, x.value, limit, len(s.vocab_sizes))
+        yield _figure(s, part, "A1", where, text, x.value, limit, len(s.vocab_sizes))
 
 
 def _others(s: Summary, part: str, scale: Scale) -> float:
@@ -103,23 +90,25 @@ def _others(s: Summary, part: str, scale: Scale) -> float:
     return float(np.median(values)) if values else 0.0
 
 
-def _of_attention(s: Summary, part: str) -> Iterator[_Figure]:
+def _of_attention(s: Summary, part: str) -> Iterator[Finding]:
     """A2, A5. Logits of random queries and keys; what norms multiply their unit input by."""
     for x in s.scales.get(part, []):
         if x.what == "attention":
             text = f"attention logits of head {x.number} have RMS {x.value:.3g} for random inputs"
-            yield _Figure("A2", x.where, text, x.value, ATTENTION)
+            yield _figure(s, part, "A2", x.where, text, x.value, ATTENTION)
     for p in s.parameters:
         if len(p.shape) == 1 and "norm" in p.place.role:
             size = _size(p, part)
-            yield _Figure("A5", p.name, f"RMS {size:.3g} of a norm's gains or biases", size, GAIN)
+            yield _figure(
+                s, part, "A5", p.name, f"RMS {size:.3g} of a norm's gains or biases", size, GAIN
+            )
 
 
 def _size(p: Parameter, part: str) -> float:
     return p.rms if part == "raw" else p.ema_rms
 
 
-def _of_matrices(s: Summary, part: str) -> Iterator[_Figure]:
+def _of_matrices(s: Summary, part: str) -> Iterator[Finding]:
     """A3. Matrices between hidden states against their start, each other and their average."""
     matrices = [
         p for p in s.parameters
@@ -128,7 +117,7 @@ def _of_matrices(s: Summary, part: str) -> Iterator[_Figure]:
     for p in matrices:
         size, unit = _size(p, part), math.sqrt(max(p.shape[1], 1))
         if size == 0 and (s.step or 0) >= 10:  # some start at zero, and the first step moves them
-            yield _Figure("A3", p.name, f"zero throughout after {s.step} steps", 1.0, 0.5)
+            yield _figure(s, part, "A3", p.name, f"zero throughout after {s.step} steps", 1.0, 0.5)
         alike = [_size(q, part) * unit for q in matrices if q.place.role == p.place.role]
         others = float(np.median(alike)) if len(alike) > 2 else math.inf
         reach = _reach(s, p)
@@ -139,10 +128,10 @@ def _of_matrices(s: Summary, part: str) -> Iterator[_Figure]:
             text += f"; other layers {others:.2g} times"
         if math.isfinite(reach):
             text += f"; {s.step} steps make it {reach:.2g} at most"
-        yield _Figure("A3", p.name, text, size * unit, limit, len(alike))
+        yield _figure(s, part, "A3", p.name, text, size * unit, limit, len(alike))
         if part == "raw" and p.ema_rms > 0 and size * unit > SMALL:
             text = f"RMS {size:.3g}, its average {p.ema_rms:.3g}"
-            yield _Figure("A3", p.name, text, size, AHEAD * p.ema_rms)
+            yield _figure(s, part, "A3", p.name, text, size, AHEAD * p.ema_rms)
 
 
 def _tells_all(s: Summary) -> bool:
@@ -173,7 +162,7 @@ def _reach(s: Summary, p: Parameter) -> float:
     return 2 * start + times * travel(lr * p.lr_factor, update, s.step + 10, p.noise_steps)
 
 
-def _of_tables(s: Summary, part: str) -> Iterator[_Figure]:
+def _of_tables(s: Summary, part: str) -> Iterator[Finding]:
     """A4. Tables against their start, and a codebook's longest embedding against the others'."""
     for p in s.parameters:
         if p.place.role.endswith(("embed", "pos", "head")):
@@ -181,11 +170,11 @@ def _of_tables(s: Summary, part: str) -> Iterator[_Figure]:
             if not _tells_all(s):
                 limit = max(limit, SMALL_OLD_TABLE if s.style == "old" else SMALL_TABLE)
             text = f"RMS {size:.3g}; {s.step} steps make it {limit:.2g} at most"
-            yield _Figure("A4", p.name, text, size, limit)
+            yield _figure(s, part, "A4", p.name, text, size, limit)
     for x in s.scales.get(part, []):
         if x.what == "embedding" and (others := _others(s, part, x)):
             text = f"its longest row has norm {x.value:.3g}, those of other codebooks {others:.2g}"
-            yield _Figure(
+            yield _figure(s, part,
                 "A4", f"{x.where} codebook {x.number}", text, x.value, UNLIKE * others,
                 len(s.vocab_sizes),
             )  # fmt: skip
