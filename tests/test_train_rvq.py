@@ -472,12 +472,15 @@ def test_metrics_rows_hold_what_other_programs_rely_on(tunes, tmp_path):
 
 def test_a_budget_in_seconds_ends_the_run_and_bends_the_schedule(tunes, tmp_path):
     flags = ("--max-seconds", "2", "--epochs", "10000", "--log-lr-steps", "1")
-    flags += ("--val-every", "10000")
+    flags += ("--val-every", "10000", "--warmup-ratio", "0", "--step", "64")  # 2 steps an epoch
     checkpoint = train("--data", tunes, "--save_dir", tmp_path, *flags, "--archive-every", "0")
     assert 2 <= checkpoint["progress"]["seconds"] < 4
-    rates = [row["lr"] for row in rows(tmp_path, "step")]
-    assert max(rates) == pytest.approx(3e-4, rel=0.05)
+    steps = rows(tmp_path, "step")
+    assert steps[-1]["epoch"] > 1
+    rates = [row["lr"] for row in steps]
+    assert rates[0] == pytest.approx(3e-4, rel=0.05)
     assert rates[-1] < 3e-5
+    assert all(a >= b for a, b in itertools.pairwise(rates)), "also at an epoch's first step"
     assert len(rows(tmp_path, "epoch")) == 1, "one validation at the end"
 
 

@@ -27,6 +27,7 @@ import encode_npq
 import sample_rvq
 import train_rvq
 from run_folder.checkpoint import load_checkpoint
+from sound.codec import load_codec
 
 SECONDS = 60  # after which a command hangs
 DOORS = {
@@ -38,6 +39,7 @@ DOORS = {
 @pytest.fixture(scope="module")
 def words(tunes: Path, tunes_of_the_demo: Path, tmp_path_factory) -> dict[str, list[str]]:
     """A small command line of every kind; {out} is a folder to write to."""
+    load_codec("demo")  # imports here what each forked process would import for itself
     place = tmp_path_factory.mktemp("place")
     (place / "music").mkdir()
     tone = np.sin(np.arange(3 * 44_100) / 20) * 0.3

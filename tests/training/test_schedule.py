@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 
 import pytest
-from kit.trainer import make_run, rows, train
+from kit.trainer import make_run, train
 
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
@@ -70,16 +69,6 @@ def test_the_banner_says_what_the_schedule_still_spans(tunes, tmp_path):
     code, output = run_trainer(*TINY, *flags)
     assert code == 0, output
     assert "the lr schedule still spans 1 training seconds" in output
-
-
-def test_a_rate_over_seconds_never_rises_after_its_warm_up(tunes, tmp_path):
-    """Also at an epoch's first step, which has no pace of its own to be estimated by."""
-    flags = ("--max-seconds", "1.5", "--epochs", "1000", "--warmup-ratio", "0")
-    train("--data", tunes, "--save_dir", tmp_path, *flags, "--log-lr-steps", "1")
-    found = [row["lr"] for row in rows(tmp_path, "step")]
-    assert len(found) > 8
-    assert all(a >= b for a, b in itertools.pairwise(found))
-    assert found[-1] < found[0]
 
 
 def test_wsd_over_seconds_is_prolonged_before_its_cooldown_and_not_after(tunes, tmp_path):
