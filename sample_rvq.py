@@ -24,7 +24,6 @@ import functools
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +49,6 @@ from cli.command_line import (
     file_path,
     fraction,
     fraction_or_one,
-    in_words,
     list_of,
     not_negative,
     positive,
@@ -58,7 +56,7 @@ from cli.command_line import (
     say,
 )
 from cli.device import PRECISIONS, fast_precision, pick_device
-from cli.disk import check_writable
+from cli.disk import check_output
 from cli.shortages import is_out_of_memory
 from cli.signals import code_of_interruption
 from model import CodesTransformer, ModelConfig
@@ -67,19 +65,18 @@ from pages.listening_page import Cell, Column, column_of, distinct_names, write_
 from pages.spectrogram import player
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
-from sound.audio_file import AudioError, read_audio, resample, stream_wav, write_wav
+from sound.audio_file import AudioError
 from sound.codec import Codec, CodecError, load_codec, not_the_trainings
-from sound.copying import copy_warning, describe, figures, longest_runs
+from sound.copying import figures, longest_runs, report_copies
+from sound.drawing import STDOUT, TOGETHER, Drawing, is_npq, numbered, read_prompt, write_sample
 from sound.labels import labels_in
-from sound.npq_format import NpqError, check_codes, map_codes, read_header, write_npq
-from sound.origin import are_different, codec_of, find_all
-from sound.sampling import Draw, NotFiniteError, stream
+from sound.npq_format import NpqError
+from sound.origin import CodecId, are_different, codec_of
+from sound.sampling import Draw, NotFiniteError, load_model, stream
 
 USUAL_CODEC = "44khz"  # where the weights do not say what they were trained with
-TOGETHER = 4  # samples in a batch: on a CPU one alone takes a tenth less time at most
 NEEDED = {"ema", "architecture", "data", "flags", "progress"}
 DRAW_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-STDOUT = "-"
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -165,21 +162,18 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--page is written alone; leave --out, --npq-out and the export out")
     if (count := len(flags.checkpoints)) > 1 and not flags.page:
         raise UsageError(f"found {count} checkpoints; name one, or add --page FILE.html")
-    if flags.against and not draws:
-        raise UsageError("--against: nothing is drawn; name --out or --npq-out, or leave it out")
-    if flags.prompt and not draws:
-        raise UsageError("--prompt: nothing is drawn; name --out or --npq-out, or leave it out")
-    if flags.label is not None and not draws:
-        raise UsageError("--label: nothing is drawn; name --out or --npq-out, or leave it out")
+    for flag in ("against", "prompt", "label"):
+        if getattr(flags, flag) is not None and not draws:
+            wrong = "nothing is drawn; name --out or --npq-out, or leave it out"
+            raise UsageError(f"--{flag}: {wrong}")
     if flags.guidance != 1 and flags.label is None:
         raise UsageError(
             f"--guidance {flags.guidance:g}: there is nothing to guide to; add --label"
         )
     for flag in ("prompt_frames", "with_prompt"):
         if getattr(flags, flag) and not flags.prompt:
-            raise UsageError(
-                f"--{flag.replace('_', '-')}: there is no prompt; name it with --prompt"
-            )
+            flag = flag.replace("_", "-")
+            raise UsageError(f"--{flag}: there is no prompt; name it with --prompt")
     if flags.prompt and not Path(flags.prompt).is_file():
         raise UsageError(f"--prompt {flags.prompt}: no such file; name an .npq or audio file")
     if any(map(is_shared, flags.checkpoints)) and flags.raw:
@@ -195,22 +189,6 @@ def check_flags(flags: argparse.Namespace) -> None:
     check_output("--page", flags.page, ".html")
     check_output("--npq-out", flags.npq_out, ".npq")
     check_output("--export-safetensors", flags.export_safetensors, SUFFIX)
-
-
-def check_output(flag: str, path: str | None, ending: str) -> None:
-    """Raise UsageError where no file of that name can be written; one that exists is replaced."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        wrong = f"is a folder; name a file in it, such as {Path(path, 'song' + ending)}"
-        raise UsageError(f"{flag} {path}: {wrong}")
-    if Path(path).suffix.lower() != ending:
-        wrong = f"expected a name that ends in {ending}; try {Path(path).with_suffix(ending)}"
-        raise UsageError(f"{flag} {path}: {wrong}")
-    try:
-        check_writable(Path(path).parent)
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: its folder {in_words(error)}") from error
 
 
 # --- what the flags name -------------------------------------------------------------------------
@@ -233,43 +211,9 @@ def pick_dtype(
     return PRECISIONS["bf16" if name == "auto" else name]
 
 
-def use_threads_of(checkpoint: dict[str, Any]) -> None:
-    """Compute with as many threads as the training found best; OMP_NUM_THREADS wins."""
-    count = checkpoint["progress"].get("threads", 0)
-    if count and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(count, torch.get_num_threads()))
-
-
-def load_model(
-    checkpoint: dict[str, Any], path: str, *, raw: bool, device: torch.device
-) -> CodesTransformer:
-    """A checkpoint's model in evaluation mode, with averaged or raw weights.
-
-    Raises:
-        CheckpointError: no model of this version, or weights of another one.
-    """
-    try:
-        config = ModelConfig.from_dict(checkpoint["architecture"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: no model of this version ({error})") from error
-    model = CodesTransformer(config)
-    try:
-        model.load_state_dict(checkpoint["model" if raw else "ema"])
-    except RuntimeError as error:  # a line for each tensor that differs
-        differing = str(error).splitlines()[1:2]
-        raise CheckpointError(
-            f"{path}: weights that do not fit its own architecture ({''.join(differing).strip()}); "
-            "get it anew from where it came from"
-        ) from error
-    return model.to(device).eval()
-
-
-def shape_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Codebooks K of the model, and how many of them, the last, are of the side channel."""
-    return len(checkpoint["architecture"]["vocab_sizes"]), checkpoint["data"]["side_codebooks"]
-
-
-def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec | None:
+def open_codec(
+    flags: argparse.Namespace, checkpoint: dict[str, Any], shared: Shared
+) -> Codec | None:
     """The codec of the sound asked for, or of the prompt; before minutes of drawing, not after.
 
     Raises:
@@ -279,7 +223,7 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
     if not flags.out and (flags.prompt is None or is_npq(flags.prompt)):
         return None
     name = flags.codec or checkpoint["flags"].get("eval_dac_repo") or USUAL_CODEC
-    codec = load_codec(name)
+    codec = shared.codec(name)
     if said := not_the_trainings(name, codec_of(checkpoint["data"])):
         problem(f"{said}; see --codec")
     sizes, data = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]
@@ -291,65 +235,13 @@ def open_codec(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Codec |
     return codec
 
 
-def is_npq(path: str) -> bool:
-    """Whether a prompt is codes, and not audio."""
-    return path.lower().endswith(".npq")
-
-
-def read_prompt(
-    flags: argparse.Namespace, checkpoint: dict[str, Any], codec: Codec | None
-) -> torch.Tensor | None:
-    """Codes [T, K] of the prompt, from .npq or audio, with as many codebooks as the model has.
-
-    Raises:
-        UsageError: too few codebooks, another side channel, or a code that the model does not have.
-    """
-    if flags.prompt is None:
-        return None
-    k, side = shape_of(checkpoint)
-    if codec is not None and not is_npq(flags.prompt):
-        waveform, rate = read_audio(flags.prompt, stereo=side > 0)
-        waveform = resample(waveform, rate, codec.sample_rate)
-        codes = codec.encode_channels(torch.from_numpy(waveform), k - side, side)
-        return codes[: flags.prompt_frames]
-    header = read_header(flags.prompt)
-    mid = header.num_codebooks - header.side_codebooks
-    if header.num_codebooks < k or max(0, k - mid) != side:
-        raise UsageError(
-            f"--prompt {flags.prompt}: expected {k} codebooks, {side} of them side ones, found "
-            f"{header.num_codebooks}, {header.side_codebooks} of them side ones; encode it as the "
-            "training data was"
-        )
-    trained = codec_of(checkpoint["data"])
-    place = os.path.realpath(flags.prompt)
-    (record,) = find_all([(place, header.file_size, check_codes(header))])
-    if record and are_different(record.codec_id, trained):
-        problem(
-            f"--prompt {flags.prompt}: codes of codec {record.codec_id}, the training data's are "
-            f"of {trained}: expect noise"
-        )
-    codes = torch.from_numpy(map_codes(header)[: flags.prompt_frames, :k].astype(np.int64))
-    sizes = torch.tensor(checkpoint["architecture"]["vocab_sizes"])
-    if (codes >= sizes).any():
-        frame, book = (codes >= sizes).nonzero()[0].tolist()
-        raise UsageError(
-            f"--prompt {flags.prompt}: expected codes below {sizes[book]} in codebook {book}, "
-            f"found {codes[frame, book]} in frame {frame}; name one of the training data's codec"
-        )
-    return codes
-
-
 def read_draw(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Draw:
     """How codes are drawn; raises UsageError on a list that is not as long as the codebooks."""
-    k, _ = shape_of(checkpoint)
-    for flag in DRAW_FLAGS:
-        values = getattr(flags, flag)
-        if len(values) not in (1, k):
-            raise UsageError(
-                f"--{flag.replace('_', '-')}: expected 1 or {k} values, as the model has {k} "
-                f"codebooks, found {len(values)}"
-            )
-    return Draw.of(k, *(getattr(flags, flag) for flag in DRAW_FLAGS))
+    codebooks = len(checkpoint["architecture"]["vocab_sizes"])
+    try:
+        return Draw.of(codebooks, *(getattr(flags, flag) for flag in DRAW_FLAGS))
+    except ValueError as error:
+        raise UsageError(f"--{error}, as many as the model has codebooks") from error
 
 
 def pick_labels(flags: argparse.Namespace, config: ModelConfig) -> list[str]:
@@ -365,58 +257,68 @@ def pick_labels(flags: argparse.Namespace, config: ModelConfig) -> list[str]:
 
 
 def read_training_files(
-    flags: argparse.Namespace, checkpoint: dict[str, Any]
-) -> WindowDataset | None:
-    """The whole files of --against that have the model's codebooks; all are checked.
+    against: tuple[str, ...], codebooks: int
+) -> tuple[WindowDataset, CodecId | None]:
+    """The whole files of --against that have the model's codebooks, and their codec; all checked.
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
         UsageError: files that are not valid, of two codecs, or none with the model's codebooks.
     """
-    if flags.against is None:
-        return None
-    paths = find_npq_files(flags.against, tell=say)
+    paths = find_npq_files(against, tell=say)
     try:
-        corpus = scan_corpus(paths, ctx=1, codebooks=shape_of(checkpoint)[0])
+        corpus = scan_corpus(paths, ctx=1, codebooks=codebooks)
     except BadFilesError as error:
         raise UsageError(f"--against: {error}") from error
     for line in (*corpus.summary.lines(), *corpus.summary.warnings):
         say(line)
-    trained = codec_of(checkpoint["data"])
-    if are_different(corpus.summary.codec, trained):
-        problem(f"--against: codes of {corpus.summary.codec}, the training data's are of {trained}")
     whole, _ = split_corpus(corpus, ctx=1, val_split=0)
-    return WindowDataset(corpus, whole, ctx=1, stride=1)
+    return WindowDataset(corpus, whole, ctx=1, stride=1), corpus.summary.codec
 
 
-# --- drawing and writing -------------------------------------------------------------------------
+class Shared:
+    """What several checkpoints may need: each codec, and the files of --against, are read once."""
+
+    def __init__(self) -> None:
+        self.codec = functools.cache(load_codec)
+        self.music = functools.cache(read_training_files)
 
 
-class Drawing:
-    """Samples that are drawn together, as far as they are asked for; their codes are kept.
+class Opened(NamedTuple):
+    """What the flags name for a checkpoint, beside its model."""
 
-    Always TOGETHER at a time, as a batch of another size rounds otherwise and so draws otherwise:
-    the first samples are the same however many are asked for.
-    """
+    draw: Draw
+    codec: Codec | None
+    prompt: torch.Tensor | None
+    music: WindowDataset | None
 
-    def __init__(self, source: Iterator[torch.Tensor], before: torch.Tensor, frames: int) -> None:
-        """Of the codes [TOGETHER, n, K] that `source` yields, which follow `before` [T, K]."""
-        self.source, self.ready = source, len(before)
-        self.new = len(before), len(before) + frames  # first and last + 1
-        shape = TOGETHER, self.new[1], before.shape[1]
-        self.codes = torch.empty(shape, dtype=torch.int32)  # 11 MB for an hour of each
-        self.codes[:, : self.ready] = before
-        self.seconds = 0.0  # of drawing
 
-    def read(self, sample: int, start: int, stop: int) -> torch.Tensor:
-        """Frames of a sample, [stop - start, K] int64; those that are not there yet are drawn."""
-        while self.ready < stop:
-            started = time.perf_counter()
-            new = next(self.source)
-            self.seconds += time.perf_counter() - started
-            self.codes[:, self.ready : self.ready + new.shape[1]] = new
-            self.ready += new.shape[1]
-        return self.codes[sample, start:stop].long()
+def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any], shared: Shared) -> Opened:
+    """Open all that the flags name, before minutes of drawing and not after them."""
+    draw = read_draw(flags, checkpoint)
+    codec = open_codec(flags, checkpoint, shared)
+    prompt = music = None
+    if flags.prompt is not None:
+        prompt = read_prompt(flags.prompt, flags.prompt_frames, checkpoint, codec, tell=problem)
+    if flags.against is not None:
+        music, made = shared.music(tuple(flags.against), len(draw.top_k))
+        if are_different(made, trained := codec_of(checkpoint["data"])):
+            problem(f"--against: codes of {made}, the training data's are of {trained}")
+    return Opened(draw, codec, prompt, music)
+
+
+def open_model(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> CodesTransformer:
+    """The model on its device; computes with the threads that the training found best."""
+    device = pick_device(None if flags.device == "best" else flags.device)
+    count = checkpoint["progress"].get("threads", 0)
+    if count and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(count, torch.get_num_threads()))
+    model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    pick_labels(flags, model.config)  # raises where one is unknown
+    return model
+
+
+# --- drawing -------------------------------------------------------------------------------------
 
 
 def begin(
@@ -428,7 +330,7 @@ def begin(
     bar: tqdm[Any],
 ) -> Iterator[Drawing]:
     """Yield the drawings of all samples asked for, TOGETHER in each; a bar shows their progress."""
-    before = torch.empty((0, shape_of(checkpoint)[0])) if prompt is None else prompt
+    before = torch.empty((0, model.config.num_codebooks)) if prompt is None else prompt
     labels = pick_labels(flags, model.config)
     for first in range(0, flags.samples, TOGETHER):
         # Far from any --seed, as the next seed's sample is another command's first.
@@ -450,113 +352,12 @@ def begin(
         yield Drawing(source, before, flags.frames)
 
 
-def numbered(path: str, index: int, count: int) -> Path:
-    """`song.wav`, or `song_2.wav` when several samples are drawn."""
-    whole = Path(path)
-    return whole if count == 1 else whole.with_name(f"{whole.stem}_{index + 1}{whole.suffix}")
-
-
-def write_sample(
-    flags: argparse.Namespace,
-    checkpoint: dict[str, Any],
-    number: int,
-    drawing: Drawing,
-    codec: Codec | None,
-) -> list[Path]:
-    """Write the .wav and .npq asked for of a sample; the prompt is decoded before it either way.
-
-    The sound is decoded and written while it is drawn. Returns the files.
-    """
-    side, written = checkpoint["data"]["side_codebooks"], []
-    kept, total = drawing.new
-    if flags.with_prompt:
-        kept = 0
-    read = functools.partial(drawing.read, number % TOGETHER)
-    if flags.out and codec is not None:
-        chunks = from_sample(codec.stream_channels(read, total, side), kept * codec.hop_length)
-        shape = 2 if side else 1, (total - kept) * codec.hop_length
-        if flags.out == STDOUT:
-            with open(1, "wb", closefd=False) as file:
-                stream_wav(file, chunks, codec.sample_rate, shape)
-        else:
-            written.append(numbered(flags.out, number, flags.samples))
-            write_wav(written[-1], chunks, codec.sample_rate, shape)
-    if flags.npq_out:
-        written.append(numbered(flags.npq_out, number, flags.samples))
-        write_npq(
-            written[-1],
-            read(kept, total).numpy(),
-            vocab_sizes=checkpoint["architecture"]["vocab_sizes"],
-            frame_rate=checkpoint["data"]["frame_rate"],
-            side_codebooks=side,
-        )
-    return written
-
-
-def from_sample(chunks: Iterator[torch.Tensor], first: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Chunks [C, n] of a waveform from its audio sample `first` on."""
-    for chunk in chunks:
-        if first < chunk.shape[1]:
-            yield chunk[:, first:].numpy()
-        first = max(0, first - chunk.shape[1])
-
-
-def tell_copies(
-    music: WindowDataset, checkpoint: dict[str, Any], samples: list[np.ndarray[Any, Any]]
+def sample(
+    flags: argparse.Namespace, checkpoint: dict[str, Any], opened: Opened, written: list[Path]
 ) -> list[str]:
-    """Say what each of samples [T, K] shares with the training files, with a progress bar.
-
-    Returns a line for each sample.
-    """
-    lines = []
-    held_out = checkpoint["progress"].get("held_out_run", -1)
-    with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
-        shared = longest_runs(samples, music.tracks(), on_frames=bar.update)
-    for number, (codes, each) in enumerate(zip(samples, shared, strict=True), start=1):
-        found = figures(each, len(codes), held_out, checkpoint["data"]["frame_rate"])
-        name = f"sample {number}" if len(shared) > 1 else "the sample"
-        lines.append(describe(found))
-        say(f"{name}: {lines[-1]}")
-        if warning := copy_warning(found):
-            problem(f"{name} {warning}")
-            lines[-1] += f"; it {warning}"
-    if held_out < 0:
-        problem(
-            "what held-out music shares with the training music is not known, as the training made "
-            "no evaluation audio before it saved, or is of an older version: no copy is warned of"
-        )
-    return lines
-
-
-# --- main ----------------------------------------------------------------------------------------
-
-
-class Opened(NamedTuple):
-    """What is needed to draw from a checkpoint and to write what is drawn."""
-
-    draw: Draw
-    codec: Codec | None
-    prompt: torch.Tensor | None
-    music: WindowDataset | None
-    model: CodesTransformer
-
-
-def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> Opened:
-    """Open all that the flags name, before minutes of drawing and not after them."""
-    device = pick_device(None if flags.device == "best" else flags.device)
-    draw = read_draw(flags, checkpoint)
-    use_threads_of(checkpoint)
-    codec = open_codec(flags, checkpoint)
-    prompt = read_prompt(flags, checkpoint, codec)
-    music = read_training_files(flags, checkpoint)
-    model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
-    pick_labels(flags, model.config)  # raises where one is unknown
-    return Opened(draw, codec, prompt, music, model)
-
-
-def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[Path]) -> list[str]:
     """Draw and write; returns what --against found of each sample."""
-    draw, codec, prompt, music, model = open_all(flags, checkpoint)
+    draw, codec, prompt, music = opened
+    model = open_model(flags, checkpoint)
     batches, seconds, count = -(-flags.samples // TOGETHER), 0.0, 0
     drawn: list[np.ndarray[Any, Any]] = []
     bar = tqdm(total=flags.frames * batches, unit="frame", miniters=1, disable=None)
@@ -579,9 +380,16 @@ def sample(flags: argparse.Namespace, checkpoint: dict[str, Any], written: list[
             f"{flags.samples} x {flags.frames} frames do not fit into memory; lower --samples, "
             "--frames or --ctx, or name another --device"
         ) from error
-    times = flags.frames * batches / checkpoint["data"]["frame_rate"] / seconds
+    rate = checkpoint["data"]["frame_rate"]
+    times = flags.frames * batches / rate / seconds
     say(f"{flags.samples} x {flags.frames} frames in {seconds:.1f} s, {times:.2f} x real time")
-    return tell_copies(music, checkpoint, drawn) if music is not None else []
+    if music is None:
+        return []
+    held_out = checkpoint["progress"].get("held_out_run", -1)
+    with tqdm(total=music.frames, unit="frame", unit_scale=True, disable=None) as bar:
+        shared = longest_runs(drawn, music.tracks(), on_frames=bar.update)
+    found = [figures(each, flags.frames, held_out, rate) for each in shared]
+    return report_copies(found, tell=say, warn=problem)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -595,17 +403,22 @@ def draw_page(flags: argparse.Namespace, needed: set[str]) -> int:
     """
     each = [argparse.Namespace(**{**vars(flags), "checkpoint": c}) for c in flags.checkpoints]
     columns: list[Column] = []
-    threads = torch.get_num_threads()
+    opened: list[Opened] = []
+    threads, shared = torch.get_num_threads(), Shared()
     with tempfile.TemporaryDirectory() as folder:
         for number, one in enumerate(each):
             one.out = str(Path(folder, f"{number}.wav"))
             with naming(one.checkpoint):
-                open_all(one, load_parts(one.checkpoint, needed=needed))
-        for one, name in zip(each, distinct_names(flags.checkpoints), strict=True):
+                checkpoint = load_parts(one.checkpoint, needed=needed)
+                opened.append(open_all(one, checkpoint, shared))
+                open_model(one, checkpoint)
+        names = distinct_names(flags.checkpoints)
+        for one, name, ready in zip(each, names, opened, strict=True):
             say(f"{name}:")
             torch.set_num_threads(threads)  # of which each run takes those that it trained with
             with naming(one.checkpoint):
-                columns.append(draw_column(one, name, load_parts(one.checkpoint, needed=needed)))
+                checkpoint = load_parts(one.checkpoint, needed=needed)
+                columns.append(draw_column(one, name, checkpoint, ready))
     size = write_page(Path(flags.page), columns, facts_of(flags))
     say(f"wrote {flags.page} ({size}); open it in a browser")
     return EXIT_DONE if all(c.cells[0].player for c in columns) else EXIT_FAILED
@@ -620,11 +433,13 @@ def naming(checkpoint: str) -> Iterator[None]:
         raise type(error)(f"{checkpoint}: {error}") from error
 
 
-def draw_column(flags: argparse.Namespace, name: str, checkpoint: dict[str, Any]) -> Column:
+def draw_column(
+    flags: argparse.Namespace, name: str, checkpoint: dict[str, Any], opened: Opened
+) -> Column:
     """Draw one checkpoint's samples for the page, by way of temporary .wav files."""
     column, count = column_of(flags.checkpoint, name, checkpoint), flags.samples
     try:
-        lines = sample(flags, checkpoint, []) or [""] * count
+        lines = sample(flags, checkpoint, opened, []) or [""] * count
     except NotFiniteError as error:
         problem(f"{flags.checkpoint}: {error}")
         return column._replace(cells=[Cell(None, f"No sound: {error}")] * count)
@@ -643,6 +458,9 @@ def facts_of(flags: argparse.Namespace) -> dict[str, Any]:
     return {name.replace("_", " "): fact for name, fact in facts.items()}
 
 
+# --- main ----------------------------------------------------------------------------------------
+
+
 def work(flags: argparse.Namespace) -> int:
     """Load, export, draw, write; tells what was written when it is interrupted."""
     flags.checkpoint = flags.checkpoints[0]
@@ -659,7 +477,7 @@ def work(flags: argparse.Namespace) -> int:
             written.append(export_weights(checkpoint, exports, tell=say))
         if flags.out or flags.npq_out:
             with contextlib.redirect_stdout(sys.stderr if flags.out == STDOUT else sys.stdout):
-                sample(flags, checkpoint, written)
+                sample(flags, checkpoint, open_all(flags, checkpoint, Shared()), written)
     except BrokenPipeError:
         problem("standard output was closed; the sample ends there")
     except KeyboardInterrupt as error:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cli.command_line import problem
+from cli.command_line import UsageError, in_words, problem
 
 TEMPORARY_SUFFIX = ".saving"
 ASIDE_SUFFIX = ".replaced"  # of the old file while a new one takes its name
@@ -187,6 +187,22 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def check_output(flag: str, path: str | None, ending: str) -> None:
+    """Raise UsageError where no file of that name can be written; one that exists is replaced."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        wrong = f"is a folder; name a file in it, such as {Path(path, 'song' + ending)}"
+        raise UsageError(f"{flag} {path}: {wrong}")
+    if Path(path).suffix.lower() != ending:
+        wrong = f"expected a name that ends in {ending}; try {Path(path).with_suffix(ending)}"
+        raise UsageError(f"{flag} {path}: {wrong}")
+    try:
+        check_writable(Path(path).parent)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: its folder {in_words(error)}") from error
 
 
 def free_space(folder: Path) -> int | None:

@@ -116,6 +116,29 @@ def copy_warning(figures: dict[str, Any]) -> str | None:
     )
 
 
+def report_copies(
+    samples: Sequence[dict[str, Any]],
+    *,
+    tell: Callable[[str], object],
+    warn: Callable[[str], object],
+) -> list[str]:
+    """Say what each sample shares with training music, of its `figures`; returns the lines."""
+    lines = []
+    for number, found in enumerate(samples, start=1):
+        name = f"sample {number}" if len(samples) > 1 else "the sample"
+        lines.append(describe(found))
+        tell(f"{name}: {lines[-1]}")
+        if warning := copy_warning(found):
+            warn(f"{name} {warning}")
+            lines[-1] += f"; it {warning}"
+    if any("shared_frames_music" not in found for found in samples):
+        warn(
+            "what held-out music shares with the training music is not known, as the training made "
+            "no evaluation audio before it saved, or is of an older version: no copy is warned of"
+        )
+    return lines
+
+
 def longest_runs(
     samples: Sequence[Array],
     tracks: Iterable[Track],

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from layers.cache import KeyValueCache
 from layers.cpu import PackedLinear, QuickNorm
 from model import ABSENT, CodesTransformer, ModelConfig, shift, unshift
+from run_folder.checkpoint import CheckpointError
 from sound.guidance import Guided
 
 TO_DRAW = -2  # in the place of a code that is not known yet
@@ -41,6 +42,30 @@ class NotFiniteError(ValueError):
             f"the model's logits are not finite from frame {frame} of the sample on: its weights "
             "have diverged; take an older checkpoint, ckpt_doctor.py tells which is healthy"
         )
+
+
+def load_model(
+    checkpoint: dict[str, Any], path: str, *, raw: bool, device: torch.device
+) -> CodesTransformer:
+    """A checkpoint's model in evaluation mode, with averaged or raw weights.
+
+    Raises:
+        CheckpointError: no model of this version, or weights of another one.
+    """
+    try:
+        config = ModelConfig.from_dict(checkpoint["architecture"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: no model of this version ({error})") from error
+    model = CodesTransformer(config)
+    try:
+        model.load_state_dict(checkpoint["model" if raw else "ema"])
+    except RuntimeError as error:  # a line for each tensor that differs
+        differing = str(error).splitlines()[1:2]
+        raise CheckpointError(
+            f"{path}: weights that do not fit its own architecture ({''.join(differing).strip()}); "
+            "get it anew from where it came from"
+        ) from error
+    return model.to(device).eval()
 
 
 @dataclass(frozen=True)

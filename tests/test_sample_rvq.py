@@ -220,6 +220,35 @@ def test_a_sample_that_copies_is_a_warning(share, by_heart, tmp_path, capsys):
     assert not err
 
 
+def test_a_page_reads_what_its_checkpoints_share_once(checkpoint, music, tmp_path, capsys):
+    """And warns once of a checkpoint that was trained with another codec."""
+    parts, other = load_checkpoint(checkpoint), tmp_path / "other.pt"
+    parts["data"]["codec"] = {"name": "44khz", "weights": "0" * 64}
+    save_checkpoint(parts, other)
+    flags = ("--frames", "4", "--codec", "demo", "--page", tmp_path / "x.html")
+    assert sample(checkpoint, other, *flags, "--against", music / "0.npq") == 0
+    out, err = capsys.readouterr()
+    assert out.count("data     1 files") == 1
+    assert out.count("shared with training music") == 2
+    assert err.count("expect noise") == 1
+
+
+def test_samples_that_do_not_fit_into_memory_are_refused(checkpoint, tmp_path):
+    """The codes of four samples take 1.4 GB, and there are 0.5 left."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import sample_rvq\n"
+        "has = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (has + (1 << 29),) * 2)\n"
+        "sys.exit(sample_rvq.main())"
+    )
+    flags = (checkpoint, "--npq-out", tmp_path / "x.npq", "--frames", "10000000")
+    command = [sys.executable, "-c", code, ROOT, *flags, "--device", "cpu", "--no-amp"]
+    done = processes.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "! 1 x 10000000 frames do not fit into memory; lower --samples" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_what_held_out_music_shows_no_copy_is_warned_of(by_heart, tmp_path, capsys):
     parts = load_checkpoint(by_heart)
     del parts["progress"]["held_out_run"]  # of an older version

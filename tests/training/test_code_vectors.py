@@ -17,10 +17,10 @@ from model import PATTERNS, ModelConfig
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
 from run_folder.shared_weights import export_weights, load_parts
-from sample_rvq import NEEDED, load_model
+from sample_rvq import NEEDED
 from sound.codec import codebook_vectors
 from sound.npq_format import map_codes, read_header, write_npq
-from sound.sampling import Draw, generate
+from sound.sampling import Draw, generate, load_model
 
 TRACK = ROOT / "examples" / "tokens" / "val" / "freedoom1_e1m8.npq"
 LATEST = "rvq_9cb_latest.pt"
