@@ -69,14 +69,14 @@ if TYPE_CHECKING:
 
 # fmt: off
 AUDIO_SUFFIXES = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd",
-    ".caf", ".w64", ".rf64", ".mp2", ".mp1",
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".caf", ".w64",
+    ".rf64",
 )
 UNREADABLE = (  # sound that libsndfile cannot read, or whose end cannot be found here
     ".m4a", ".m4b", ".m4p", ".mp4", ".aac", ".adts", ".alac", ".3gp", ".amr", ".ac3", ".eac3",
     ".dts", ".wma", ".asf", ".ape", ".wv", ".tta", ".tak", ".ofr", ".shn", ".mpc", ".mka", ".weba",
     ".webm", ".spx", ".ra", ".rm", ".dsf", ".dff", ".voc", ".sph", ".8svx", ".iff", ".avr", ".paf",
-    ".sd2", ".aa", ".aax",
+    ".sd2", ".aa", ".aax", ".au", ".snd", ".mp2", ".mp1",
 )
 # fmt: on
 LOUDNESS_BLOCK = 0.4  # seconds; ITU-R BS.1770-4 measures no less
@@ -342,7 +342,7 @@ class Coder:
         codes = npq.map_codes(header)
         shape = 2 if side else 1, len(codes) * codec.hop_length
         read = lambda a, b: torch.from_numpy(codes[a:b].astype(np.int64))  # noqa: E731
-        chunks = (chunk.numpy() for chunk in codec.stream_channels(read, len(codes), side))
+        chunks = codec.decode_channels(read, len(codes), side)
         with self.published(job, self.judge.settings(0, 0), source) as path:
             write_wav(path, chunks, codec.sample_rate, shape)
         return header.num_frames / codec.frame_rate

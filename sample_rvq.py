@@ -66,7 +66,7 @@ from pages.spectrogram import player
 from run_folder.checkpoint import CheckpointError
 from run_folder.shared_weights import SHARED_KEYS, SUFFIX, export_weights, is_shared, load_parts
 from sound.audio_file import AudioError
-from sound.codec import Codec, CodecError, load_codec, not_the_trainings
+from sound.codec import Codec, CodecError, check_codec, load_codec
 from sound.copying import figures, longest_runs, report_copies
 from sound.drawing import STDOUT, TOGETHER, Drawing, is_npq, numbered, read_prompt, write_sample
 from sound.labels import labels_in
@@ -223,15 +223,8 @@ def open_codec(
     if not flags.out and (flags.prompt is None or is_npq(flags.prompt)):
         return None
     name = flags.codec or checkpoint["flags"].get("eval_dac_repo") or USUAL_CODEC
-    codec = shared.codec(name)
-    if said := not_the_trainings(name, codec_of(checkpoint["data"])):
-        problem(f"{said}; see --codec")
-    sizes, data = checkpoint["architecture"]["vocab_sizes"], checkpoint["data"]
-    if odd := codec.mismatch(sizes, data["side_codebooks"], data["frame_rate"]):
-        raise UsageError(
-            f"--codec {name}: has {odd[0]}, the model makes {odd[1]}; name the codec that the "
-            "training data was encoded with"
-        )
+    codec, sizes = shared.codec(name), checkpoint["architecture"]["vocab_sizes"]
+    check_codec(codec, "--codec", name, sizes, checkpoint["data"], problem)
     return codec
 
 

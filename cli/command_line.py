@@ -30,7 +30,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from cli.shortages import first_line, shortage
 from cli.signals import code_of_interruption, signals_interrupt
@@ -40,6 +40,7 @@ OPEN_FILES = 1024  # descriptors that serve every command well
 HELP_WIDTH = 80  # columns of a terminal
 RED = "\033[31m"
 PLAIN = "\033[0m"
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
@@ -174,11 +175,6 @@ def file_path(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"expected a user with a home folder, found {text!r}; write ./{text} for that very name"
         )
-    if path != text and os.path.lexists(text) and not os.path.lexists(path):
-        raise argparse.ArgumentTypeError(
-            f"expected {path}, found only ./{text}, as a version that left ~ alone made it; "
-            f"move that there, or write ./{text}"
-        )
     return path
 
 
@@ -201,11 +197,12 @@ def _shown(text: str) -> str:
     return repr(text) if len(text) <= HELP_WIDTH else f"{text[:HELP_WIDTH]!r}..."
 
 
-def number_or_auto(text: str) -> int | str:
-    """Argument type: a whole number of at least 1, or `auto`."""
-    return text if text == "auto" else at_least(1)(text)
+def or_auto(kind: Callable[[str], T]) -> Callable[[str], T | str]:
+    """Argument type: as `kind`, or `auto`."""
+    return lambda text: text if text == "auto" else kind(text)
 
 
+number_or_auto = or_auto(at_least(1))
 HUGE = 1e30  # a few such numbers multiplied pass what a float32 holds
 
 
@@ -229,12 +226,8 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
 positive = number("a number > 0", lambda x: 0 < x < math.inf)
 not_negative = number("a number >= 0", lambda x: 0 <= x < math.inf)
 fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
+fraction_or_auto = or_auto(fraction)
 fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
-
-
-def fraction_or_auto(text: str) -> float | str:
-    """Argument type: a number of at least 0 and below 1, or `auto`."""
-    return text if text == "auto" else fraction(text)
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -106,10 +106,10 @@ class _Names:
         self.by_end: dict[str, set[int]] = {}  # the last part, and the last two
         self.ways = list(zip(paths, real_paths(paths), strict=True))
         for i, (path, real) in enumerate(self.ways):
-            for spelling in {path, real, _composed(real)}:
+            for spelling in {path, real, composed(real)}:
                 self.by_path.setdefault(spelling, []).append(i)
             for way in {path, real}:
-                folder, _, name = _composed(way).rpartition("/")
+                folder, _, name = composed(way).rpartition("/")
                 for end in (name, f"{folder.rpartition('/')[2]}/{name}"):
                     self.by_end.setdefault(end, set()).add(i)
 
@@ -122,18 +122,18 @@ class _Names:
         return []
 
     def _called(self, spelling: str) -> list[int]:
-        end = _composed(spelling)
+        end = composed(spelling)
         if "/" not in spelling and end in self.by_end:
             return sorted(self.by_end[end])
         real = os.path.realpath(spelling)
-        for path in (spelling, real, _composed(real)):
+        for path in (spelling, real, composed(real)):
             if path in self.by_path:
                 return self.by_path[path]
         if spelling.startswith(("/", "./", "../")) or os.path.lexists(spelling):
             return []  # the path of another file
         alike = self.by_end.get("/".join(end.split("/")[-2:]), ())
         return sorted(
-            i for i in alike if any(_composed(f"/{w}").endswith(f"/{end}") for w in self.ways[i])
+            i for i in alike if any(composed(f"/{w}").endswith(f"/{end}") for w in self.ways[i])
         )
 
     def nearly(self, line: str) -> str:
@@ -145,5 +145,6 @@ class _Names:
         return ""
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """A name in the composed form of Unicode (NFC)."""
     return unicodedata.normalize("NFC", name)

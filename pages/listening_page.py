@@ -59,8 +59,8 @@ def column_of(path: str, name: str, checkpoint: dict[str, Any]) -> Column:
     val = vals[-1] if vals else finite_number(progress.get("val"))
     run, rows, no_curve = _metrics_beside(path)
     metrics = RunMetrics(rows)
-    starts = [r for r in (*own.rows, *metrics.rows) if r["event"] in ("start", "resume")]
-    passes_a_step = finite_number(starts[-1].get("passes_a_step")) if starts else None
+    start = metrics.newest_start() or own.newest_start()
+    passes_a_step = finite_number(start.get("passes_a_step"))
     if not passes_a_step:
         return Column(name, step, val, None, run, [], no_curve or f"{run} lacks passes_a_step")
     known = [(row["step"], row.get("val")) for row in metrics.epochs]

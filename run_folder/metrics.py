@@ -273,6 +273,11 @@ class RunMetrics:
         self.steps = self.of("step")
         self.epochs = self.of("epoch")  # validations
 
+    def newest_start(self) -> dict[str, Any]:
+        """Return the newest `start` or `resume` row; an empty one if there is none."""
+        starts = (r for r in reversed(self.rows) if r["event"] in ("start", "resume"))
+        return next(starts, {})
+
     def of(self, event: str) -> list[dict[str, Any]]:
         """Return the rows of an event, in order of steps."""
         return [r for r in self.rows if r["event"] == event]

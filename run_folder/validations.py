@@ -37,8 +37,7 @@ def trouble_of(metrics: RunMetrics) -> Trouble | None:
 
     The newest `start` or `resume` row contains the passes per step.
     """
-    starts = [row for row in metrics.rows if row["event"] in ("start", "resume")]
-    start = starts[-1] if starts else {}
+    start = metrics.newest_start()
     passes_a_step = finite_number(start.get("passes_a_step")) or 0.0
     validations = finite_validations(metrics)
     if not validations or not passes_a_step:

@@ -30,7 +30,6 @@ from sound.audio_streams import (
     CHUNKED,
     DamagedError,
     Stream,
-    au_stream,
     chunked_stream,
     flac_streams,
     ogg_streams,
@@ -122,12 +121,10 @@ def find_streams(file: BinaryIO) -> list[Stream]:
     start, size = 0, file.seek(0, 2)
     while length := tag_length(read_at(file, start, 10), 0):
         start += length
-    head = read_at(file, start, 16)
-    if layout := CHUNKED.get(head[:4]):
+    head = read_at(file, start, 4)
+    if layout := CHUNKED.get(head):
         return [chunked_stream(file, layout, start, size)]
-    if head[:4] in (b".snd", b"dns."):
-        return [au_stream(head, size - start)]
-    if walk := {b"fLaC": flac_streams, b"OggS": ogg_streams}.get(head[:4]):
+    if walk := {b"fLaC": flac_streams, b"OggS": ogg_streams}.get(head):
         return list(walk(read_at(file, start, size)))
     return mpeg_streams(read_at(file, 0, size))
 
@@ -139,7 +136,7 @@ def starts_as_audio(path: str | os.PathLike[str]) -> bool:
             head = file.read(4)
     except OSError:
         return True
-    if head[:3] == b"ID3" or head in (*CHUNKED, b".snd", b"dns.", b"fLaC", b"OggS"):
+    if head[:3] == b"ID3" or head in (*CHUNKED, b"fLaC", b"OggS"):
         return True
     # A frame of MPEG audio; UTF-16 text begins with FF FE.
     return head[:1] == b"\xff" and head[1:2] >= b"\xe0" and head[1:2] != b"\xfe"

@@ -5,7 +5,7 @@
 libsndfile reads at most the samples that a header promises, and only the first stream. Here chunks,
 frames and pages are counted, and no header is trusted. MPEG is in mpeg_streams.py.
 
-Layouts: RIFF with EBU Tech 3306 (RF64), AIFF-C, CAF, AU, Wave64; RFC 9639 (FLAC); RFC 3533 (Ogg).
+Layouts: RIFF with EBU Tech 3306 (RF64), AIFF-C, CAF, Wave64; RFC 9639 (FLAC); RFC 3533 (Ogg).
 """
 
 from __future__ import annotations
@@ -164,19 +164,6 @@ def _closed(file: BinaryIO, layout: _Layout, body: int, size: int) -> bytes:
     data = bytearray(read_at(file, 0, size))
     struct.pack_into(layout.size, data, body - struct.calcsize(layout.size), size - body)
     return bytes(data)
-
-
-def au_stream(head: bytes, size: int) -> Stream:
-    """The sound of an .au, from its first bytes and its size."""
-    offset, length = struct.unpack(
-        ">II" if head[:4] == b".snd" else "<II", head[4:12].ljust(8, b"\0")
-    )
-    if length == 0xFFFF_FFFF:  # not known to its writer
-        length = size - offset
-    if offset + length > size:
-        raise cut_short(f"{length:,} bytes of sound", f"{size - offset:,}")
-    check_end(b"", size - offset - length)
-    return Stream(audio_bytes=length)
 
 
 def cut_short(promised: str, found: str) -> DamagedError:

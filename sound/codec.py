@@ -21,17 +21,18 @@ import types
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cli.command_line import raise_known_cause
-from cli.disk import replace
+from cli.command_line import UsageError, raise_known_cause
+from cli.disk import replace_file
 from cli.signals import signals_deferred
 from sound.npq_format import FRAME_RATE_TOLERANCE
-from sound.origin import CodecId, are_different
+from sound.origin import CodecId, are_different, codec_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     Read = Callable[[int, int], torch.Tensor]
@@ -86,31 +87,25 @@ def codec_id(name: str) -> CodecId:
     return CodecId(name, digest.hexdigest())
 
 
-def not_the_trainings(name: str, trained: CodecId | None) -> str:
-    """The warning where a codec is not that of the training data; "" where it is, or unknown."""
-    if trained is None or not are_different(asked := codec_id(name), trained):
-        return ""
-    return f"codec {asked} is not {trained} of the training data: expect noise"
-
-
 def _download(address: str, path: Path) -> None:
     """Fetch weights to `path`, whole or not at all (dac's own download may leave half a file)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def fetch(file: BinaryIO) -> None:
+        with urllib.request.urlopen(address, timeout=30) as reply:
+            shutil.copyfileobj(reply, file)
+        file.flush()
+        if not zipfile.is_zipfile(file.name):  # a zip's directory stands at its end
+            raise OSError("the download broke off or is no weights file")
+
     print(f"downloading {address}", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=30) as reply, open(temporary, "wb") as file:
-            shutil.copyfileobj(reply, file)
-        if not zipfile.is_zipfile(temporary):  # a zip's directory stands at its end
-            raise OSError("the download broke off or is no weights file")
-        replace(temporary, path)
+        replace_file(path, fetch, durable=False)
     except OSError as error:
         raise CodecError(
             f"weights {path} are missing and could not be downloaded ({error}); "
             f"fetch {address} on any machine and put it there as {path.name}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -224,6 +219,31 @@ def load_codec(name: str, device: str = "cpu") -> Codec:
         raise_known_cause(error)
         raise CodecError(f"device {device!r}: {error}; pass another --device") from error
     return Codec(model)
+
+
+def check_codec(
+    codec: Codec,
+    flag: str,
+    name: str,
+    vocab_sizes: Sequence[int],
+    data: Mapping[str, Any],
+    tell: Callable[[str], object],
+) -> None:
+    """Check that a codec decodes a model's codes; `tell` it where it is not their own.
+
+    `data` are the data facts of a checkpoint, and the codec is the one called `name` by a `flag`.
+
+    Raises:
+        UsageError: other codebooks, entries or frames per second.
+    """
+    trained = codec_of(data)
+    if trained is not None and are_different(asked := codec_id(name), trained):
+        tell(f"codec {asked} is not {trained} of the training data: expect noise; see {flag}")
+    if odd := codec.mismatch(vocab_sizes, data["side_codebooks"], data["frame_rate"]):
+        raise UsageError(
+            f"{flag} {name}: the codec has {odd[0]}, the model makes {odd[1]}; name the codec that "
+            "the training data was encoded with"
+        )
 
 
 class Codec:
@@ -359,23 +379,14 @@ class Codec:
         )
         return torch.cat((mid[:, :mid_codebooks], side[:, :side_codebooks]), dim=1)
 
-    def decode_channels(self, codes: torch.Tensor, side_codebooks: int = 0) -> torch.Tensor:
-        """Waveform [1, N] of codes [T, K], or [2, N] where the last columns are side codebooks.
-
-        Errors as `decode`.
-        """
-        import torch
-
-        stream = self.stream_channels(lambda a, b: codes[a:b], len(codes), side_codebooks)
-        return torch.cat(list(stream), dim=1)
-
-    def stream_channels(
+    def decode_channels(
         self, read: Read, frames: int, side_codebooks: int = 0
-    ) -> Iterator[torch.Tensor]:
-        """Yield what `decode_channels` returns, a chunk of CHUNK_FRAMES after the other.
+    ) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Yield the waveform, [1, n] or with side codebooks [2, n], of chunk after chunk of codes.
 
-        `read(start, stop)` returns codes [stop - start, K], so that they need not all be there at
-        the first chunk, nor their sound in memory at the last. Errors as `decode`.
+        `read(start, stop)` returns codes [stop - start, K], the last `side_codebooks` columns of
+        the side channel. So they need not all be there at the first chunk, nor their sound in
+        memory at the last. Errors as `decode`.
         """
         import torch
 
@@ -383,11 +394,11 @@ class Codec:
             return self._decoded(lambda start, stop: read(start, stop)[None, :, columns], frames)
 
         if not side_codebooks:
-            yield from of(slice(None))
+            yield from (chunk.numpy() for chunk in of(slice(None)))
             return
         both = zip(of(slice(-side_codebooks)), of(slice(-side_codebooks, None)), strict=True)
         for mid, side in both:
-            yield torch.cat((mid + side, mid - side))  # left, right
+            yield torch.cat((mid + side, mid - side)).numpy()  # left, right
 
     def _chunks(self, frames: int, chunk_frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield frames [first, last) to keep, of frames [start, stop) to code.

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from sound.audio_file import read_audio, resample, stream_wav, write_wav
 from sound.codec import Codec
 from sound.npq_format import check_codes, map_codes, read_header, write_npq
 from sound.origin import are_different, codec_of, find_all
+
+if TYPE_CHECKING:
+    from sound.audio_file import Waveform
 
 TOGETHER = 4  # samples in a batch: on a CPU one alone takes a tenth less time at most
 STDOUT = "-"
@@ -131,7 +134,7 @@ def write_sample(
         first = 0
     read = functools.partial(drawing.read, number % TOGETHER)
     if flags.out and codec is not None:
-        chunks = _from_sample(codec.stream_channels(read, total, side), first * codec.hop_length)
+        chunks = _from_sample(codec.decode_channels(read, total, side), first * codec.hop_length)
         shape = 2 if side else 1, (total - first) * codec.hop_length
         if flags.out == STDOUT:
             with open(1, "wb", closefd=False) as file:
@@ -151,9 +154,9 @@ def write_sample(
     return written
 
 
-def _from_sample(chunks: Iterator[torch.Tensor], first: int) -> Iterator[np.ndarray[Any, Any]]:
+def _from_sample(chunks: Iterator[Waveform], first: int) -> Iterator[Waveform]:
     """Chunks [C, n] of a waveform from its audio sample `first` on."""
     for chunk in chunks:
         if first < chunk.shape[1]:
-            yield chunk[:, first:].numpy()
+            yield chunk[:, first:]
         first = max(0, first - chunk.shape[1])

@@ -14,14 +14,13 @@ import functools
 import hashlib
 import io
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cli.file_list import MOST_SHOWN, files_named, text_of
+from cli.file_list import MOST_SHOWN, composed, files_named, text_of
 
 FOLDERS = "folders"  # the value of --labels that names no file
 HEADS = ("path", "file")  # first cell of a CSV file's heading
@@ -85,7 +84,7 @@ def read_labels(
     numbers = {name: number for number, name in enumerate(names)}
     of_file = np.full((len(used), max(map(len, found), default=0)), NONE, np.int64)
     for row, labels in zip(of_file, found, strict=True):
-        own = sorted({numbers[_composed(label)] for label in labels})
+        own = sorted({numbers[composed(label)] for label in labels})
         row[: len(own)] = own
     bare = [path for path, labels in zip(used, found, strict=True) if not labels]
     if not names:
@@ -162,18 +161,18 @@ def _checked(files: Iterable[tuple[str, Sequence[str]]]) -> tuple[str, ...]:
                     f"{path}: expected a label of at most {LONGEST} printable characters, found "
                     f"{label[:LONGEST]!r}; rename it"
                 )
-            spelling, other = met.setdefault(_composed(label).casefold(), (label, path))
+            spelling, other = met.setdefault(composed(label).casefold(), (label, path))
             if spelling != label:
                 raise ValueError(
                     f"labels {spelling!a} ({other}) and {label!a} ({path}) differ only "
                     "in case or Unicode form; spell them alike"
                 )
-    return tuple(sorted(_composed(spelling) for spelling, _ in met.values()))
+    return tuple(sorted(composed(spelling) for spelling, _ in met.values()))
 
 
 def labels_in(text: str, known: Sequence[str]) -> list[str]:
     """The labels of a flag's value: one that is known, or names with commas between, as in CSV."""
-    text = _composed(text)
+    text = composed(text)
     cells = [text] if text in known else next(csv.reader([text], skipinitialspace=True), [])
     return [cell.strip() for cell in cells]
 
@@ -181,7 +180,3 @@ def labels_in(text: str, known: Sequence[str]) -> list[str]:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)

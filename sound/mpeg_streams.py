@@ -1,4 +1,4 @@
-"""Streams of sound in MPEG audio files (mp3, mp2), found by walking frame by frame to the end.
+"""Streams of sound in mp3 files, found by walking frame by frame to the end.
 
     mpeg_streams(Path("song.mp3").read_bytes())         # [Stream]; raises DamagedError
 
@@ -15,19 +15,13 @@ from typing import NamedTuple
 
 from sound.audio_streams import PADDING, DamagedError, Stream, cut_short, tag_length
 
-KINDS = "wav, flac, ogg, opus, mp3, aiff, au, caf or w64"
-# kbit/s by bit rate index, for (MPEG 1 or later, layer).
-_LATER = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-BIT_RATES = {
-    (1, 1): tuple(range(32, 449, 32)),
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): _LATER,
-    (2, 3): _LATER,
+KINDS = "wav, flac, ogg, opus, mp3, aiff, caf or w64"
+BIT_RATES = {  # kbit/s by MPEG version, 2 for all later ones, and bit rate index
+    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 DECODER_DELAY = 529  # samples by which a decoder's sound comes late
-LONGEST_FRAME = 2881  # bytes: of layer 2
+LONGEST_FRAME = 1441  # bytes
 XING_SLACK = 1  # some writers count the tag's own frame too
 
 
@@ -35,14 +29,13 @@ class _Kind(NamedTuple):
     """What the frames of one stream have in common."""
 
     version: int  # 1, or 2 for the lower rates
-    layer: int
     rate: int
     channels: int
 
     @property
     def samples(self) -> int:
         """Per channel and frame."""
-        return 384 if self.layer == 1 else 576 if (self.version, self.layer) == (2, 3) else 1152
+        return 1152 if self.version == 1 else 576
 
 
 def _mpeg_frame(data: bytes, pos: int) -> tuple[_Kind, int] | None:
@@ -52,13 +45,12 @@ def _mpeg_frame(data: bytes, pos: int) -> tuple[_Kind, int] | None:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
     bit_rate, rate = head[2] >> 4, head[2] >> 2 & 3
-    if version == 1 or layer == 4 or bit_rate in (0, 15) or rate == 3:
+    if version == 1 or layer != 3 or bit_rate in (0, 15) or rate == 3:
         return None
     hertz = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    kind = _Kind(1 if version == 3 else 2, layer, hertz, 1 if head[3] >= 0xC0 else 2)
-    bits = BIT_RATES[kind[:2]][bit_rate - 1] * 1000
-    slot = 4 if layer == 1 else 1
-    return kind, (kind.samples // 8 // slot * bits // hertz + (head[2] >> 1 & 1)) * slot
+    kind = _Kind(1 if version == 3 else 2, hertz, 1 if head[3] >= 0xC0 else 2)
+    bits = BIT_RATES[kind.version][bit_rate - 1] * 1000
+    return kind, kind.samples // 8 * bits // hertz + (head[2] >> 1 & 1)
 
 
 def _is_chain(data: bytes, pos: int) -> bool:
@@ -89,11 +81,11 @@ class _Tag(NamedTuple):
 
 def _tag_in(frame: bytes, kind: _Kind) -> _Tag | None:
     """The tag that a frame contains instead of sound, or None."""
-    if frame[36:40] == b"VBRI" and kind.layer == 3:
+    if frame[36:40] == b"VBRI":
         return _Tag(int.from_bytes(frame[50:54], "big"))
     side = {(1, 2): 32, (1, 1): 17, (2, 2): 17, (2, 1): 9}[kind.version, kind.channels]
     places = [p for p in (4 + side, 6 + side) if frame[p : p + 4] in (b"Xing", b"Info")]
-    if not places or kind.layer != 3:
+    if not places:
         return None
     flags = int.from_bytes(frame[places[0] + 4 : places[0] + 8], "big")
     pos = places[0] + 8

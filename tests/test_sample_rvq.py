@@ -542,7 +542,7 @@ def test_a_stream_equals_the_file_and_the_whole_decode(flags, checkpoint, music,
     assert sound == (tmp_path / "a.wav").read_bytes(), errors
     drawn = codes_in(tmp_path / "a.npq").astype(np.int64)
     if "--prompt-frames" not in flags:  # the codec looks back into the prompt
-        whole = load_codec("demo").decode_channels(torch.from_numpy(drawn)).numpy()
+        whole = load_codec("demo").decode(torch.from_numpy(drawn))[None].numpy()
         write_wav(tmp_path / "b.wav", [whole], 44_100, whole.shape)
         assert sound == (tmp_path / "b.wav").read_bytes()
 

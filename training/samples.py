@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli.command_line import UsageError, in_words
+from cli.command_line import in_words
 from cli.waiting import in_thread, wait_for
 from run_folder.names import SAMPLES
 from sound import copying
 from sound.npq_format import write_npq
-from sound.origin import codec_of
 from sound.sampling import Draw, generate
 from sound.statistics import compare, describe
 from training.state import Stopped, TrainingRun
@@ -124,20 +123,16 @@ def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
         UsageError: codebooks or frame rate of the codec do not match the model's.
     """
     from sound.audio_file import write_wav  # imported late: training does not need a codec
-    from sound.codec import load_codec, not_the_trainings
+    from sound.codec import check_codec, load_codec
 
     name, side = run.flags.eval_dac_repo, run.data["side_codebooks"]
-    if mismatch := not_the_trainings(name, codec_of(run.data)):
-        run.console.problem(f"{mismatch}; see --eval-dac-repo")
     codec = load_codec(name, "cpu" if run.flags.eval_on_cpu else str(run.device))
     sizes = run.state.model.config.vocab_sizes
-    if odd := codec.mismatch(sizes, side, run.data["frame_rate"]):
-        raise UsageError(
-            f"--eval-dac-repo {name}: the codec has {odd[0]}, the model makes {odd[1]}; name the "
-            "codec that the training data was encoded with"
-        )
-    waveform = codec.decode_channels(torch.from_numpy(codes), side).numpy()
-    write_wav(path, [waveform], codec.sample_rate, waveform.shape)
+    check_codec(codec, "--eval-dac-repo", name, sizes, run.data, run.console.problem)
+    read = lambda start, stop: torch.from_numpy(codes[start:stop])  # noqa: E731
+    chunks = codec.decode_channels(read, len(codes), side)
+    shape = 2 if side else 1, len(codes) * codec.hop_length
+    write_wav(path, chunks, codec.sample_rate, shape)
 
 
 def statistics(run: TrainingRun, codes: Codes) -> dict[str, Any]:
