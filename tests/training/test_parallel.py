@@ -181,7 +181,7 @@ def test_the_slurm_script_of_the_documents_saves_and_asks_to_be_queued_again(tun
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     save_dir = tmp_path / "run"
-    here = {"npq_out/*.npq": str(tunes), "nproc_per_node=4": "nproc_per_node=1"}
+    here = {"npq_out/*.npq": str(tunes), "nproc_per_node=4": "nproc_per_node=2"}
     here["--accum 8 --quiet"] = " ".join([*TINY, f"--save_dir {save_dir} --epochs 100000"])
     for words, others in here.items():
         assert script.count(words) == 1
