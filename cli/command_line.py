@@ -202,7 +202,6 @@ def or_auto(kind: Callable[[str], T]) -> Callable[[str], T | str]:
     return lambda text: text if text == "auto" else kind(text)
 
 
-number_or_auto = or_auto(at_least(1))
 HUGE = 1e30  # a few such numbers multiplied pass what a float32 holds
 
 
@@ -226,7 +225,6 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
 positive = number("a number > 0", lambda x: 0 < x < math.inf)
 not_negative = number("a number >= 0", lambda x: 0 <= x < math.inf)
 fraction = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
-fraction_or_auto = or_auto(fraction)
 fraction_or_one = number("a number > 0 and <= 1", lambda x: 0 < x <= 1)
 
 

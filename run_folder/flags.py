@@ -30,10 +30,9 @@ from cli.command_line import (
     at_least,
     file_path,
     fraction,
-    fraction_or_auto,
     fraction_or_one,
     not_negative,
-    number_or_auto,
+    or_auto,
     positive,
 )
 
@@ -122,7 +121,7 @@ add("--pattern", scope="architecture", before="parallel",
 add("--depth-share", scope="run", type=fraction_or_one, default=0.5,
     help="with --pattern depth: share of the frames of a micro-batch in the loss, drawn at random")
 add("--depth-dropout", scope="run", moves_loss=True, is_settled=True, before=0.0,
-    type=fraction_or_auto, default="auto", metavar="X|auto",
+    type=or_auto(fraction), default="auto", metavar="X|auto",
     help="with --pattern depth: dropout rate in the depth transformer; auto: 0.2 where 30 or more "
          "passes over the music are planned, else 0, as with --dropout 0")
 add("--code-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
@@ -135,7 +134,7 @@ add("--grad-checkpoint", scope="machine", action=SWITCH, default=False,
     help="recompute blocks in the backward pass to save memory")
 
 add = in_group("optimisation")
-add("--batch", scope="run", moves_loss=True, is_settled=True, type=number_or_auto, default=6,
+add("--batch", scope="run", moves_loss=True, is_settled=True, type=or_auto(at_least(1)), default=6,
     metavar="N|auto",
     help="windows in a micro-batch; auto: as many as fit into memory, with --accum to match")
 add("--accum", scope="run", moves_loss=True, type=at_least(1), default=6,
@@ -160,6 +159,10 @@ add("--cooldown", scope="run", type=fraction_or_one, default=0.2,
     help="with --schedule wsd: share of the run in which the lr falls")
 add("--weight-decay", scope="run", type=not_negative, default=0.02,
     help="weight decay of the matrices of blocks and head")
+add("--row-decay", scope="run", is_settled=True, before=0.0, type=or_auto(not_negative),
+    default="auto", metavar="X|auto",
+    help="with --code-vectors: weight decay of what a code's row learns beside its vector's part; "
+         "auto: so that it forgets within a pass over the music, or 0 with --dropout 0")
 add("--warmup-ratio", scope="run", type=fraction, default=0.01,
     help="share of the run in which the lr rises")
 add("--eta-min", scope="run", type=not_negative, default=1e-5,

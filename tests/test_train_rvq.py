@@ -33,11 +33,7 @@ from training.schedule import lr_at_step
 from training.setup import codebook_weights
 from training.state import TrainingRun
 
-FRACTIONS = (
-    command_line.fraction,
-    command_line.fraction_or_auto,
-    command_line.fraction_or_one,
-)
+FRACTIONS = (command_line.fraction, command_line.fraction_or_one)
 
 
 def snapshot(run: TrainingRun) -> dict[str, Any]:
@@ -104,7 +100,8 @@ def test_every_flag_takes_both_spellings():
         if name == "help":
             continue
         value = [] if action.nargs == 0 else [str(action.choices[-1] if action.choices else "")]
-        value = value and [value[0] or ("0.5" if action.type in FRACTIONS else "3")]
+        usual = "auto" if str(action.metavar).endswith("|auto") else "3"
+        value = value and [value[0] or ("0.5" if action.type in FRACTIONS else usual)]
         for spelling in (f"--{name}", f"--{name.replace('-', '_')}"):
             _, given = parse_flags(["--lr", "9", spelling, *value])
             assert action.dest in given, spelling

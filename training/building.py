@@ -175,6 +175,7 @@ def build_state(
         optim=flags.optim,
         lr=flags.lr,
         weight_decay=flags.weight_decay,
+        row_decay=0.0 if flags.row_decay == "auto" else flags.row_decay,  # auto: --batch is sought
         decay_all=flags.decay_all,
         fused=flags.fused_optim,
     )

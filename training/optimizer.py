@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.code_rows import CodeRows
+
 BETAS = (0.9, 0.95)
 
 # Multiples of --lr under Muon. At the default 2e-4 its steps have a spectral norm of 0.02, whatever
@@ -40,22 +42,24 @@ def build_optimizer(
     optim: str,
     lr: float,
     weight_decay: float,
+    row_decay: float = 0.0,
     decay_all: bool = False,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
     """`adamw`: AdamW (Loshchilov and Hutter 2019) for all; `muon`: see `MuonWithAdamW`.
 
     The rates of all groups start at `lr`, without their `lr_factor`. Weight decay spares embeddings
-    and gains, but with `decay_all`. `fused` is AdamW's, a kernel for all tensors at once.
+    and gains, but with `decay_all`; where it is not 0, `row_decay` is that of the rows that know
+    their codes' vectors. `fused` is AdamW's, a kernel for all tensors at once.
     """
     if optim == "adamw":
         groups = parameter_groups(model, weight_decay, decay_all=decay_all)
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
-    hidden, others = muon_groups(model, weight_decay, decay_all=decay_all)
-    return MuonWithAdamW(
-        StackedMuon([hidden], lr=lr),
-        torch.optim.AdamW(others, lr=lr, betas=BETAS, fused=fused),
-    )
+    else:
+        hidden, groups = muon_groups(model, weight_decay, decay_all=decay_all)
+    if row_decay:
+        groups = decay_rows(model, groups, row_decay)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+    return adamw if optim == "adamw" else MuonWithAdamW(StackedMuon([hidden], lr=lr), adamw)
 
 
 def parameter_groups(
@@ -85,6 +89,27 @@ def muon_groups(
         {"params": head, "weight_decay": weight_decay, "lr_factor": head_factor},
         {"params": rest, "weight_decay": everywhere, "lr_factor": ADAMW_FACTOR},
     ]
+
+
+def decay_rows(
+    model: nn.Module, groups: list[dict[str, Any]], row_decay: float
+) -> list[dict[str, Any]]:
+    """Take the rows that know their codes' vectors out of AdamW's groups into ones of their own.
+
+    What a row adds to its vector's part is seen once in V frames, and learned by heart first.
+    """
+    rows = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, CodeRows) and module.vectors is not None
+    }
+    split = []
+    for group in groups:
+        own = [(n, p) for n, p in group["params"] if n in rows]
+        rest = [(n, p) for n, p in group["params"] if n not in rows]
+        split += [{**group, "params": rest}] if rest else []
+        split += [{**group, "params": own, "weight_decay": row_decay}] if own else []
+    return split
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:

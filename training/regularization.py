@@ -1,9 +1,11 @@
-"""The dropout of a new run's depth transformer, from the passes over the music that are planned.
+"""What keeps a new run from learning its music by heart, where the user leaves it to the trainer.
 
     console.lines(settle_depth_dropout(flags, data.train))
+    console.lines(settle_row_decay(flags, data.train))
 
-Over many passes the model learns its frames by heart. Dropout in the depth transformer costs a
-short run some of its progress, and lets val of a long one fall further: benchmarks/journal.md.
+Dropout in the depth transformer costs a short run some of its progress, and lets val of a long one
+fall further. Decay of what each code's row learns for itself, where the rows know the codec's
+vectors, costs nothing: benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import argparse
 import math
 
 from npq_dataset import WindowDataset
+from training.optimizer import ADAMW_FACTOR
 from training.planning import DEFAULT_EFFECTIVE_BATCH
 
+ROW_MEMORY = 1.0  # passes in which a row forgets, but for 1 / e
+STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
 RATE = 0.2
 MANY_PASSES = 30.0  # with 60 planned, 22 made up for its cost, at 0.7 codes a parameter
 
@@ -41,3 +46,23 @@ def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | Non
         why = f"{passes:.3g} passes are planned, and {MANY_PASSES:g} are many"
     rate = flags.depth_dropout
     return [f"dropout  {rate:g} in the depth transformer (--depth-dropout auto: {why})"]
+
+
+def settle_row_decay(flags: argparse.Namespace, windows: WindowDataset | None) -> list[str]:
+    """Replace --row-decay auto by a number, once --batch is one; return lines to print.
+
+    A weight forgets in 1 / (rate * decay) steps; counted in passes, the best such memory depends
+    least on the size of data and model (Wang and Aitchison 2024, "How to set AdamW's weight decay
+    as you scale model and dataset size").
+    """
+    if flags.row_decay != "auto":
+        return []
+    flags.row_decay = 0.0
+    if not flags.code_vectors or not windows or not flags.dropout:
+        return []
+    steps = ROW_MEMORY * windows.frames / (flags.batch * flags.accum * flags.ctx)
+    rate = flags.lr * (ADAMW_FACTOR if flags.optim == "muon" else 1)
+    flags.row_decay = float(f"{min(1 / steps, STRONGEST) / rate:.3g}")
+    return [
+        f"decay    {flags.row_decay:g} of what a code's row learns for itself (--row-decay auto)"
+    ]

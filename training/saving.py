@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,18 +205,21 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: Wor
     """
     load_weights(state.model, checkpoint["model"], path, world)
     load_weights(state.ema.model, checkpoint["ema"], path, world)
-    own, saved = state.optimizer.state_dict(), checkpoint["optimizer"]
-    if [g["param_names"] for g in own["param_groups"]] != [
-        g.get("param_names") for g in saved["param_groups"]
-    ]:
+    now, before = state.optimizer.state_dict(), checkpoint["optimizer"]
+    own, saved = members_of(now), members_of(before)
+    if {n: "ns_steps" in m.group for n, m in own.items()} != {
+        n: "ns_steps" in m.group for n, m in saved.items()
+    }:
         raise CheckpointError(
             f"{path}: its optimizer state is of another --optim or of other parameters; start from "
             "its weights alone with --init-from"
         )
-    for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=True):
-        group["lr"] = saved_group["lr"]  # as it stood; each step sets it anew
-    moments = world.scatter_moments(saved["state"], state.optimizer)
-    state.optimizer.load_state_dict({**own, "state": moments})
+    for group in now["param_groups"]:
+        group["lr"] = saved[group["param_names"][0]].group["lr"]  # each step sets it anew
+    moments = before["state"]  # empty before the first step
+    moments = {own[n].number: moments[m.number] for n, m in saved.items() if m.number in moments}
+    moments = world.scatter_moments(moments, state.optimizer)
+    state.optimizer.load_state_dict({**now, "state": moments})
     if checkpoint["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.guard.load_state_dict(checkpoint["guard"])
@@ -225,6 +228,22 @@ def restore(state: TrainState, checkpoint: dict[str, Any], path: str, world: Wor
         if name in known:
             setattr(state.progress, name, value)
     set_rng_state(checkpoint["rng"])
+
+
+class Member(NamedTuple):
+    """A parameter of an optimizer: its group, and its number in the state dict."""
+
+    group: dict[str, Any]
+    number: int
+
+
+def members_of(optimizer: dict[str, Any]) -> dict[str, Member]:
+    """Return the members of an optimizer's state dict by name; other groups may have them."""
+    return {
+        name: Member(group, number)
+        for group in optimizer["param_groups"]
+        for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
 
 
 def load_weights(

@@ -43,7 +43,7 @@ from training.memory_prediction import gib
 from training.objective import Objective
 from training.parallel import ALONE, World
 from training.planning import Plan
-from training.regularization import settle_depth_dropout
+from training.regularization import settle_depth_dropout, settle_row_decay
 from training.resume import find_checkpoint, forget_another_level, settle_data_change, settle_flags
 from training.saving import restore
 from training.schedule import settle_schedule
@@ -116,6 +116,7 @@ def prepare(
         console.problem(f"--init-from {flags.init_from}: {mismatch}")
     plan = plan_of(flags, config, device)
     console.lines(plan.settle_batch(explicit, world))
+    console.lines(settle_row_decay(flags, data.train if data and config.code_features else None))
     if data is not None:
         check_accum(flags.accum, world)
         check_same(flags, data.facts, world)

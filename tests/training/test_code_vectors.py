@@ -94,6 +94,41 @@ def test_a_resume_needs_no_codec_and_ends_in_the_same_weights(music, tmp_path, c
     assert make_run(*flags, *cut).flags.code_vectors is False
 
 
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_rows_beside_vectors_decay_and_an_older_run_goes_on_as_it_was(optim, music, tmp_path):
+    flags = ("--data", music, "--save_dir", tmp_path, "--optim", optim)
+    rows_of_codes = {"embed.weight", "depth.embed.weight", "head.weight"}
+
+    def decays(run) -> dict[str, float]:
+        groups = run.state.optimizer.state_dict()["param_groups"]
+        return {n: g["weight_decay"] for g in groups for n in g["param_names"]}
+
+    checkpoint = train(*flags, "--max-steps", "3")
+    now = make_run(*flags)
+    assert {n for n, decay in decays(now).items() if decay == now.flags.row_decay} == rows_of_codes
+    rate = max(g["lr_factor"] for g in now.state.optimizer.param_groups[-2:]) * now.flags.lr
+    steps_a_pass = now.train_windows.frames / (now.windows_per_step * now.flags.ctx)
+    assert now.flags.row_decay * rate == pytest.approx(1 / steps_a_pass, rel=0.01)
+    off = make_run(*flags, "--row-decay", "0")
+    assert {n for n, decay in decays(off).items() if decay} >= {"head.weight"}
+    assert max(decays(off).values()) == decays(off)["head.weight"] == 0.02
+    moments = {
+        name: off.state.optimizer.state_dict()["state"][index]
+        for group in off.state.optimizer.state_dict()["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
+    for group in checkpoint["optimizer"]["param_groups"]:
+        for name, index in zip(group["param_names"], group["params"], strict=True):
+            assert_same_tensors(moments[name], checkpoint["optimizer"]["state"][index])
+    del checkpoint["flags"]["row_decay"]
+    save_checkpoint(checkpoint, tmp_path / LATEST)
+    assert make_run(*flags).flags.row_decay == 0.0
+    assert decays(make_run(*flags)) == decays(off)
+    for words in (["--no-code-vectors"], ["--dropout", "0"]):
+        without = make_run(*flags[:2], "--save_dir", tmp_path / words[0], *words)
+        assert max(decays(without).values()) == 0.02
+
+
 def test_weights_to_begin_from_decide(music, tmp_path, capsys):
     train("--data", music, "--save_dir", tmp_path / "a", "--max-steps", "2", "--no-code-vectors")
     initial = ("--init-from", tmp_path / "a" / LATEST)
