@@ -51,14 +51,14 @@ def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | Non
 def settle_row_decay(flags: argparse.Namespace, windows: WindowDataset | None) -> list[str]:
     """Replace --row-decay auto by a number, once --batch is one; return lines to print.
 
-    A weight forgets in 1 / (rate * decay) steps; counted in passes, the best such memory depends
-    least on the size of data and model (Wang and Aitchison 2024, "How to set AdamW's weight decay
-    as you scale model and dataset size").
+    `windows` are None for a model without a codec's vectors. A weight forgets in 1 / (rate * decay)
+    steps; counted in passes, the best such memory depends least on data and model (Wang and
+    Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size").
     """
     if flags.row_decay != "auto":
         return []
     flags.row_decay = 0.0
-    if not flags.code_vectors or not windows or not flags.dropout:
+    if not windows or not flags.dropout:
         return []
     steps = ROW_MEMORY * windows.frames / (flags.batch * flags.accum * flags.ctx)
     rate = flags.lr * (ADAMW_FACTOR if flags.optim == "muon" else 1)
