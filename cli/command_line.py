@@ -175,6 +175,11 @@ def file_path(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"expected a user with a home folder, found {text!r}; write ./{text} for that very name"
         )
+    if path != text and os.path.lexists(text) and not os.path.lexists(path):
+        raise argparse.ArgumentTypeError(
+            f"expected {path}, found only ./{text}, as a version that left ~ alone made it; "
+            f"move that there, or write ./{text}"
+        )
     return path
 
 
