@@ -153,7 +153,7 @@ def test_two_processes_are_one_labelled_run(halves, tmp_path):
 
 def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path):
     """And SIGUSR1 to any process saves without an end."""
-    end = ("--max-steps", "30", *EXACT)
+    end = ("--max-steps", "200", *EXACT)  # it must not end before it is told to
     command = flags(tunes, "--save_dir", tmp_path / "cut", *end)
     trainers = start(2, *command, "--num_workers", "1")
     wait_for(lambda: any(tmp_path.glob("cut/*.jsonl")) and len(rows(tmp_path / "cut", "step")) >= 2)
@@ -164,7 +164,7 @@ def test_ctrl_c_saves_once_and_one_process_goes_on(tunes, tmp_path):
     assert trainers.returncode != 0
     assert output.count("Stopped by SIGINT; saved") == 1, output
     assert processes_of(tmp_path / "cut") == {}
-    assert 2 <= len(rows(tmp_path / "cut", "step")) < 30
+    assert 2 <= len(rows(tmp_path / "cut", "step")) < 200
     assert run(1, *command, "--num_workers", "0")[0] == 0
     assert run(1, *flags(tunes, "--save_dir", tmp_path / "whole", *end))[0] == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole", 1e-5)
