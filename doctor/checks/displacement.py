@@ -138,9 +138,8 @@ def _beyond_reach(move: _Move) -> Finding | None:
     moved = float(np.abs(np.subtract(new.sample, old.sample)).max())
     moved = max(moved, abs(new.largest - old.largest))
     bound = new.step_bound if new.optimizer else moment_bound(0.9, 0.999)
-    decay = move.later.optimizer.get("weight_decay", 0.0)
     # Of the largest lr on the way: the mean times a factor that covers warm-up and cosine.
-    reach = 2 * move.lr * move.steps * (bound + decay * max(old.largest, new.largest))
+    reach = 2 * move.lr * move.steps * (bound + new.decay * max(old.largest, new.largest))
     if not (math.isfinite(reach) and moved > 1.1 * reach + 1e-6):
         return None
     limit = ", without a learning rate: lr was 0 all the way"

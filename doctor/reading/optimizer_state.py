@@ -32,7 +32,6 @@ def settings_of(state: Any) -> dict[str, Any]:
     return {
         "method": " + ".join(dict.fromkeys(g["method"] for g in groups if g["method"])),
         "lr": max(g["lr"] / g["lr_factor"] for g in groups),
-        "weight_decay": max(g["weight_decay"] for g in groups),
         "groups": groups,
     }
 
@@ -104,7 +103,7 @@ NEWTON_SCHULZ_GAIN = 1.20236
 
 
 def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
-    """Fill in a parameter's optimizer, its share of the run's learning rate, the limit of a step.
+    """Fill in a parameter's optimizer, its rate as a multiple, its decay, the limit of a step.
 
     Its shape must be known. Adam's update is measured later, from its moments; Muon's is the same
     for all gradients: orthogonalised, an update of shape [A, B] has min(A, B) singular values near
@@ -113,6 +112,7 @@ def describe_steps(parameter: Parameter, group: dict[str, Any]) -> None:
     """
     settings = group_settings(group)
     parameter.optimizer, parameter.lr_factor = settings["method"], settings["lr_factor"]
+    parameter.decay = settings["weight_decay"]
     if parameter.optimizer == "Muon" and len(parameter.shape) == 2:
         rows, columns = (max(n, 1) for n in parameter.shape)
         ratio = math.sqrt(max(1.0, rows / columns))

@@ -53,6 +53,7 @@ class Parameter:
     bad: dict[str, int]  # non-finite values in "raw", "ema", "m", "v" and Muon's "momentum"
     optimizer: str = ""  # "AdamW" or "Muon"; "" where it is not known
     lr_factor: float = 1.0  # its group's multiple of the run's learning rate
+    decay: float = 0.0  # its group's weight decay
     noise_steps: float = NOISE_STEPS  # over which its optimizer's updates stay alike
     step_bound: float = math.inf  # farthest that a step can move an element, over lr
     rms: float = math.nan

@@ -54,6 +54,21 @@ def test_weights_at_the_end_of_what_float64_holds(good):
     assert (finding.check, finding.where) == ("G2", "head.weight")
 
 
+def test_another_groups_decay_moves_no_weight(good):
+    """A group that decays by 20 makes room for its own tensors alone."""
+
+    def change(model: dict[str, Any], number: int) -> None:
+        model["blocks.0.mlp.up.weight"].add_(0.1 * number)
+
+    content = content_of(good)
+    *_, rest = content["optimizer"]["param_groups"]
+    assert "blocks.0.mlp.up.weight" not in rest["param_names"]
+    rest["weight_decay"] = 20.0
+    torch.save(content, good)
+    (finding,) = check_displacement(two_files(good, change, lr=1e-3))
+    assert (finding.check, finding.where) == ("G2", "blocks.0.mlp.up.weight")
+
+
 def test_random_momentum_of_a_small_matrix_is_found_however_it_falls(muon):
     """Of 1,024 elements, whose cosine with anything is 0 +- 0.03."""
     name, content = "blocks.0.attn.out.weight", content_of(muon)
