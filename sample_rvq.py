@@ -288,6 +288,7 @@ class Opened(NamedTuple):
 
 def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any], shared: Shared) -> Opened:
     """Open all that the flags name, before minutes of drawing and not after them."""
+    device_of(flags)  # raises where there is none such
     draw = read_draw(flags, checkpoint)
     codec = open_codec(flags, checkpoint, shared)
     prompt = music = None
@@ -302,13 +303,17 @@ def open_all(flags: argparse.Namespace, checkpoint: dict[str, Any], shared: Shar
 
 def open_model(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> CodesTransformer:
     """The model on its device; computes with the threads that the training found best."""
-    device = pick_device(None if flags.device == "best" else flags.device)
     count = checkpoint["progress"].get("threads", 0)
     if count and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(count, torch.get_num_threads()))
-    model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device)
+    model = load_model(checkpoint, flags.checkpoint, raw=flags.raw, device=device_of(flags))
     pick_labels(flags, model.config)  # raises where one is unknown
     return model
+
+
+def device_of(flags: argparse.Namespace) -> torch.device:
+    """The device of --device, by default the best one of this machine."""
+    return pick_device(None if flags.device == "best" else flags.device)
 
 
 # --- drawing -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What keeps a new run from learning its music by heart, where the user leaves it to the trainer.
 
     console.lines(settle_depth_dropout(flags, data.train))
-    console.lines(settle_row_decay(flags, data.train))
+    console.lines(settle_row_decay(flags, data.train))    # once --batch is a number
 
 Dropout in the depth transformer costs a short run some of its progress, and lets val of a long one
 fall further. Decay of what each code's row learns for itself, where the rows know the codec's
@@ -19,7 +19,7 @@ from training.planning import DEFAULT_EFFECTIVE_BATCH
 
 ROW_MEMORY = 1.0  # passes in which a row forgets, but for 1 / e
 STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
-RATE = 0.2
+DEPTH_DROPOUT = 0.2
 MANY_PASSES = 30.0  # with 60 planned, 22 made up for its cost, at 0.7 codes a parameter
 
 
@@ -39,10 +39,10 @@ def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | Non
     if flags.pattern != "depth" or not windows or not flags.dropout:
         return []
     if flags.max_seconds:
-        why = f"--max-seconds: give {RATE:g} for a run of {MANY_PASSES:g} passes or more"
+        why = f"--max-seconds: give {DEPTH_DROPOUT:g} for a run of {MANY_PASSES:g} passes or more"
     else:
         passes = planned_passes(flags, windows)
-        flags.depth_dropout = RATE if passes >= MANY_PASSES else 0.0
+        flags.depth_dropout = DEPTH_DROPOUT if passes >= MANY_PASSES else 0.0
         why = f"{passes:.3g} passes are planned, and {MANY_PASSES:g} are many"
     rate = flags.depth_dropout
     return [f"dropout  {rate:g} in the depth transformer (--depth-dropout auto: {why})"]
@@ -64,5 +64,6 @@ def settle_row_decay(flags: argparse.Namespace, windows: WindowDataset | None) -
     rate = flags.lr * (ADAMW_FACTOR if flags.optim == "muon" else 1)
     flags.row_decay = float(f"{min(1 / steps, STRONGEST) / rate:.3g}")
     return [
-        f"decay    {flags.row_decay:g} of what a code's row learns for itself (--row-decay auto)"
+        f"rows     what each code's row learns beside its vector has weight decay "
+        f"{flags.row_decay:g} (--row-decay auto)"
     ]

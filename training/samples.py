@@ -129,8 +129,8 @@ def decode(run: TrainingRun, codes: Codes, path: Path) -> None:
     codec = load_codec(name, "cpu" if run.flags.eval_on_cpu else str(run.device))
     sizes = run.state.model.config.vocab_sizes
     check_codec(codec, "--eval-dac-repo", name, sizes, run.data, run.console.problem)
-    read = lambda start, stop: torch.from_numpy(codes[start:stop])  # noqa: E731
-    chunks = codec.decode_channels(read, len(codes), side)
+    drawn = torch.from_numpy(codes)
+    chunks = codec.decode_channels(lambda start, stop: drawn[start:stop], len(codes), side)
     shape = 2 if side else 1, len(codes) * codec.hop_length
     write_wav(path, chunks, codec.sample_rate, shape)
 
