@@ -2,6 +2,7 @@
 
     python encode_npq.py music/ --out-dir npq_out             # and its folders
     python encode_npq.py "*.flac" --out-dir npq_out --stereo  # mid + side
+    python encode_npq.py music/ --out-dir npq_out --offsets 4 # little music: four encodings
     python encode_npq.py npq_out --decode --out-dir wav_out   # back to .wav
     python encode_npq.py npq_out --info                       # headers, usage
 
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -59,6 +61,7 @@ from run_folder.names import is_of_a_run, is_sample
 from sound import npq_format as npq
 from sound.audio_file import SilentError, read_audio, resample, starts_as_audio, write_wav
 from sound.codec import CodecError, load_codec
+from sound.corpus import shifted_name
 from sound.done_before import Job, Judge, sort_out
 from sound.origin import Record, find_all
 from sound.statistics import entropy
@@ -85,7 +88,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # --- flags ---------------------------------------------------------------------------------------
 
-ENCODING = ("codebooks", "stereo", "mid_codebooks", "side_codebooks", "loudness")
+ENCODING = ("codebooks", "offsets", "stereo", "mid_codebooks", "side_codebooks", "loudness")
 WRITING = ("out_dir", "overwrite", "decode")
 
 
@@ -114,6 +117,9 @@ def build_parser() -> FlagParser:
     add("--device", metavar="DEVICE",
         help="cpu, cuda, cuda:1 or mps; without it cpu to decode, the best present to encode")
     add("--codebooks", type=codebooks, help="keep the first so many; without it all")
+    add("--offsets", type=at_least(1, 16), metavar="N",
+        help="encode each file N times, shifted by parts of a frame: other codes of the same "
+        "sound, from which train_rvq.py learns more")
 
     add = parser.add_argument_group("sound").add_argument
     add("--stereo", action="store_true", help="code mid and side (NPQ2), not a mono downmix")
@@ -147,6 +153,7 @@ def settle(flags: argparse.Namespace) -> None:
     if flags.stereo:
         flags.codebooks = flags.mid_codebooks or 9
     flags.side_codebooks = (flags.side_codebooks or 4) if flags.stereo else 0
+    flags.offsets = flags.offsets or 1
     flags.device = flags.device or ("cpu" if flags.decode else "best")
 
 
@@ -168,25 +175,31 @@ def find_files(flags: argparse.Namespace) -> Found:
         raise UsageError(f"{error}; name folders, quoted globs or files") from error
 
 
-def find_jobs(files: Iterable[FoundFile], out_dir: Path, new_suffix: str) -> list[Job]:
-    """A job for each file; the targets mirror the folders that were searched.
+def find_jobs(
+    files: Iterable[FoundFile], out_dir: Path, new_suffix: str, parts: int = 1
+) -> list[Job]:
+    """A job for each file and each shift by parts of a frame; the targets mirror the folders.
 
     Raises:
         UsageError: files would give the same target, or one would be written over itself.
     """
-    sources: dict[Path, list[str]] = {}  # by target
-    for path, root in files:
+    sources: dict[Path, list[tuple[str, int]]] = {}  # and parts, by target
+    for (path, root), part in itertools.product(files, range(parts)):
         target = out_dir / Path(path).relative_to(root).with_suffix(new_suffix)
-        sources.setdefault(target, []).append(path)
+        target = target.with_name(shifted_name(target.name, part, parts))
+        sources.setdefault(target, []).append((path, part))
         if os.path.realpath(target) == os.path.realpath(path):
             raise UsageError(f"{path} would be written over itself; use another --out-dir")
-    clashes = [f"{' and '.join(p)} would become {t}" for t, p in sources.items() if len(p) > 1]
+    clashes = [
+        f"{' and '.join(path for path, _ in of)} would become {target}"
+        for target, of in sources.items() if len(of) > 1
+    ]  # fmt: skip
     if clashes:
         remedy = "rename one of each, name the folder above both, or use two --out-dir"
         lines = clashes if len(clashes) > 1 else []
         what = f"{len(clashes)} names would be taken twice" if lines else clashes[0]
         raise UsageError("\n  ".join([f"{what}, nothing was done; {remedy}", *lines]))
-    return [Job(Path(source), target) for target, (source,) in sources.items()]
+    return [Job(Path(path), target, part) for target, ((path, part),) in sources.items()]
 
 
 def make_out_dir(folder: Path) -> None:
@@ -302,19 +315,22 @@ class Coder:
     def encode(self, job: Job) -> float:
         """Turn audio into .npq; returns the seconds of audio."""
         import torch
+        import torch.nn.functional as F
 
         source = job.source.stat()  # before it is read: it may change meanwhile
         waveform, rate = read_audio(job.source, stereo=self.flags.stereo)
         seconds: float = waveform.shape[1] / rate
         first = self.seen.setdefault(hashlib.blake2b(waveform.data).digest(), job.source)
-        if first != job.source:
+        if first != job.source and not job.part:
             self.report.files[TWICE].append(f"{job.source} = {first}")
         if self.flags.loudness is not None:
             waveform = to_loudness(waveform, rate, self.flags.loudness, job.source)
         resampled = torch.from_numpy(resample(waveform, rate, self.codec.sample_rate))
+        gone = job.part * self.codec.hop_length // self.flags.offsets
+        resampled = F.pad(resampled[:, gone:], (0, gone))  # as many frames for each shift
         k_side = self.flags.side_codebooks
         codes = self.codec.encode_channels(resampled, self.flags.codebooks, k_side)
-        settings = self.judge.settings(codes.shape[1] - k_side, self.codec.num_codebooks)
+        settings = self.judge.settings(job, codes.shape[1] - k_side, self.codec.num_codebooks)
         with self.published(job, settings, source) as path:
             npq.write_npq(
                 path,
@@ -343,7 +359,7 @@ class Coder:
         shape = 2 if side else 1, len(codes) * codec.hop_length
         read = lambda a, b: torch.from_numpy(codes[a:b].astype(np.int64))  # noqa: E731
         chunks = codec.decode_channels(read, len(codes), side)
-        with self.published(job, self.judge.settings(0, 0), source) as path:
+        with self.published(job, self.judge.settings(job, 0, 0), source) as path:
             write_wav(path, chunks, codec.sample_rate, shape)
         return header.num_frames / codec.frame_rate
 
@@ -436,7 +452,7 @@ def run(flags: argparse.Namespace) -> int:
     found = find_files(flags)
     if flags.info:
         return print_info(found)
-    jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq")
+    jobs = find_jobs(found.files, flags.out_dir, ".wav" if flags.decode else ".npq", flags.offsets)
     judge = Judge(flags)
     todo, done, unknown = sort_out(jobs, judge)
     report = Report(done_before=done, unknown=unknown)

@@ -149,9 +149,10 @@ class WindowDataset(Dataset[torch.Tensor]):
     costs some microseconds and checks each time that it is unchanged. Threads may share it.
 
     Numbers count on from epoch to epoch: epoch * len + window. With a `jitter_seed` each file's
-    windows move together, to other frames in each epoch, as (seed, epoch, file) alone say; else
-    every epoch is the same. A window never leaves its span, and stays within one and a half strides
-    of its place without jitter.
+    windows move together, to other frames in each epoch, as (seed, epoch, file) alone say. A window
+    never leaves its span, and stays within one and a half strides of its place without jitter.
+    Where a corpus has several encodings of its music, each epoch reads the next one. Without either
+    every epoch is the same.
     """
 
     def __init__(
@@ -163,16 +164,12 @@ class WindowDataset(Dataset[torch.Tensor]):
         stride: int,
         jitter_seed: int | None = None,
     ) -> None:
-        self.paths, self.files, self.spans = corpus.paths, corpus.files, spans
+        self.tables, self.spans = corpus.tables, spans
         self.num_codebooks = corpus.num_codebooks
         self.labels: torch.Tensor | None = None  # [files, n] int64, see `Labels`
         if corpus.labels is not None:
             self.labels = torch.from_numpy(corpus.labels.of_file)
         self.dtype = np.dtype(np.int16 if max(corpus.vocab_sizes) <= 2**15 else np.int32)
-        code_bytes = 1 << self.files["dtype_code"]
-        self.frame_bytes = self.files["codebooks"] * code_bytes
-        is_cut = self.files["codebooks"] != self.num_codebooks
-        self.is_plain = (code_bytes == self.dtype.itemsize) & ~is_cut  # read as it lies on disk
         self.reading: dict[int, str] = {}  # thread -> the file that it reads
         self.reads = 0  # that have ended
         self.phase = None if jitter_seed is None else _phases(jitter_seed, len(spans.start))
@@ -240,29 +237,32 @@ class WindowDataset(Dataset[torch.Tensor]):
     def tracks(self) -> Iterator[Track]:
         """The spans of the files that the windows are cut from, to be read as a whole."""
         for number in np.flatnonzero(self.spans.stop > self.spans.start).tolist():
-            *_, size, mtime_ns, _ = self.files[number].item()
-            header = replace(read_header(self.paths[number]), file_size=size, mtime_ns=mtime_ns)
-            yield Track(header, int(self.spans.start[number]), int(self.spans.stop[number]))
+            for paths, files in self.tables:
+                *_, size, mtime_ns, _ = files[number].item()
+                header = replace(read_header(paths[number]), file_size=size, mtime_ns=mtime_ns)
+                yield Track(header, int(self.spans.start[number]), int(self.spans.stop[number]))
 
     def describe(self, windows: np.ndarray[Any, Any], epoch: int = 0) -> list[dict[str, Any]]:
         """Where windows of an epoch lie, for logs: file and first frame."""
+        paths, _ = self.tables[epoch % len(self.tables)]
         return [
-            {"file": self.paths[f], "frame": int(s)}
+            {"file": paths[f], "frame": int(s)}
             for f, s in zip(*self.locate(epoch * len(self) + windows), strict=True)
         ]
 
     def __getitem__(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
         batch = np.empty((len(numbers), self.ctx, self.num_codebooks), self.dtype)
         files, starts = self.locate(numbers)
-        positions = self.files["offset"][files] + starts * self.frame_bytes[files]
-        columns = files.tolist(), positions.tolist(), self.is_plain[files].tolist()
-        for row, file, position, is_plain in zip(batch, *columns, strict=True):
-            if is_plain:
-                self._read_into(row.data, file, position)
+        turns = numbers // len(self) % len(self.tables)
+        columns = turns.tolist(), files.tolist(), starts.tolist()
+        for row, turn, file, start in zip(batch, *columns, strict=True):
+            _, _, codebooks, dtype_code, *_ = self.tables[turn].files[file].item()
+            dtype = CODE_DTYPES[dtype_code]
+            if codebooks == self.num_codebooks and dtype.itemsize == self.dtype.itemsize:
+                self._read_into(row.data, turn, file, start)  # as it lies on disk
             else:
-                _, _, codebooks, dtype_code, *_ = self.files[file].item()
-                codes = np.empty((self.ctx, codebooks), CODE_DTYPES[dtype_code])
-                self._read_into(codes.data, file, position)
+                codes = np.empty((self.ctx, codebooks), dtype)
+                self._read_into(codes.data, turn, file, start)
                 row[:] = codes[:, : self.num_codebooks]
         return torch.from_numpy(batch)
 
@@ -270,15 +270,16 @@ class WindowDataset(Dataset[torch.Tensor]):
         """The labels [B, n] int64 of windows, padded with -1; None without --labels."""
         return None if self.labels is None else self.labels[self.locate(numbers)[0]]
 
-    def _read_into(self, buffer: memoryview, file: int, position: int) -> None:
-        """Fill the buffer with a file's bytes from `position` on.
+    def _read_into(self, buffer: memoryview, turn: int, file: int, start: int) -> None:
+        """Fill the buffer [ctx, codebooks] with a file's frames from `start` on, of a table.
 
         Raises:
             OSError: names the file.
             NpqError: the file is no longer what it was when it was scanned.
         """
-        path, thread = self.paths[file], threading.get_ident()
-        *_, size, mtime_ns, _ = self.files[file].item()
+        (paths, files), thread = self.tables[turn], threading.get_ident()
+        path, (offset, *_, size, mtime_ns, _) = paths[file], files[file].item()
+        position = offset + start * buffer.nbytes // self.ctx
         self.reading[thread] = path
         try:
             descriptor = open_unchanged(path, size, mtime_ns)

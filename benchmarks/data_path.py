@@ -115,8 +115,9 @@ class WholeFiles(Dataset[torch.Tensor]):
 
     def __init__(self, windows: WindowDataset) -> None:
         files, starts = windows.locate(np.arange(len(windows)))
-        offsets = windows.files["offset"][files].tolist()
-        paths = [windows.paths[file] for file in files.tolist()]
+        of, columns = windows.tables[0]
+        offsets = columns["offset"][files].tolist()
+        paths = [of[file] for file in files.tolist()]
         self.table = list(zip(paths, offsets, starts.tolist(), strict=True))
 
     def __getitem__(self, number: int) -> torch.Tensor:
@@ -130,7 +131,7 @@ class WholeFiles(Dataset[torch.Tensor]):
 
 def by_maps(windows: WindowDataset) -> Read:
     """Slices of memory maps into a batch; MOST_MAPS of them stay."""
-    headers = [read_header(path) for path in windows.paths]
+    headers = [read_header(path) for path in windows.tables[0].paths]
     maps: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def batch(numbers: np.ndarray) -> torch.Tensor:
@@ -159,15 +160,16 @@ def limit_of_system_calls(windows: WindowDataset) -> Read:
             os.close(descriptor)
 
     files, starts = windows.locate(np.arange(len(windows)))
-    paths = [windows.paths[file] for file in files.tolist()]
-    positions = (windows.files["offset"][files] + starts * windows.frame_bytes[files]).tolist()
+    of, columns = windows.tables[0]
+    paths = [of[file] for file in files.tolist()]
+    positions = (columns["offset"][files] + starts * 2 * CODEBOOKS).tolist()
     return in_batches(batch)
 
 
 def limit_of_slices(windows: WindowDataset) -> Read:
     """A slice of a memory map a window, of MOST_MAPS made before: nothing read or copied."""
     files, starts = (column.tolist() for column in windows.locate(np.arange(len(windows))))
-    maps = [map_codes(read_header(path)) for path in windows.paths[:MOST_MAPS]]
+    maps = [map_codes(read_header(path)) for path in windows.tables[0].paths[:MOST_MAPS]]
 
     def batch(numbers: np.ndarray) -> None:
         for number in numbers.tolist():
@@ -250,7 +252,7 @@ def report(title: str, paths: list[str], turns: int, n: int, store: Path) -> Non
     train, _ = split_corpus(corpus, ctx=CTX, val_split=0.0)
     windows = WindowDataset(corpus, train, ctx=CTX, stride=CTX)
     jittered = WindowDataset(corpus, train, ctx=CTX, stride=CTX, jitter_seed=0)
-    if not windows.is_plain.all() or windows.num_codebooks != CODEBOOKS:
+    if (corpus.files["dtype_code"] != 1).any() or (corpus.files["codebooks"] != CODEBOOKS).any():
         raise SystemExit(f"the peer reads files of {CODEBOOKS} codebooks in 16 bits only")
     check_equal(windows)
     before, descriptors = resident_mb(), len(os.listdir("/proc/self/fd"))

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from npq_dataset import find_npq_files  # noqa: E402
+from sound.corpus import SHIFTED  # noqa: E402
 from sound.npq_format import read_header  # noqa: E402
 
 
@@ -364,14 +365,18 @@ def report(out: Path, only: Sequence[str] = ()) -> None:
 
 
 def choose(files: Sequence[str], wanted: int | None) -> tuple[tuple[str, ...], int]:
-    """Whole files from the beginning of the sorted list until there are as many frames."""
+    """Whole files from the beginning of the sorted list until there are as many frames.
+
+    Shifted encodings come behind the file that they are of, and count with it.
+    """
     chosen: list[str] = []
     frames = 0
     for path in sorted(files):
-        if wanted is not None and frames >= wanted:
+        is_shifted = bool(SHIFTED.fullmatch(path))
+        if wanted is not None and frames >= wanted and not is_shifted:
             break
         chosen.append(os.path.abspath(path))
-        frames += read_header(path).num_frames
+        frames += 0 if is_shifted else read_header(path).num_frames
     if wanted is not None and frames < wanted:
         print(f"! {frames:,} frames of the wanted {wanted:,}: fewer codes a parameter")
     return tuple(chosen), frames

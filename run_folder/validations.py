@@ -20,8 +20,8 @@ STALE_PASSES = 10.0  # passes over the music without a new lowest val that make 
 FIRST_PASSES = 2.0  # passes in which val may be above guessing
 OVERFIT_RISE = 0.1  # nats above its lowest value at which a smoothly rising val is overfitting
 REMEDY = (
-    "these can lower it: more music, a smaller model, or --init-from the best with a longer --ctx; "
-    "the best is kept, and --patience N ends such a run by itself"
+    "these can lower it: more music, encode_npq.py --offsets 4, a smaller model, or --init-from "
+    "the best with a longer --ctx; the best is kept, and --patience N ends such a run by itself"
 )
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +42,10 @@ from sound.origin import CodecId, find_all
 
 T = TypeVar("T")
 R = TypeVar("R")
+# As `shifted_name` makes them.
+SHIFTED = re.compile(
+    r"(?s:(?P<stem>.+))\.shift(?P<part>[1-9]\d*)of(?P<parts>[1-9]\d*)(?P<suffix>\.\w+)"
+)
 COLUMN_NAMES = "offset", "frames", "codebooks", "dtype_code", "size", "mtime_ns", "crc"
 FILE_COLUMNS = np.dtype([(name, "i8") for name in COLUMN_NAMES])
 
@@ -75,21 +80,39 @@ class DataSummary:
         return [used, f"codec    {codec}", *dropped, *notes]
 
 
-@dataclass
-class Corpus:
-    """The files of a run as columns, so that 200,000 files cost megabytes and not objects.
-
-    Files are sorted by content (CRC-32 of the codes, then frames), so that the same music gives the
-    same windows in the same order on every machine, whatever the folders and names.
-    """
+class Table(NamedTuple):
+    """Files as columns, so that 200,000 of them cost megabytes and not objects."""
 
     paths: list[str]
     files: np.ndarray[Any, Any]  # FILE_COLUMNS
+
+
+@dataclass
+class Corpus:
+    """The files of a run, one for each piece of music.
+
+    Files are sorted by content (CRC-32 of the codes, then frames), so that the same music gives the
+    same windows in the same order on every machine, whatever the folders and names. Where a piece
+    is also there shifted by parts of a frame (`encode_npq.py --offsets`), these files are in
+    further tables, row by row; a piece with fewer encodings than others has some of them twice.
+    """
+
+    tables: list[Table]
     vocab_sizes: tuple[int, ...]  # V of each codebook, the largest over the files
     side_codebooks: int  # of the K, so many at the end hold the side channel; 0 = mono
     frame_rate: float  # median over the files, frames per second
     summary: DataSummary
     labels: Labels | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The file of each piece, as it was encoded first."""
+        return self.tables[0].paths
+
+    @property
+    def files(self) -> np.ndarray[Any, Any]:
+        """The columns of `paths`."""
+        return self.tables[0].files
 
     @property
     def num_codebooks(self) -> int:
@@ -99,8 +122,9 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 over codes and vocabulary; equal wherever the same music lies."""
         digest = hashlib.sha256(repr(self.vocab_sizes).encode())
-        # Stacked: a view of two fields would carry the others' bytes along as padding.
-        digest.update(np.stack([self.files["crc"], self.files["frames"]]).tobytes())
+        for _, files in self.tables:
+            # Stacked: a view of two fields would carry the others' bytes along as padding.
+            digest.update(np.stack([files["crc"], files["frames"]]).tobytes())
         return digest.hexdigest()
 
 
@@ -204,19 +228,20 @@ def scan_corpus(
             f"no usable .npq file among {len(paths)}; change --ctx or --codebooks, or the data, as "
             "the reasons say:\n" + "\n".join(summary.lines()[2:])
         )
-    corpus = _corpus_of(good, shape, frame_rate, summary)
-    _note_codec(corpus)
-    return corpus
+    _note_codec(good, summary)
+    return _corpus_of(good, shape, frame_rate, summary)
 
 
-def _note_codec(corpus: Corpus) -> None:
+def _note_codec(good: Sequence[tuple[int, NpqHeader]], summary: DataSummary) -> None:
     """Note the codec that made the codes; raises BadFilesError where there are two."""
-    sizes, crcs = corpus.files["size"].tolist(), corpus.files["crc"].tolist()
-    files = zip(real_paths(corpus.paths), sizes, crcs, strict=True)
+    all_paths = [h.path for _, h in good]
+    files = (
+        (real, h.file_size, crc) for real, (crc, h) in zip(real_paths(all_paths), good, strict=True)
+    )
     paths: dict[str, list[str]] = {}  # by the weights of their codec; "" where unknown
     names: dict[str, CodecId] = {}
     loudness = set()
-    for path, record in zip(corpus.paths, find_all(files), strict=True):
+    for path, record in zip(all_paths, find_all(files), strict=True):
         paths.setdefault(record.weights if record else "", []).append(path)
         if record is not None:
             names[record.weights] = record.codec_id
@@ -231,15 +256,15 @@ def _note_codec(corpus: Corpus) -> None:
             f"codes of {len(names)} codecs, which mean nothing to each other: {'; '.join(made)}; "
             "train on those of one, and keep each in its own folder"
         )
-    corpus.summary.codec = next(iter(names.values()), None)
+    summary.codec = next(iter(names.values()), None)
     if unknown and names:
-        corpus.summary.warnings.append(
-            f"{unknown} of {len(corpus.paths)} files are of an unknown codec, such as "
-            f"{paths[''][0]}, the others of {corpus.summary.codec}; make sure that it is the same"
+        summary.warnings.append(
+            f"{unknown} of {len(good)} files are of an unknown codec, such as "
+            f"{paths[''][0]}, the others of {summary.codec}; make sure that it is the same"
         )
     if len(loudness) > 1:
         levels = ", ".join(sorted(loudness))
-        corpus.summary.notes.append(f"encoded with different --loudness: {levels}")
+        summary.notes.append(f"encoded with different --loudness: {levels}")
 
 
 class _Shape(NamedTuple):
@@ -295,27 +320,71 @@ def _keep_good(
 def _corpus_of(
     good: Sequence[tuple[int, NpqHeader]], shape: _Shape, frame_rate: float, summary: DataSummary
 ) -> Corpus:
-    good = sorted(good, key=lambda g: (g[0], g[1].num_frames, g[1].path))
-    headers = [h for _, h in good]
-    columns = [  # as in FILE_COLUMNS
-        (h.codes_offset, h.num_frames, h.num_codebooks, CODE_DTYPES.index(h.dtype),
-         h.file_size, h.mtime_ns, crc)
-        for crc, h in good
-    ]  # fmt: skip
-    files = np.array(columns, dtype=FILE_COLUMNS)
-    vocabularies = {h.vocab_sizes[: shape.codebooks] for h in headers}
+    """The corpus of files that fit, in the order of their content."""
+    pieces = _by_music(good, summary)
+    headers = [piece[0][1] for piece in pieces]
+    most = max(map(len, pieces))
+    tables = [_table([piece[i % len(piece)] for piece in pieces]) for i in range(most)]
+    vocabularies = {h.vocab_sizes[: shape.codebooks] for piece in pieces for _, h in piece}
     if len(vocabularies) > 1:
         summary.notes.append(
             f"{len(vocabularies)} different vocabularies; each codebook takes the largest size"
         )
+    files = tables[0].files
     is_repeated = (np.diff(files["crc"]) == 0) & (np.diff(files["frames"]) == 0)  # in their order
     if repeated := np.count_nonzero(is_repeated):
         summary.notes.append(f"{repeated} files hold the same codes as another file")
+    if most > 1:
+        shifted = sum(map(len, pieces)) - len(pieces)
+        summary.notes.append(
+            f"{shifted} more encodings, shifted by parts of a frame; each epoch takes the next one"
+        )
     summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
     summary.layouts.update(h.layout for h in headers)
     vocab_sizes = tuple(max(sizes) for sizes in zip(*vocabularies, strict=True))
-    paths = [h.path for h in headers]
-    return Corpus(paths, files, vocab_sizes, shape.side, frame_rate, summary)
+    return Corpus(tables, vocab_sizes, shape.side, frame_rate, summary)
+
+
+def _table(files: Sequence[tuple[int, NpqHeader]]) -> Table:
+    columns = [  # as in FILE_COLUMNS
+        (h.codes_offset, h.num_frames, h.num_codebooks, CODE_DTYPES.index(h.dtype),
+         h.file_size, h.mtime_ns, crc)
+        for crc, h in files
+    ]  # fmt: skip
+    return Table([h.path for _, h in files], np.array(columns, dtype=FILE_COLUMNS))
+
+
+# --- shifted encodings ---------------------------------------------------------------------------
+
+
+def shifted_name(name: str, part: int, parts: int) -> str:
+    """Name of a file's encoding that begins `part` of `parts` of a frame later; 0: its own."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}.shift{part}of{parts}{suffix}" if part else name
+
+
+def _by_music(
+    good: Sequence[tuple[int, NpqHeader]], summary: DataSummary
+) -> list[list[tuple[int, NpqHeader]]]:
+    """The encodings of each piece of music, by their names, the least shifted one first.
+
+    They have equally many frames; one that has not is of other music, and dropped.
+    """
+    pieces: dict[str, list[tuple[float, int, NpqHeader]]] = {}
+    for crc, h in good:
+        found = SHIFTED.fullmatch(h.path)
+        name, shift = h.path, 0.0
+        if found:
+            name, shift = found["stem"] + found["suffix"], int(found["part"]) / int(found["parts"])
+        pieces.setdefault(name, []).append((shift, crc, h))
+    kept = []
+    for piece in pieces.values():
+        piece.sort(key=lambda encoding: encoding[0])
+        length = piece[0][2].num_frames
+        for _, _, h in (encoding for encoding in piece if encoding[2].num_frames != length):
+            summary.drop("not as long as the file that its name says it is a shift of", h.hours)
+        kept.append([(crc, h) for _, crc, h in piece if h.num_frames == length])
+    return sorted(kept, key=lambda piece: (piece[0][0], piece[0][1].num_frames, piece[0][1].path))
 
 
 class _CheckedFiles:

@@ -33,6 +33,7 @@ class Job:
 
     source: Path
     target: Path
+    part: int = 0  # of --offsets parts of a frame, by which the sound begins later
     why: str = ""  # why an existing target is made again
 
 
@@ -56,12 +57,13 @@ class Judge:
         """The requested codec; its weights are read when they are first needed."""
         return codec_id(self.flags.codec)
 
-    def settings(self, codebooks: int, most: int) -> dict[str, Any]:
+    def settings(self, job: Job, codebooks: int, most: int) -> dict[str, Any]:
         """All settings that decide the content of a target, beside codec and source."""
         if self.flags.decode:
             return {"decoder": ENCODER}
         sides = {"side_codebooks": self.flags.side_codebooks, "loudness": self.flags.loudness}
-        return {"encoder": ENCODER, "codebooks": codebooks, "of": most, **sides}
+        shift = {"shift": f"{job.part}/{self.flags.offsets}"} if job.part else {}
+        return {"encoder": ENCODER, "codebooks": codebooks, "of": most, **sides, **shift}
 
     def verdict(self, job: Job) -> tuple[Verdict, str]:
         """The verdict on a job whose target exists, and its reason."""
@@ -73,7 +75,7 @@ class Judge:
         if record is None:
             return self._of_unknown(job, header, source)
         most = record.settings.get("of", 0)
-        wanted = self.settings(self.flags.codebooks or most, most)
+        wanted = self.settings(job, self.flags.codebooks or most, most)
         unlike = [
             f"{name.replace('_', ' ')} {record.settings.get(name)}, not {value}"
             for name, value in wanted.items()

@@ -61,6 +61,35 @@ def the_error(capsys):
     return message
 
 
+# --- shifted encodings ---------------------------------------------------------------------------
+
+
+def test_offsets_encode_the_sound_from_parts_of_a_frame_later(song, codec_path, tmp_path, capsys):
+    flags = [str(song.parent), "--out-dir", str(tmp_path / "out"), "--codec", codec_path]
+    assert main([*flags, "--offsets", "4"]) == 0
+    names = ["song.npq", *(f"song.shift{part}of4.npq" for part in (1, 2, 3))]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.npq")) == names
+    codec = load_codec(codec_path)
+    waveform, rate = read_audio(song)
+    mono = torch.from_numpy(resample(waveform, rate, RATE)).mean(0)
+    found = [map_codes(read_header(tmp_path / "out" / name)) for name in names]
+    for part, codes in enumerate(found):
+        gone = part * HOP // 4
+        later = torch.nn.functional.pad(mono[gone:], (0, gone))
+        assert codes.tolist() == codec.encode(later).tolist()
+    assert not np.array_equal(found[0], found[1])
+    assert main([*flags, "--offsets", "4"]) == 0
+    assert "0 files written, 4 done before" in capsys.readouterr().err
+    assert main([*flags]) == 0  # the unshifted is the same, whatever the offsets
+    assert "0 files written, 1 done before" in capsys.readouterr().err
+    assert main(["--info", str(tmp_path / "out" / names[2])]) == 0
+    assert "shift 2/4" in capsys.readouterr().out
+    assert "at least 1" in usage_error(capsys, *flags, "--offsets", "0")
+    assert "--offsets does not go with --decode" in usage_error(
+        capsys, tmp_path / "out", "--decode", "--offsets", "4", "--out-dir", tmp_path / "wav"
+    )
+
+
 # --- a folder, as a process ----------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kit.npq_bytes import legacy_a, legacy_b, npq1, npq2, put, some_codes
+from kit.npq_bytes import RATE, legacy_a, legacy_b, npq1, npq2, put, some_codes
 
 import npq_dataset
 from npq_dataset import (
@@ -29,8 +29,8 @@ from npq_dataset import (
     scan_corpus,
     split_corpus,
 )
-from sound.corpus import FILE_COLUMNS, DataSummary
-from sound.npq_format import NpqError
+from sound.corpus import FILE_COLUMNS, DataSummary, Table, shifted_name
+from sound.npq_format import NpqError, read_header
 
 # --- the split -----------------------------------------------------------------------------------
 
@@ -260,6 +260,78 @@ def test_windows_are_those_of_a_slow_loop(tmp_path, stride):
         assert batch.tolist() == [expected[i] for i in shuffled]
 
 
+def shifted_music(folder: Path, parts: int = 3) -> dict[str, list[np.ndarray]]:
+    """Five pieces; the codes of each one's encodings, by its name. The last is not shifted."""
+    truth = {}
+    for piece in range(5):
+        name = f"{piece} of five.npq"
+        count = parts if piece < 4 else 1
+        truth[name] = [some_codes(60 + piece, seed=10 * piece + i) for i in range(count)]
+        for part, codes in enumerate(truth[name]):
+            put(folder / shifted_name(name, part, parts), npq1(codes))
+    return truth
+
+
+def test_each_epoch_reads_the_next_encoding_of_its_music(tmp_path):
+    truth = shifted_music(tmp_path)
+    corpus = scan_corpus(find_npq_files([tmp_path]), ctx=CTX)
+    assert sorted(map(os.path.basename, corpus.paths)) == sorted(truth)
+    assert corpus.summary.files == 5
+    assert corpus.summary.hours == pytest.approx(sum(60 + i for i in range(5)) / RATE / 3600)
+    assert "8 more encodings, shifted by parts of a frame" in "\n".join(corpus.summary.lines())
+    train, val = split_corpus(corpus, ctx=CTX, val_split=0.3)
+    windows = WindowDataset(corpus, train, ctx=CTX, stride=CTX)
+    for epoch in range(7):
+        numbers = epoch * len(windows) + np.arange(len(windows))
+        files, starts = windows.locate(numbers)
+        for file, start, codes in zip(files, starts, windows[numbers].tolist(), strict=True):
+            encodings = truth[os.path.basename(corpus.paths[file])]
+            encoding = encodings[epoch % 3 % len(encodings)]
+            assert codes == encoding[start : start + CTX].tolist()
+        (place,) = windows.describe(np.array([0]), epoch)
+        assert read_header(place["file"]).num_frames == corpus.files["frames"][files[0]]
+        assert (f".shift{epoch % 3}of3" in place["file"]) == (
+            epoch % 3 > 0 and "4 of" not in place["file"]
+        )
+    encodings = 3 * np.count_nonzero(train.stop > train.start)
+    assert sum(1 for _ in windows.tracks()) == encodings  # a sample may copy any of them
+    assert (val.stop - val.start).sum() > 0
+
+
+def test_shifted_encodings_stay_on_the_side_of_their_music(tmp_path):
+    """The split of music with and without them is the same, and no frame is on both sides."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for piece in range(40):
+        for part in range(3):
+            codes = npq1(some_codes(50, seed=3 * piece + part))
+            put(both / shifted_name(f"{piece}.npq", part, 3), codes)
+            if not part:
+                put(alone / f"{piece}.npq", codes)
+    sides = []
+    for folder in (alone, both):
+        corpus = scan_corpus(find_npq_files([folder]), ctx=CTX)
+        _, val = split_corpus(corpus, ctx=CTX, val_split=0.3)
+        sides.append(
+            sorted(os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n)
+        )
+        windows = WindowDataset(corpus, val, ctx=CTX, stride=CTX)
+        assert not any(
+            ".shift" in place["file"] for place in windows.describe(np.arange(len(windows)))
+        )
+    assert sides[0] == sides[1]
+    assert 5 <= len(sides[0]) < 20
+    prints = {scan_corpus(find_npq_files([f]), ctx=CTX).fingerprint() for f in (alone, both)}
+    assert len(prints) == 2  # a resume tells that the data changed
+
+
+def test_a_file_named_as_a_shift_of_longer_music_is_dropped(tmp_path):
+    for name, frames in (("a.npq", 60), ("a.shift1of2.npq", 61), ("b.shift1of2.npq", 50)):
+        put(tmp_path / name, npq1(some_codes(frames, seed=frames)))
+    summary = scan_corpus(find_npq_files([tmp_path]), ctx=CTX).summary
+    assert summary.files == 2  # b stands for itself
+    assert list(summary.dropped) == ["not as long as the file that its name says it is a shift of"]
+
+
 def test_mid_side_files_are_not_mixed_with_mono(tmp_path):
     """Fault 19: the same K can mean other columns; what counts is what is left after the cut."""
     stereo, wide, mono = some_codes(50), some_codes(40, 5), some_codes(30)
@@ -386,7 +458,7 @@ def jittered_by_loops(spans, *, ctx, stride, seed, epoch) -> list[list[int]]:
 def spans_alone(spans: list[tuple[int, int]], **keywords) -> WindowDataset:
     """Windows that can be located but not read."""
     start, stop = np.array(spans, dtype=np.int64).T
-    corpus = Corpus([], np.empty(0, FILE_COLUMNS), (4,), 0, 1.0, DataSummary())
+    corpus = Corpus([Table([], np.empty(0, FILE_COLUMNS))], (4,), 0, 1.0, DataSummary())
     return WindowDataset(corpus, Spans(start, stop, ""), **keywords)
 
 

@@ -294,7 +294,7 @@ def test_a_search_that_ends_early_leaves_no_figure(trouble, music, tmp_path, mon
         case "time":
             monkeypatch.setattr(samples, "SEARCH_SECONDS", 0.0)
         case "file":
-            os.truncate(run.train_windows.paths[0], 100)
+            os.truncate(run.train_windows.tables[0].paths[0], 100)
     samples.compare_validation(run)
     assert samples.compare_with_training(run, codes) == {}
     assert run.state.progress.held_out_run == -1

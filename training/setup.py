@@ -346,6 +346,10 @@ def announce(run: TrainingRun, source: str, *, resumed: bool) -> None:
         f"{model.num_parameters() / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a trained "
         f"frame, {codes / model.num_parameters():.2g} codes a parameter"
     )
+    if codes < model.num_parameters() and len(run.train_windows.tables) == 1 and not resumed:
+        run.console.detail(
+            "data     little for this model: encode_npq.py --offsets 4 makes more of it"
+        )
     run.console.detail(f"device   {run.device}, {precision}" + parallel_words(run))
     run.console.detail(
         f"plan     {run.steps_per_epoch} steps per epoch (batch {flags.batch} x accum "

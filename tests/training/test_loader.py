@@ -86,7 +86,7 @@ def test_an_error_arrives_where_its_batch_would_and_as_it_was_raised(many, tmp_p
     for name in ("000.npq", "001.npq"):
         (tmp_path / name).write_bytes((many / name).read_bytes())
     windows = windows_of(tmp_path)
-    os.truncate(windows.paths[1], 50)
+    os.truncate(windows.tables[0].paths[1], 50)
     loader = Loader(windows, [np.array([0]), np.array([4])], threads=2, ahead=2)
     batches = iter(loader)
     assert next(batches).codes.shape == (1, CTX, 2)
