@@ -287,9 +287,9 @@ class Holder:
         return self.process.stdout.readline()
 
 
-@pytest.mark.parametrize("locks", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("locks", [(False, False), (False, True)], ids=str)
 def test_a_second_trainer_is_refused_without_locks(locks, tmp_path, odd_file_system):
-    """Fault 16; also where only one of the two processes can lock."""
+    """Fault 16; also where the second one could lock."""
     first = Holder(odd_file_system, tmp_path, 60, locks=locks[0])
     assert first.answer() == "mine\n"
     answer = Holder(odd_file_system, tmp_path, 0, locks=locks[1]).answer()
@@ -308,28 +308,25 @@ def test_the_claim_goes_with_its_holder(tmp_path, odd_file_system):
 
 def test_a_holder_on_another_machine_is_believed_and_the_remedy_named(tmp_path, odd_file_system):
     claim = tmp_path / ".lock_without_flock"
-    facts = {"pid": 1, "start": "1", "host": "node7", "boot": "b", "pids": "p", "machine": "m"}
-    claim.write_text(f"process 1 on node7: train_rvq.py\n{json.dumps(facts)}\n")
+    claim.write_text("1\nnode7\n12345\n")
     for locks in (False, True):
         answer = Holder(odd_file_system, tmp_path, 0, locks=locks).answer()
-        assert "in use by process 1 on node7: train_rvq.py" in answer
-        assert answer.endswith(f"cannot be seen from this machine, remove {claim}\n")
+        assert "in use by process 1 on node7; wait for it" in answer
+        assert answer.endswith(f"if it has ended, unseen by this machine, remove {claim}\n")
     claim.unlink()
     assert Holder(odd_file_system, tmp_path, 0).answer() == "mine\n"
 
 
 def test_a_process_number_that_was_given_again_holds_nothing(tmp_path, odd_file_system):
-    """By the time at which the process began; and a machine that began anew holds nothing."""
+    """By the time at which the process began."""
     first = Holder(odd_file_system, tmp_path, 60)
     assert first.answer() == "mine\n"
     claim = tmp_path / ".lock_without_flock"
-    name, facts = claim.read_text().splitlines()
+    _, *rest = claim.read_text().splitlines()
     first.process.kill()
     first.process.wait()
-    for change in ({"pid": os.getpid()}, {"boot": "of before"}):
-        claim.write_text(f"{name}\n{json.dumps({**json.loads(facts), **change})}\n")
-        (tmp_path / ".lock").write_text("")
-        assert Holder(odd_file_system, tmp_path, 0).answer() == "mine\n", change
+    claim.write_text("\n".join((str(os.getpid()), *rest)) + "\n")
+    assert Holder(odd_file_system, tmp_path, 0).answer() == "mine\n"
 
 
 def test_of_many_that_find_a_dead_holder_one_gets_the_folder(tmp_path, odd_file_system):
