@@ -84,7 +84,7 @@ class FolderLock:
     def _claim(self) -> None:
         """Take the file that stands for the lock; one whose process has died is taken over."""
         try:
-            self.claim.acquire(timeout=0)
+            self.claim.acquire(timeout=3)  # a dead holder is seen at the second look
         except Timeout as error:
             lines = []
             with contextlib.suppress(OSError):  # it may have been released meanwhile
