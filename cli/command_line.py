@@ -204,7 +204,15 @@ def _shown(text: str) -> str:
 
 def or_auto(kind: Callable[[str], T]) -> Callable[[str], T | str]:
     """Argument type: as `kind`, or `auto`."""
-    return lambda text: text if text == "auto" else kind(text)
+
+    def parse(text: str) -> T | str:
+        try:
+            return text if text == "auto" else kind(text)
+        except argparse.ArgumentTypeError as error:
+            wanted = str(error).replace("expected", "expected auto or", 1)
+            raise argparse.ArgumentTypeError(wanted) from error
+
+    return parse
 
 
 HUGE = 1e30  # a few such numbers multiplied pass what a float32 holds

@@ -78,6 +78,7 @@ USES = [
     ("--lr 1e300", 2, "--lr: expected a number < 1e+30, found '1e300'"),
     ("--eta-min 1", 2, "lower it, or raise --lr"),
     ("--dropout 1.5", 2, "expected a number >= 0 and < 1"),
+    ("--row-decay x", 2, "expected auto or a number >= 0, found 'x'"),
     ("--layers 1000000", 2, "--layers: expected 1 to 1000"),
     ("--d_model 65536 --heads 1024 --layers 900", 2, "this machine has"),
     ("--d_model 63", 2, "even number of channels per head"),
