@@ -161,8 +161,9 @@ add("--weight-decay", scope="run", type=not_negative, default=0.02,
     help="weight decay of the matrices of blocks and head")
 add("--row-decay", scope="run", is_settled=True, before=0.0, type=or_auto(not_negative),
     default="auto", metavar="X|auto",
-    help="with --code-vectors: weight decay of what a code's row learns beside its vector's part; "
-         "auto: so that it forgets within a pass over the music, or 0 with --dropout 0")
+    help="weight decay of the rows of single codes in embeddings and heads, beside what they have "
+         "of a codec's vectors; auto: so that they forget within a pass over the music, or 0 with "
+         "--dropout 0")
 add("--warmup-ratio", scope="run", type=fraction, default=0.01,
     help="share of the run in which the lr rises")
 add("--eta-min", scope="run", type=not_negative, default=1e-5,

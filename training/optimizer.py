@@ -49,8 +49,8 @@ def build_optimizer(
     """`adamw`: AdamW (Loshchilov and Hutter 2019) for all; `muon`: see `MuonWithAdamW`.
 
     The rates of all groups start at `lr`, without their `lr_factor`. Weight decay spares embeddings
-    and gains, but with `decay_all`; where it is not 0, `row_decay` is that of the rows that know
-    their codes' vectors. `fused` is AdamW's, a kernel for all tensors at once.
+    and gains, but with `decay_all`; where it is not 0, `row_decay` is that of the rows of single
+    codes, in embeddings and heads. `fused` is AdamW's, a kernel for all tensors at once.
     """
     if optim == "adamw":
         groups = parameter_groups(model, weight_decay, decay_all=decay_all)
@@ -94,15 +94,12 @@ def muon_groups(
 def decay_rows(
     model: nn.Module, groups: list[dict[str, Any]], row_decay: float
 ) -> list[dict[str, Any]]:
-    """Take the rows that know their codes' vectors out of AdamW's groups into ones of their own.
+    """Take the rows of single codes out of AdamW's groups into groups of their own.
 
-    What a row adds to its vector's part is seen once in V frames, and learned by heart first.
+    Each is seen once in V frames, and learned by heart before anything else.
     """
-    rows = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, CodeRows) and module.vectors is not None
-    }
+    modules = model.named_modules()
+    rows = {f"{name}.weight" for name, module in modules if isinstance(module, CodeRows)}
     split = []
     for group in groups:
         own = [(n, p) for n, p in group["params"] if n in rows]

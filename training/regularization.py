@@ -1,11 +1,10 @@
 """What keeps a new run from learning its music by heart, where the user leaves it to the trainer.
 
     console.lines(settle_depth_dropout(flags, data.train))
-    console.lines(settle_row_decay(flags, data.train))    # once --batch is a number
+    console.lines(settle_row_decay(flags, data.train, model))    # once --batch is a number
 
 Dropout in the depth transformer costs a short run some of its progress, and lets val of a long one
-fall further. Decay of what each code's row learns for itself, where the rows know the codec's
-vectors, costs nothing: benchmarks/journal.md.
+fall further. Decay of what is learned of single codes costs nothing: benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 
+from model import CodesTransformer
 from npq_dataset import WindowDataset
 from training.optimizer import ADAMW_FACTOR
 from training.planning import DEFAULT_EFFECTIVE_BATCH
 
-ROW_MEMORY = 1.0  # passes in which a row forgets, but for 1 / e
+ROW_MEMORY = 1.0  # passes in which what a row learns beside its vector is forgotten, but for 1 / e
+BARE_ROW_MEMORY = 6.0  # ... and without vectors, times codes a parameter: such rows know all
 STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
 DEPTH_DROPOUT = 0.2
 MANY_PASSES = 30.0  # with 60 planned, 22 made up for its cost, at 0.7 codes a parameter
@@ -48,22 +49,29 @@ def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | Non
     return [f"dropout  {rate:g} in the depth transformer (--depth-dropout auto: {why})"]
 
 
-def settle_row_decay(flags: argparse.Namespace, windows: WindowDataset | None) -> list[str]:
+def settle_row_decay(
+    flags: argparse.Namespace, windows: WindowDataset | None, model: CodesTransformer
+) -> list[str]:
     """Replace --row-decay auto by a number, once --batch is one; return lines to print.
 
-    `windows` are None for a model without a codec's vectors. A weight forgets in 1 / (rate * decay)
-    steps; counted in passes, the best such memory depends least on data and model (Wang and
-    Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size").
+    `model` may be without weights. A weight forgets in 1 / (rate * decay) steps; counted in passes,
+    the best such memory depends least on data and model (Wang and Aitchison 2024, "How to set
+    AdamW's weight decay as you scale model and dataset size").
     """
     if flags.row_decay != "auto":
         return []
     flags.row_decay = 0.0
     if not windows or not flags.dropout:
         return []
-    steps = ROW_MEMORY * windows.frames / (flags.batch * flags.accum * flags.ctx)
+    passes = ROW_MEMORY
+    if not model.config.code_features:
+        codes = windows.frames * windows.num_codebooks
+        passes = BARE_ROW_MEMORY * codes / model.num_parameters()
+    steps_a_pass = windows.frames / (flags.batch * flags.accum * flags.ctx)
+    steps = max(passes * steps_a_pass, 1 / STRONGEST)
     rate = flags.lr * (ADAMW_FACTOR if flags.optim == "muon" else 1)
-    flags.row_decay = float(f"{min(1 / steps, STRONGEST) / rate:.3g}")
+    flags.row_decay = float(f"{1 / (steps * rate):.3g}")
     return [
-        f"rows     what each code's row learns beside its vector has weight decay "
-        f"{flags.row_decay:g} (--row-decay auto)"
+        f"rows     what is learned of single codes has weight decay {flags.row_decay:g}, to be "
+        f"forgotten in {steps / steps_a_pass:.2g} passes (--row-decay auto)"
     ]

@@ -116,7 +116,7 @@ def prepare(
         console.problem(f"--init-from {flags.init_from}: {mismatch}")
     plan = plan_of(flags, config, device)
     console.lines(plan.settle_batch(explicit, world))
-    console.lines(settle_row_decay(flags, data.train if data and config.code_features else None))
+    console.lines(settle_row_decay(flags, data.train if data else None, plan.model))
     if data is not None:
         check_accum(flags.accum, world)
         check_same(flags, data.facts, world)

@@ -95,7 +95,7 @@ def test_a_resume_needs_no_codec_and_ends_in_the_same_weights(music, tmp_path, c
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
-def test_rows_beside_vectors_decay_and_an_older_run_goes_on_as_it_was(optim, music, tmp_path):
+def test_rows_of_codes_decay_and_an_older_run_goes_on_as_it_was(optim, music, tmp_path):
     flags = ("--data", music, "--save_dir", tmp_path, "--optim", optim)
     rows_of_codes = {"embed.weight", "depth.embed.weight", "head.weight"}
 
@@ -124,9 +124,15 @@ def test_rows_beside_vectors_decay_and_an_older_run_goes_on_as_it_was(optim, mus
     save_checkpoint(checkpoint, tmp_path / LATEST)
     assert make_run(*flags).flags.row_decay == 0.0
     assert decays(make_run(*flags)) == decays(off)
-    for words in (["--no-code-vectors"], ["--dropout", "0"]):
-        without = make_run(*flags[:2], "--save_dir", tmp_path / words[0], *words)
-        assert max(decays(without).values()) == 0.02
+    bare = make_run(*flags[:2], *flags[4:], "--save_dir", tmp_path / "bare", "--no-code-vectors")
+    assert {
+        n for n, decay in decays(bare).items() if decay == bare.flags.row_decay
+    } == rows_of_codes
+    codes, parameters = 9 * bare.train_windows.frames, bare.state.model.num_parameters()
+    forgets = max(6 * codes / parameters * steps_a_pass, 10)
+    assert bare.flags.row_decay * rate == pytest.approx(1 / forgets, rel=0.01)
+    without = make_run(*flags[:2], "--save_dir", tmp_path / "dropout", "--dropout", "0")
+    assert max(decays(without).values()) == 0.02
 
 
 def test_weights_to_begin_from_decide(music, tmp_path, capsys):

@@ -14,7 +14,7 @@ from run_folder.metrics import RunMetrics
 
 def test_the_bound_is_that_of_the_tensors_own_group(good):
     content = content_of(good)
-    first, later = content["optimizer"]["param_groups"]
+    first, later, *_ = content["optimizer"]["param_groups"]
     del first["betas"]
     later["betas"] = (0.9, 0.999)
     content["optimizer"]["state"][later["params"][0]]["exp_avg"] += 1e4
