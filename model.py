@@ -29,10 +29,8 @@ code from each of K frames.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -40,141 +38,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from layers.architecture import PATTERNS, ModelConfig
 from layers.attention import causal_attention
 from layers.cache import KeyValueCache, LayerCache
 from layers.code_rows import CodeRows, Embeddings, Heads
 from layers.loss import Losses, head_logits, linear_cross_entropy
-from layers.rotary import Rope, rotary_angles, rotate
+from layers.rotary import Rope, rotate
 
-PATTERNS = ("parallel", "delay", "depth")
+__all__ = ["ABSENT", "PATTERNS", "Choose", "CodesTransformer", "ModelConfig", "shift", "unshift"]
+
 ABSENT = -1  # stands for an unknown code or label; it adds nothing to the embedding
 EMBED_STD = 0.001  # standard deviation of embeddings, BOS and head at initialisation
 NORM_EPS = 1e-6
 EMBED_NORM_EPS = 1e-8  # NORM_EPS would equal a row's initial mean square, EMBED_STD^2
 Choose = Callable[[Tensor, int], Tensor]  # logits [B, n, V], first codebook -> codes [B, n]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture of a model: everything needed to rebuild it for a checkpoint's weights.
-
-    Raises:
-        ValueError: the sizes are invalid; the message names the flag.
-    """
-
-    vocab_sizes: tuple[int, ...]  # V of each codebook; may differ
-    d_model: int = 768
-    layers: int = 16
-    heads: int = 12
-    dropout: float = 0.1
-    mlp_ratio: int = 4
-    rope_base: float = 10_000.0
-    qk_norm: bool = True
-    pattern: str = "parallel"  # one of PATTERNS
-    depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
-    depth_dropout: float = 0.0  # dropout of the depth transformer
-    embed_fall: float = 0.0  # the embeddings of codebook k enter the sum times (k + 1) ** -fall
-    code_features: int = 0  # numbers of a codec's vector that the model knows of each code
-    labels: tuple[str, ...] = ()  # names of what a window can be labelled with
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "vocab_sizes", tuple(int(v) for v in self.vocab_sizes))
-        object.__setattr__(self, "labels", tuple(map(str, self.labels)))
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels: expected different names, found {self.labels}")
-        if not self.vocab_sizes or min(self.vocab_sizes) < 2:
-            raise ValueError(f"vocab_sizes: expected at least 2 entries each, {self.vocab_sizes=}")
-        if min(self.d_model, self.layers, self.heads, self.mlp_ratio, self.depth_layers) < 1:
-            raise ValueError("d_model, layers, heads, mlp_ratio, depth_layers: expected at least 1")
-        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
-            raise ValueError(
-                f"--d_model {self.d_model} over --heads {self.heads}: expected a whole, even "
-                f"number of channels per head, found {self.d_model / self.heads:g}; 64 is usual"
-            )
-        if self.code_features < 0:
-            raise ValueError(f"code_features: expected a number >= 0, found {self.code_features}")
-        if not 0 <= self.embed_fall < math.inf:
-            raise ValueError(f"embed_fall: expected a number >= 0, found {self.embed_fall}")
-        for name in ("dropout", "depth_dropout"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: expected 0 <= rate < 1, found {rate}")
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"--pattern: expected one of {PATTERNS}, found {self.pattern!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain types for a checkpoint; `from_dict` is the inverse."""
-        fields = {**dataclasses.asdict(self), "vocab_sizes": list(self.vocab_sizes)}
-        labels = list(fields.pop("labels"))
-        return {**fields, "labels": labels} if labels else fields  # versions before know none
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> ModelConfig:
-        """Build from the result of `to_dict`; raises ValueError on unknown or invalid fields."""
-        unknown = set(saved) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"architecture: unknown fields {sorted(unknown)}; a newer version saved it"
-            )
-        return cls(**saved)
-
-    @property
-    def num_codebooks(self) -> int:
-        """Number of codebooks, K."""
-        return len(self.vocab_sizes)
-
-    def numbers_of(self, labels: Sequence[str]) -> list[int]:
-        """Return the numbers of labels by name; raises ValueError for one that the model lacks."""
-        known = {name: number for number, name in enumerate(self.labels)}
-        if unknown := [name for name in labels if name not in known]:
-            raise ValueError(
-                f"unknown label {', '.join(map(repr, unknown))}; the model knows "
-                + (", ".join(map(repr, self.labels)) or "none: it was trained without --labels")
-            )
-        return [known[name] for name in labels]
-
-    @property
-    def channels(self) -> int:
-        """Channels of an attention head, C."""
-        return self.d_model // self.heads
-
-    @property
-    def lag(self) -> int:
-        """Frames by which the last codebook is delayed: K - 1 with pattern "delay", else 0."""
-        return self.num_codebooks - 1 if self.pattern == "delay" else 0
-
-    def depth(self) -> ModelConfig:
-        """Return the depth transformer's architecture: half the width, heads of 32 channels."""
-        width = max(32, self.d_model // 64 * 32)
-        return dataclasses.replace(
-            self,
-            d_model=width,
-            heads=width // 32,
-            layers=self.depth_layers,
-            dropout=self.depth_dropout,
-        )
-
-    def rope(self, positions: Tensor) -> Rope:
-        """Return the rotary factors of positions [T]; see `rotary_angles`."""
-        return rotary_angles(positions, self.channels, self.rope_base)
-
-    def new_cache(
-        self,
-        batch: int,
-        size: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        *,
-        static: bool = False,
-    ) -> KeyValueCache:
-        """Return an empty key-value cache of `size` positions for all layers."""
-        return KeyValueCache(
-            (self.layers, batch, self.heads, size, self.channels),
-            base=self.rope_base,
-            device=device,
-            dtype=dtype,
-            static=static,
-        )
 
 
 # --- the delay pattern ---------------------------------------------------------------------------
@@ -363,8 +240,7 @@ class CodesTransformer(nn.Module):
     def head_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return the inputs of the heads from the result of `hidden_states` and codes [B, T, K].
 
-        They are [1, N, D] for all heads with "parallel", [K, N, D] with "delay", [K, N, E] with
-        "depth".
+        They are [1, N, D] with "parallel", [K, N, D] with "delay", [K, N, E] with "depth".
         """
         if self.depth:
             return self.depth(hidden.flatten(0, 1), codes.flatten(0, 1))
@@ -488,8 +364,6 @@ class CodesTransformer(nn.Module):
 
     def _code_rows(self) -> list[CodeRows]:
         return [module for module in self.modules() if isinstance(module, CodeRows)]
-
-    # --- size ------------------------------------------------------------------------------------
 
     def num_parameters(self) -> int:
         """Return the number of trainable parameters, embeddings included."""
