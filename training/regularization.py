@@ -54,9 +54,11 @@ def settle_row_decay(
 ) -> list[str]:
     """Replace --row-decay auto by a number, once --batch is one; return lines to print.
 
-    `model` may be without weights. A weight forgets in 1 / (rate * decay) steps; counted in passes,
-    the best such memory depends least on data and model (Wang and Aitchison 2024, "How to set
-    AdamW's weight decay as you scale model and dataset size").
+    `model` may be without weights. A run that ends before it would forget has none.
+
+    A weight forgets in 1 / (rate * decay) steps; counted in passes, the best such memory depends
+    least on data and model (Wang and Aitchison 2024, "How to set AdamW's weight decay as you scale
+    model and dataset size").
     """
     if flags.row_decay != "auto":
         return []
@@ -67,6 +69,8 @@ def settle_row_decay(
     if not model.config.code_features:
         codes = windows.frames * windows.num_codebooks
         passes = BARE_ROW_MEMORY * codes / model.num_parameters()
+    if planned_passes(flags, windows) <= passes and not flags.max_seconds:
+        return []
     steps_a_pass = windows.frames / (flags.batch * flags.accum * flags.ctx)
     steps = max(passes * steps_a_pass, 1 / STRONGEST)
     rate = flags.lr * (ADAMW_FACTOR if flags.optim == "muon" else 1)

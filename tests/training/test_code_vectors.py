@@ -103,7 +103,7 @@ def test_rows_of_codes_decay_and_an_older_run_goes_on_as_it_was(optim, music, tm
         groups = run.state.optimizer.state_dict()["param_groups"]
         return {n: g["weight_decay"] for g in groups for n in g["param_names"]}
 
-    checkpoint = train(*flags, "--max-steps", "3")
+    checkpoint = train(*flags, stop_at=3)
     now = make_run(*flags)
     assert {n for n, decay in decays(now).items() if decay == now.flags.row_decay} == rows_of_codes
     rate = max(g["lr_factor"] for g in now.state.optimizer.param_groups[-2:]) * now.flags.lr
@@ -124,15 +124,6 @@ def test_rows_of_codes_decay_and_an_older_run_goes_on_as_it_was(optim, music, tm
     save_checkpoint(checkpoint, tmp_path / LATEST)
     assert make_run(*flags).flags.row_decay == 0.0
     assert decays(make_run(*flags)) == decays(off)
-    bare = make_run(*flags[:2], *flags[4:], "--save_dir", tmp_path / "bare", "--no-code-vectors")
-    assert {
-        n for n, decay in decays(bare).items() if decay == bare.flags.row_decay
-    } == rows_of_codes
-    codes, parameters = 9 * bare.train_windows.frames, bare.state.model.num_parameters()
-    forgets = max(6 * codes / parameters * steps_a_pass, 10)
-    assert bare.flags.row_decay * rate == pytest.approx(1 / forgets, rel=0.01)
-    without = make_run(*flags[:2], "--save_dir", tmp_path / "dropout", "--dropout", "0")
-    assert max(decays(without).values()) == 0.02
 
 
 def test_weights_to_begin_from_decide(music, tmp_path, capsys):

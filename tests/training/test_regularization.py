@@ -1,4 +1,4 @@
-"""The dropout that a new run takes where none is given."""
+"""The dropout and the decay of rows that a new run takes where none is given."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ def test_planned_passes_are_those_that_the_run_counts(tunes, tmp_path):
     run.flags.batch, run.flags.effective_batch, run.flags.max_steps = "auto", 12, 7
     frames = 7 * 12 * run.flags.ctx
     assert planned_passes(run.flags, run.train_windows) == frames / run.train_windows.frames
+
+
+def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(tunes, tmp_path, capsys):
+    """Without vectors the memory is six passes for each code a parameter."""
+    flags = ("--data", tunes, "--epochs", "40", "--save_dir", tmp_path)
+    run = make_run(*flags)
+    steps_a_pass = run.train_windows.frames / (run.windows_per_step * run.flags.ctx)
+    codes = run.train_windows.frames * run.train_windows.num_codebooks
+    memory = 6 * codes / run.state.model.num_parameters() * steps_a_pass  # steps
+    assert run.flags.row_decay == pytest.approx(1 / (25 * run.flags.lr * max(memory, 10)), rel=0.01)
+    assert "rows     what is learned of single codes has weight decay" in capsys.readouterr().out
+    for words, decay in (
+        (["--max-steps", str(int(memory))], 0.0),
+        (["--max-steps", str(int(memory)), "--max-seconds", "9"], run.flags.row_decay),
+        (["--dropout", "0"], 0.0),
+        (["--row-decay", "3"], 3.0),
+    ):
+        assert make_run(*flags, *words).flags.row_decay == decay, words
 
 
 def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path):
