@@ -151,8 +151,8 @@ class WindowDataset(Dataset[torch.Tensor]):
     Numbers count on from epoch to epoch: epoch * len + window. With a `jitter_seed` each file's
     windows move together, to other frames in each epoch, as (seed, epoch, file) alone say. A window
     never leaves its span, and stays within one and a half strides of its place without jitter.
-    Where a corpus has several encodings of its music, each epoch reads the next one. Without either
-    every epoch is the same.
+    Where a corpus has several encodings of its music, neighbouring windows read different ones, and
+    a window another one in each epoch. Without either every epoch is the same.
     """
 
     def __init__(
@@ -237,24 +237,31 @@ class WindowDataset(Dataset[torch.Tensor]):
     def tracks(self) -> Iterator[Track]:
         """The spans of the files that the windows are cut from, to be read as a whole."""
         for number in np.flatnonzero(self.spans.stop > self.spans.start).tolist():
-            for paths, files in self.tables:
-                *_, size, mtime_ns, _ = files[number].item()
-                header = replace(read_header(paths[number]), file_size=size, mtime_ns=mtime_ns)
+            for path, row in {t.paths[number]: t.files[number] for t in self.tables}.items():
+                *_, size, mtime_ns, _ = row.item()
+                header = replace(read_header(path), file_size=size, mtime_ns=mtime_ns)
                 yield Track(header, int(self.spans.start[number]), int(self.spans.stop[number]))
 
     def describe(self, windows: np.ndarray[Any, Any], epoch: int = 0) -> list[dict[str, Any]]:
         """Where windows of an epoch lie, for logs: file and first frame."""
-        paths, _ = self.tables[epoch % len(self.tables)]
-        return [
-            {"file": paths[f], "frame": int(s)}
-            for f, s in zip(*self.locate(epoch * len(self) + windows), strict=True)
-        ]
+        numbers = epoch * len(self) + windows
+        places = zip(self._turns(numbers).tolist(), *self.locate(numbers), strict=True)
+        return [{"file": self.tables[t].paths[f], "frame": int(s)} for t, f, s in places]
+
+    def _turns(self, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Which table each window number [B] is read from.
+
+        As many windows as overlap on a frame take as many encodings, and the next epoch goes on
+        behind them, so that a frame is seen in all encodings before it is seen in one again.
+        """
+        epoch, window = np.divmod(numbers, len(self))
+        overlap = max(1, round(self.ctx / self.stride))
+        return (window + overlap * epoch) % len(self.tables)
 
     def __getitem__(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
         batch = np.empty((len(numbers), self.ctx, self.num_codebooks), self.dtype)
         files, starts = self.locate(numbers)
-        turns = numbers // len(self) % len(self.tables)
-        columns = turns.tolist(), files.tolist(), starts.tolist()
+        columns = self._turns(numbers).tolist(), files.tolist(), starts.tolist()
         for row, turn, file, start in zip(batch, *columns, strict=True):
             _, _, codebooks, dtype_code, *_ = self.tables[turn].files[file].item()
             dtype = CODE_DTYPES[dtype_code]

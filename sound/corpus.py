@@ -104,6 +104,10 @@ class Corpus:
     summary: DataSummary
     labels: Labels | None = None
 
+    def unshifted(self) -> Corpus:
+        """The corpus with one encoding of each piece, the first."""
+        return dataclasses.replace(self, tables=self.tables[:1])
+
     @property
     def paths(self) -> list[str]:
         """The file of each piece, as it was encoded first."""
@@ -337,7 +341,7 @@ def _corpus_of(
     if most > 1:
         shifted = sum(map(len, pieces)) - len(pieces)
         summary.notes.append(
-            f"{shifted} more encodings, shifted by parts of a frame; each epoch takes the next one"
+            f"{shifted} more encodings, shifted by parts of a frame: training takes them in turn"
         )
     summary.files, summary.hours = len(headers), sum(h.hours for h in headers)
     summary.layouts.update(h.layout for h in headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -30,7 +31,7 @@ from npq_dataset import (
     split_corpus,
 )
 from sound.corpus import FILE_COLUMNS, DataSummary, Table, shifted_name
-from sound.npq_format import NpqError, read_header
+from sound.npq_format import NpqError, map_codes, read_header
 
 # --- the split -----------------------------------------------------------------------------------
 
@@ -272,7 +273,8 @@ def shifted_music(folder: Path, parts: int = 3) -> dict[str, list[np.ndarray]]:
     return truth
 
 
-def test_each_epoch_reads_the_next_encoding_of_its_music(tmp_path):
+@pytest.mark.parametrize("stride", [CTX, CTX // 2])
+def test_windows_take_the_encodings_of_their_music_in_turn(stride, tmp_path):
     truth = shifted_music(tmp_path)
     corpus = scan_corpus(find_npq_files([tmp_path]), ctx=CTX)
     assert sorted(map(os.path.basename, corpus.paths)) == sorted(truth)
@@ -280,22 +282,34 @@ def test_each_epoch_reads_the_next_encoding_of_its_music(tmp_path):
     assert corpus.summary.hours == pytest.approx(sum(60 + i for i in range(5)) / RATE / 3600)
     assert "8 more encodings, shifted by parts of a frame" in "\n".join(corpus.summary.lines())
     train, val = split_corpus(corpus, ctx=CTX, val_split=0.3)
-    windows = WindowDataset(corpus, train, ctx=CTX, stride=CTX)
-    for epoch in range(7):
-        numbers = epoch * len(windows) + np.arange(len(windows))
-        files, starts = windows.locate(numbers)
-        for file, start, codes in zip(files, starts, windows[numbers].tolist(), strict=True):
-            encodings = truth[os.path.basename(corpus.paths[file])]
-            encoding = encodings[epoch % 3 % len(encodings)]
-            assert codes == encoding[start : start + CTX].tolist()
-        (place,) = windows.describe(np.array([0]), epoch)
-        assert read_header(place["file"]).num_frames == corpus.files["frames"][files[0]]
-        assert (f".shift{epoch % 3}of3" in place["file"]) == (
-            epoch % 3 > 0 and "4 of" not in place["file"]
-        )
-    encodings = 3 * np.count_nonzero(train.stop > train.start)
-    assert sum(1 for _ in windows.tracks()) == encodings  # a sample may copy any of them
-    assert (val.stop - val.start).sum() > 0
+    windows = WindowDataset(corpus, train, ctx=CTX, stride=stride)
+    seen = [[] for _ in range(len(windows))]  # of each window: its encoding in each epoch
+    for epoch in range(6):
+        numbers = np.arange(len(windows))
+        places = windows.describe(numbers, epoch)
+        for window, place in enumerate(places):
+            header = read_header(place["file"])
+            codes = map_codes(header)[place["frame"] : place["frame"] + CTX]
+            assert (
+                windows[epoch * len(windows) + numbers[window : window + 1]][0].tolist()
+                == codes.tolist()
+            )
+            name, _, part = Path(place["file"]).stem.partition(".shift")
+            assert (
+                codes.tolist()
+                == truth[f"{name}.npq"][int(part[:1] or 0)][place["frame"] :][:CTX].tolist()
+            )
+            seen[window].append(int(part[:1] or 0))
+    whole = [s for s, place in zip(seen, places, strict=True) if "4 of" not in place["file"]]
+    assert all(sorted(s) == [0, 0, 1, 1, 2, 2] for s in whole)
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(whole)), "neighbours differ"
+    if stride < CTX:  # a frame is in two windows: with three encodings, once more after 1.5 epochs
+        assert all(len({a[0], b[0], a[1]}) == 3 for a, b in itertools.pairwise(whole))
+    used = [Path(p).name for p, n in zip(corpus.paths, train.stop, strict=True) if n]
+    encodings = sum(len(truth[name]) for name in used)
+    assert len([track.header.path for track in windows.tracks()]) == encodings
+    held_out = WindowDataset(corpus.unshifted(), val, ctx=CTX, stride=CTX)
+    assert not any(".shift" in p["file"] for p in held_out.describe(np.arange(len(held_out)), 1))
 
 
 def test_shifted_encodings_stay_on_the_side_of_their_music(tmp_path):
@@ -313,10 +327,6 @@ def test_shifted_encodings_stay_on_the_side_of_their_music(tmp_path):
         _, val = split_corpus(corpus, ctx=CTX, val_split=0.3)
         sides.append(
             sorted(os.path.basename(p) for p, n in zip(corpus.paths, val.stop, strict=True) if n)
-        )
-        windows = WindowDataset(corpus, val, ctx=CTX, stride=CTX)
-        assert not any(
-            ".shift" in place["file"] for place in windows.describe(np.arange(len(windows)))
         )
     assert sides[0] == sides[1]
     assert 5 <= len(sides[0]) < 20

@@ -68,8 +68,8 @@ def open_data(flags: argparse.Namespace, console: Console) -> Data:
     train_windows = WindowDataset(
         corpus, train, ctx=flags.ctx, stride=flags.step, jitter_seed=jitter_seed
     )
-    # Validation windows do not overlap and have no jitter: each frame counts once in every epoch.
-    val_windows = WindowDataset(corpus, val, ctx=flags.ctx, stride=flags.ctx)
+    # Validation windows do not overlap and have neither jitter nor shift: each frame counts once.
+    val_windows = WindowDataset(corpus.unshifted(), val, ctx=flags.ctx, stride=flags.ctx)
     console.lines(corpus.summary.lines())
     for line in corpus.summary.warnings:
         console.problem(line)

@@ -69,6 +69,7 @@ def settle_row_decay(
     if not model.config.code_features:
         codes = windows.frames * windows.num_codebooks
         passes = BARE_ROW_MEMORY * codes / model.num_parameters()
+    passes *= len(windows.tables)  # a pass over each shifted encoding, which has other codes
     if planned_passes(flags, windows) <= passes and not flags.max_seconds:
         return []
     steps_a_pass = windows.frames / (flags.batch * flags.accum * flags.ctx)
