@@ -120,10 +120,8 @@ add("--pattern", scope="architecture", before="parallel",
     help="which codes of its own frame a code may depend on; see model.py")
 add("--depth-share", scope="run", type=fraction_or_one, default=0.5,
     help="with --pattern depth: share of the frames of a micro-batch in the loss, drawn at random")
-add("--depth-dropout", scope="run", moves_loss=True, is_settled=True, before=0.0,
-    type=or_auto(fraction), default="auto", metavar="X|auto",
-    help="with --pattern depth: dropout rate in the depth transformer; auto: 0.2 where 30 or more "
-         "passes over the music are planned, else 0, as with --dropout 0")
+add("--depth-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
+    help="with --pattern depth: dropout rate in the depth transformer")
 add("--code-dropout", scope="run", moves_loss=True, type=fraction, default=0.0,
     help="share of the input codes hidden during training")
 add("--label-dropout", scope="run", moves_loss=True, type=fraction, default=0.1,

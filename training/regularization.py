@@ -1,10 +1,9 @@
 """What keeps a new run from learning its music by heart, where the user leaves it to the trainer.
 
-    console.lines(settle_depth_dropout(flags, data.train))
     console.lines(settle_row_decay(flags, data.train, model))    # once --batch is a number
 
-Dropout in the depth transformer costs a short run some of its progress, and lets val of a long one
-fall further. Decay of what is learned of single codes costs nothing: benchmarks/journal.md.
+Decay of what is learned of single codes costs nothing and lets val fall further and longer; beside
+it, dropout in the depth transformer only costs: benchmarks/journal.md.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from training.planning import DEFAULT_EFFECTIVE_BATCH
 ROW_MEMORY = 1.0  # passes in which what a row learns beside its vector is forgotten, but for 1 / e
 BARE_ROW_MEMORY = 6.0  # ... and without vectors, times codes a parameter: such rows know all
 STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
-DEPTH_DROPOUT = 0.2
-MANY_PASSES = 30.0  # with 60 planned, 22 made up for its cost, at 0.7 codes a parameter
 
 
 def planned_passes(flags: argparse.Namespace, windows: WindowDataset) -> float:
@@ -30,23 +27,6 @@ def planned_passes(flags: argparse.Namespace, windows: WindowDataset) -> float:
     in_a_step = flags.effective_batch or in_a_step
     seen = min(flags.epochs * len(windows), (flags.max_steps or math.inf) * in_a_step)
     return seen * flags.ctx / windows.frames
-
-
-def settle_depth_dropout(flags: argparse.Namespace, windows: WindowDataset | None) -> list[str]:
-    """Replace --depth-dropout auto by a rate; return lines to print."""
-    if flags.depth_dropout != "auto":
-        return []
-    flags.depth_dropout = 0.0
-    if flags.pattern != "depth" or not windows or not flags.dropout:
-        return []
-    if flags.max_seconds:
-        why = f"--max-seconds: give {DEPTH_DROPOUT:g} for a run of {MANY_PASSES:g} passes or more"
-    else:
-        passes = planned_passes(flags, windows)
-        flags.depth_dropout = DEPTH_DROPOUT if passes >= MANY_PASSES else 0.0
-        why = f"{passes:.3g} passes are planned, and {MANY_PASSES:g} are many"
-    rate = flags.depth_dropout
-    return [f"dropout  {rate:g} in the depth transformer (--depth-dropout auto: {why})"]
 
 
 def settle_row_decay(

@@ -43,7 +43,7 @@ from training.memory_prediction import gib
 from training.objective import Objective
 from training.parallel import ALONE, World
 from training.planning import Plan
-from training.regularization import settle_depth_dropout, settle_row_decay
+from training.regularization import settle_row_decay
 from training.resume import find_checkpoint, forget_another_level, settle_data_change, settle_flags
 from training.saving import restore
 from training.schedule import settle_schedule
@@ -95,7 +95,6 @@ def prepare(
         vocab_sizes = data.corpus.vocab_sizes
     elif dry:
         console.line(f"data     none given (--data): {len(vocab_sizes)} codebooks are assumed")
-    console.lines(settle_depth_dropout(flags, data.train if data is not None else None))
     labels = data.corpus.labels.names if data is not None and data.corpus.labels else ()
     vectors, is_saved = None, (checkpoint or flags.init_from) and not flags.ignore_arch
     if data is not None and flags.code_vectors and not is_saved:

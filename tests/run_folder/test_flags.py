@@ -49,6 +49,6 @@ def test_words_are_read_back_as_the_values(given):
 
 def test_a_run_of_before_a_flag_did_what_its_version_did():
     old = saved_flags({"flags": {"lr": 1.0}})
-    before = {"jitter": False, "optim": "adamw", "pattern": "parallel", "depth_dropout": 0.0}
+    before = {"jitter": False, "optim": "adamw", "pattern": "parallel"}
     assert old == {"lr": 1.0, **before, "code_vectors": False, "row_decay": 0.0}
     assert saved_flags({"flags": {"optim": "muon"}})["optim"] == "muon"

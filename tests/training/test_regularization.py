@@ -1,4 +1,4 @@
-"""The dropout and the decay of rows that a new run takes where none is given."""
+"""The decay of rows that a new run takes where none is given."""
 
 from __future__ import annotations
 
@@ -10,26 +10,6 @@ from run_folder.files import save_checkpoint
 from training.regularization import planned_passes
 
 LATEST = "rvq_4cb_latest.pt"
-
-
-@pytest.mark.parametrize(
-    ("words", "rate", "line"),
-    [
-        ("--epochs 2", 0.0, "passes are planned, and 30 are many"),
-        ("--epochs 40", 0.2, "passes are planned, and 30 are many"),
-        ("--epochs 40 --max-steps 5", 0.0, "passes are planned, and 30 are many"),
-        ("--epochs 40 --max-seconds 5", 0.0, "--max-seconds: give 0.2 for a run of 30 passes"),
-        ("--epochs 40 --depth-dropout 0.1", 0.1, None),
-        ("--epochs 40 --pattern parallel", 0.0, None),
-        ("--epochs 40 --dropout 0", 0.0, None),
-    ],
-)
-def test_a_new_run_takes_it_from_the_passes_it_plans(words, rate, line, tunes, tmp_path, capsys):
-    run = make_run("--data", tunes, "--save_dir", tmp_path, *words.split())
-    assert run.flags.depth_dropout == run.state.model.config.depth_dropout == rate
-    said = [text for text in capsys.readouterr().out.splitlines() if "dropout" in text]
-    assert len(said) == (line is not None)
-    assert line is None or line in said[0]
 
 
 def test_planned_passes_are_those_that_the_run_counts(tunes, tmp_path):
@@ -61,12 +41,15 @@ def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(tunes, tmp
 
 def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path):
     flags = ("--data", tunes, "--save_dir", tmp_path)
-    train(*flags, "--epochs", "40", stop_at=2)
-    assert load_checkpoint(tmp_path / LATEST)["flags"]["depth_dropout"] == 0.2
-    assert make_run(*flags, "--epochs", "2").state.model.config.depth_dropout == 0.2
-    old = load_checkpoint(tmp_path / LATEST)
-    del old["flags"]["depth_dropout"], old["architecture"]["depth_dropout"]
-    del old["architecture"]["embed_fall"]
-    save_checkpoint(old, tmp_path / LATEST)
+    train(*flags, "--epochs", "40", "--depth-dropout", "0.2", stop_at=2)
+    saved = load_checkpoint(tmp_path / LATEST)
+    assert saved["flags"]["row_decay"] > 0
+    resumed = make_run(*flags, "--epochs", "2")
+    assert resumed.flags.row_decay == saved["flags"]["row_decay"]
+    assert resumed.state.model.config.depth_dropout == 0.2
+    del saved["flags"]["depth_dropout"], saved["architecture"]["depth_dropout"]
+    del saved["architecture"]["embed_fall"], saved["flags"]["row_decay"]
+    save_checkpoint(saved, tmp_path / LATEST)
     run = make_run(*flags)
     assert (run.flags.depth_dropout, run.state.model.config.embed_fall) == (0.0, 0.0)
+    assert run.flags.row_decay == 0.0
