@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from kit.npq_bytes import put
 from kit.trainer import make_run, train
 
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
+from sound.corpus import shifted_name
 from training.regularization import planned_passes
 
 LATEST = "rvq_4cb_latest.pt"
@@ -37,6 +39,27 @@ def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(tunes, tmp
         (["--row-decay", "3"], 3.0),
     ):
         assert make_run(*flags, *words).flags.row_decay == decay, words
+
+
+def test_shifted_encodings_lengthen_the_memory_and_validation_has_none(tunes, tmp_path):
+    for path in sorted(tunes.glob("*.npq")):
+        for part in range(3):
+            put(tmp_path / shifted_name(path.name, part, 3), path.read_bytes())
+    flags = (
+        "--epochs",
+        "60",
+        "--batch",
+        "1",
+        "--accum",
+        "1",
+        "--save_dir",
+        tmp_path / "run",
+        "--data",
+    )
+    alone, shifted = make_run(*flags, tunes), make_run(*flags, tmp_path)
+    assert alone.flags.row_decay == pytest.approx(3 * shifted.flags.row_decay, rel=0.01)
+    assert len(shifted.train_windows) == len(alone.train_windows)
+    assert (len(shifted.train_windows.tables), len(shifted.val_windows.tables)) == (3, 1)
 
 
 def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path):
