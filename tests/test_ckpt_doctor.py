@@ -117,6 +117,17 @@ def test_a_healthy_run_is_healthy_and_left_as_it_was(healthy_run, tmp_path):
     assert digest(healthy_run) == before
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_run_whose_rows_forget_is_healthy(optim, tunes, tmp_path):
+    """In ten steps, the shortest memory: their moments do not tell where they went."""
+    rate = 3e-4 * (25 if optim == "muon" else 1)
+    flags = ("--epochs", 8, "--archive-every", 1, "--step", 4, "--optim", optim)
+    flags += ("--pattern", "parallel", "--row-decay", 0.1 / rate, "--save_dir", tmp_path / "run")
+    code, output = run_trainer(*TINY, "--data", tunes, *flags)
+    assert code == 0, output
+    assert run_doctor(tmp_path / "run").returncode == ExitCode.HEALTHY
+
+
 def test_the_printed_command_is_what_a_shell_takes_whatever_the_folder_is_called(good, tmp_path):
     folder = tmp_path / "two\nlines 'and' \udcff"
     folder.mkdir()

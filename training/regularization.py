@@ -18,6 +18,7 @@ from training.planning import DEFAULT_EFFECTIVE_BATCH
 
 ROW_MEMORY = 1.0  # passes in which what a row learns beside its vector is forgotten, but for 1 / e
 BARE_ROW_MEMORY = 6.0  # ... and without vectors, times codes a parameter: such rows know all
+BARE_FRAMES = 30_000  # six minutes; of less music rows without vectors keep all that they learn
 STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
 
 
@@ -47,6 +48,8 @@ def settle_row_decay(
         return []
     passes = ROW_MEMORY
     if not model.config.code_features:
+        if windows.frames < BARE_FRAMES:
+            return []
         codes = windows.frames * windows.num_codebooks
         passes = BARE_ROW_MEMORY * codes / model.num_parameters()
     passes *= len(windows.tables)  # a pass over each shifted encoding, which has other codes

@@ -277,6 +277,7 @@ class _Cosine(NamedTuple):
         return self.mean < -0.1 and -self.mean * self.z > 8
 
 
+DECAYED = 0.2  # share of a tensor that decays within the average's span
 ORTHOGONAL = 0.65  # cosine between Muon's momentum and what orthogonalising makes of it
 
 
@@ -284,6 +285,15 @@ def _usual_cosine(p: Parameter, span: float) -> float:
     """The cosine for noise: the share of the newest updates, which are similar, in the span."""
     alike = math.sqrt(min(1.0, p.noise_steps / span))
     return alike * ORTHOGONAL if p.optimizer == "Muon" else alike
+
+
+def _moved_by_gradients(run: ExaminedRun, s: Summary, span: float) -> list[Parameter]:
+    """Tensors whose way to the average is a sum of updates: decay takes little within the span.
+
+    Where it takes much, its pull and the updates balance, and neither tells where a tensor went.
+    """
+    lr = _ema_lr(run, s, span)
+    return [p for p in s.measurable if not lr * p.lr_factor * p.decay * span > DECAYED]
 
 
 def _cosine(run: ExaminedRun, s: Summary, method: str = "") -> _Cosine | None:
@@ -294,12 +304,12 @@ def _cosine(run: ExaminedRun, s: Summary, method: str = "") -> _Cosine | None:
     span = _ema_span(s)
     if math.isnan(span):
         return None
+    lr = s.optimizer.get("lr", 0.0)
     measured = [
         (p.update_cos, _usual_cosine(p, span), math.sqrt(p.numel))
-        for p in s.measurable
+        for p in _moved_by_gradients(run, s, span)
         if math.isfinite(p.update_cos) and method in ("", p.optimizer)
     ]
-    lr = s.optimizer.get("lr", 0.0)
     if len(measured) < 3 or not lr > 0.12 * _ema_lr(run, s, span):
         return None
     expected = sum(usual * root for _, usual, root in measured)
@@ -339,7 +349,7 @@ def _judge_direction(
         )
         yield in_file(s, "G3", text, cause=Cause.OPTIMIZER, **facts)
     elif now.mean > 0.25:
-        yield from _lost_directions(s, now.mean)
+        yield from _lost_directions(run, s, now.mean)
 
 
 def _method(s: Summary) -> str:
@@ -347,13 +357,14 @@ def _method(s: Summary) -> str:
     return str(s.optimizer.get("method") or "Adam")
 
 
-def _lost_directions(s: Summary, mean: float) -> Iterator[Finding]:
+def _lost_directions(run: ExaminedRun, s: Summary, mean: float) -> Iterator[Finding]:
     """Single tensors with moments of another tensor, where the moments of the others are right.
 
     Foreign moments have a cosine of 0 +- 1 / sqrt(n). Three such deviations are allowed for Muon,
     two for Adam, whose healthy tensors have as little as 0.13 of what is expected.
     """
-    measured, span = s.measurable, _ema_span(s)
+    span = _ema_span(s)
+    measured = _moved_by_gradients(run, s, span)
     expected = {p.name: mean * _usual_cosine(p, span) for p in measured}
     lost = []
     for p in measured:

@@ -277,7 +277,7 @@ def test_the_schedule_reaches_every_group(tunes, tmp_path):
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert rates[-1] == pytest.approx(1e-5)
     lrs = [g["lr"] for g in checkpoint["optimizer"]["param_groups"]]
-    assert lrs == pytest.approx([rates[-1] * f for f in (MUON_FACTOR, *[ADAMW_FACTOR] * 3)])
+    assert lrs == pytest.approx([rates[-1] * f for f in (MUON_FACTOR, ADAMW_FACTOR, ADAMW_FACTOR)])
 
 
 # --- runs ----------------------------------------------------------------------------------------

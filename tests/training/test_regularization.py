@@ -9,6 +9,7 @@ from kit.trainer import make_run, train
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
 from sound.corpus import shifted_name
+from training import regularization
 from training.regularization import planned_passes
 
 LATEST = "rvq_4cb_latest.pt"
@@ -23,8 +24,12 @@ def test_planned_passes_are_those_that_the_run_counts(tunes, tmp_path):
     assert planned_passes(run.flags, run.train_windows) == frames / run.train_windows.frames
 
 
-def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(tunes, tmp_path, capsys):
+def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(
+    tunes, tmp_path, capsys, monkeypatch
+):
     """Without vectors the memory is six passes for each code a parameter."""
+    assert make_run("--data", tunes, "--save_dir", tmp_path).flags.row_decay == 0, "little music"
+    monkeypatch.setattr(regularization, "BARE_FRAMES", 0)
     flags = ("--data", tunes, "--epochs", "40", "--save_dir", tmp_path)
     run = make_run(*flags)
     steps_a_pass = run.train_windows.frames / (run.windows_per_step * run.flags.ctx)
@@ -41,7 +46,10 @@ def test_rows_of_codes_forget_where_a_run_is_longer_than_their_memory(tunes, tmp
         assert make_run(*flags, *words).flags.row_decay == decay, words
 
 
-def test_shifted_encodings_lengthen_the_memory_and_validation_has_none(tunes, tmp_path):
+def test_shifted_encodings_lengthen_the_memory_and_validation_has_none(
+    tunes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(regularization, "BARE_FRAMES", 0)
     for path in sorted(tunes.glob("*.npq")):
         for part in range(3):
             put(tmp_path / shifted_name(path.name, part, 3), path.read_bytes())
@@ -62,7 +70,8 @@ def test_shifted_encodings_lengthen_the_memory_and_validation_has_none(tunes, tm
     assert (len(shifted.train_windows.tables), len(shifted.val_windows.tables)) == (3, 1)
 
 
-def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path):
+def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path, monkeypatch):
+    monkeypatch.setattr(regularization, "BARE_FRAMES", 0)
     flags = ("--data", tunes, "--save_dir", tmp_path)
     train(*flags, "--epochs", "40", "--depth-dropout", "0.2", stop_at=2)
     saved = load_checkpoint(tmp_path / LATEST)
