@@ -2,7 +2,7 @@
 
     python encode_npq.py music/ --out-dir npq_out             # and its folders
     python encode_npq.py "*.flac" --out-dir npq_out --stereo  # mid + side
-    python encode_npq.py music/ --out-dir npq_out --offsets 4 # of little music
+    python encode_npq.py music/ --out-dir npq_out --offsets 4 # 4 encodings
     python encode_npq.py npq_out --decode --out-dir wav_out   # back to .wav
     python encode_npq.py npq_out --info                       # headers, usage
 

@@ -17,7 +17,9 @@ from training.optimizer import ADAMW_FACTOR
 from training.planning import DEFAULT_EFFECTIVE_BATCH
 
 ROW_MEMORY = 1.0  # passes in which what a row learns beside its vector is forgotten, but for 1 / e
-BARE_ROW_MEMORY = 6.0  # ... and without vectors, times codes a parameter: such rows know all
+BARE_ROW_MEMORY = (
+    6.0  # ... and without vectors, times codes a parameter: they hold all that is known
+)
 BARE_FRAMES = 30_000  # six minutes; of less music rows without vectors keep all that they learn
 STRONGEST = 0.1  # share of a row that a step at the peak rate takes away at most
 
