@@ -205,11 +205,12 @@ class CodesTransformer(nn.Module):
             x = x + self.embed_labels(labels)
         x = F.dropout(x, self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(x.shape[1], device=codes.device))
+        first = None
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x, first = checkpoint(block, x, rope, first, use_reentrant=False)
             else:
-                x = block(x, rope)
+                x, first = block(x, rope, first)
         return self.norm(x)
 
     def embed_past(self, codes: Tensor) -> Tensor:
@@ -311,8 +312,9 @@ class CodesTransformer(nn.Module):
         x = self.embed_norm(x)
         if cache.added is not None:
             x = x + cache.added
+        first = None
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, rope, layer)
+            x, first = block(x, rope, first, layer)
         return self.norm(x[:, -1])
 
     def new_depth_cache(self, batch: int) -> KeyValueCache | None:
@@ -413,8 +415,9 @@ class DepthTransformer(nn.Module):
         lower = self.embed_norm(F.embedding(rows, self.embed.rows()))
         x = F.dropout(x + F.pad(lower, (0, 0, 1, 0)), self.config.dropout, self.training)
         rope = self.config.rope(torch.arange(k, device=codes.device))
+        first = None
         for block in self.blocks:
-            x = block(x, rope)
+            x, first = block(x, rope, first)
         return self.norm(x).transpose(0, 1)
 
     def inputs(self, states: Tensor) -> Tensor:
@@ -432,8 +435,9 @@ class DepthTransformer(nn.Module):
             rows = lower[:, -1:].clamp(min=0) + self.row_offset[k - 1]
             x = x + self.embed_norm(F.embedding(rows, self.embed.rows()))
         here = rope[0][k : k + 1], rope[1][k : k + 1]
+        first = None
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, here, layer)
+            x, first = block(x, here, first, layer)
         return self.norm(x[:, -1])
 
 
@@ -451,10 +455,16 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=NORM_EPS)
         self.mlp = SquaredReluMlp(config)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]; with a cache, x follows the cached positions."""
-        x = x + F.dropout(self.attn(self.norm1(x), rope, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+    def forward(
+        self, x: Tensor, rope: Rope, first: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map x [B, T, D] to [B, T, D], and see `Attention` for `first`, which goes on.
+
+        With a cache, x follows the cached positions.
+        """
+        update, first = self.attn(self.norm1(x), rope, first, cache)
+        x = x + F.dropout(update, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training), first
 
 
 class Attention(nn.Module):
@@ -462,11 +472,15 @@ class Attention(nn.Module):
 
     The normalisation bounds every attention logit by the product of the two gains times sqrt(C), so
     logits cannot diverge (QK-norm: Henry et al. 2020; Dehghani et al. 2023, section 3.2).
+
+    With `value_residual` the values are the mean of the block's own and the first block's: what
+    the codes are reaches the last block however often it was mixed (Zhou et al. 2024, "Value
+    Residual Learning", there with weights to learn).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.value_residual = config.heads, config.value_residual
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(config.channels, eps=NORM_EPS) if config.qk_norm else nn.Identity()
@@ -474,16 +488,26 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]; with a cache, attend to the cached positions as well."""
+    def forward(
+        self, x: Tensor, rope: Rope, first: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map x [B, T, D] to [B, T, D]; with a cache, attend to the cached positions as well.
+
+        `first` are the first block's values [B, H, T, C], which the first block, given None,
+        returns beside its result, and the others pass on; None without `value_residual`.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         v = v.contiguous()  # a view would keep the whole qkv product in memory until backward
+        if first is not None:
+            v = torch.lerp(v, first, 0.5)
+        elif self.value_residual:
+            first = v
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if cache is None:
             mixed = causal_attention(rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v)
         else:
             mixed = cache.attend(rotate(q, rope), rotate(k, rope), v, k)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(1, 2).flatten(2)), first
 
 
 class SquaredReluMlp(nn.Module):

@@ -140,8 +140,8 @@ def _probe_content(content: dict[str, Any], codes: np.ndarray) -> dict[str, Any]
         model.load_state_dict(weights)
         largest: list[float] = []
 
-        def note(_: Any, __: Any, output: Tensor, largest: list[float] = largest) -> None:
-            largest.append(float(output.abs().max().nan_to_num(math.inf)))
+        def note(_: Any, __: Any, output: Any, largest: list[float] = largest) -> None:
+            largest.append(float(output[0].abs().max().nan_to_num(math.inf)))
 
         hooks = [block.register_forward_hook(note) for block in model.blocks]
         found = _figures(lambda window: model(window[None])[0], windows)

@@ -36,6 +36,7 @@ class ModelConfig:
     mlp_ratio: int = 4
     rope_base: float = 10_000.0
     qk_norm: bool = True
+    value_residual: bool = False  # blocks attend to the mean of their own and the first's values
     pattern: str = "parallel"  # one of PATTERNS
     depth_layers: int = 1  # layers of the depth transformer, with pattern "depth" only
     depth_dropout: float = 0.0  # dropout of the depth transformer

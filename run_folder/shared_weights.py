@@ -341,6 +341,7 @@ FIELDS: dict[str, dict[str, tuple[str, Accepts]]] = {
         "depth_dropout": _real(0, 1),
         "rope_base": _real(1, 1e12),
         "qk_norm": SWITCH,
+        "value_residual": SWITCH,
         "embed_fall": _real(0, 10),
         "code_features": _whole(0),
         "pattern": ("a name", lambda x: type(x) is str),

@@ -115,9 +115,11 @@ def test_dropout_in_depth_is_of_training_and_of_depth_alone():
         dataclasses.replace(CONFIG, depth_dropout=1.5)
 
 
-def test_logits_match_a_slow_reference():
+@pytest.mark.parametrize("value_residual", [True, False])
+def test_logits_match_a_slow_reference(value_residual):
     """Loops over frames, codebooks and heads, in float64, against the vectorised forward."""
-    model, codes = make_model().eval().double(), make_codes()
+    config = dataclasses.replace(CONFIG, value_residual=value_residual)
+    model, codes = make_model(config).eval().double(), make_codes()
     w = dict(model.named_parameters())
     b, t, k = codes.shape
     d, heads = CONFIG.d_model, CONFIG.heads
@@ -143,6 +145,10 @@ def test_logits_match_a_slow_reference():
         for layer in range(CONFIG.layers):
             p = f"blocks.{layer}."
             qkv = norm(x, w[p + "norm1.weight"]) @ w[p + "attn.qkv.weight"].T
+            if value_residual and layer == 0:
+                first = qkv[:, 2 * d :].clone()
+            elif value_residual:
+                qkv[:, 2 * d :] = (qkv[:, 2 * d :] + first) / 2
             mixed = torch.zeros(t, d, dtype=torch.float64)
             for h in range(heads):
                 q, key, v = (qkv[:, part * d + h * c : part * d + (h + 1) * c] for part in range(3))

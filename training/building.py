@@ -74,6 +74,7 @@ def pick_architecture(
                 depth_dropout=flags.depth_dropout,
                 pattern=flags.pattern,
                 embed_fall=EMBED_FALL,
+                value_residual=True,
                 labels=labels,
                 code_features=code_features,
             )

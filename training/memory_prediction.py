@@ -260,8 +260,8 @@ class _CudaKernels(TorchFunctionMode):
 def _recompute_on(model: CodesTransformer, device: str) -> None:
     """Enter `_CudaKernels` in each block: --grad-checkpoint recomputes blocks outside all modes."""
 
-    def with_kernels(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any) -> Tensor:
+    def with_kernels(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
             with _CudaKernels(device):
                 return forward(*args)
 

@@ -6,7 +6,7 @@ import torch
 
 from model import CodesTransformer, ModelConfig
 
-CONFIG = ModelConfig((16, 16, 16), d_model=32, layers=2, heads=2, dropout=0.0)
+CONFIG = ModelConfig((16, 16, 16), d_model=32, layers=2, heads=2, dropout=0.0, value_residual=True)
 
 
 def make_model(config: ModelConfig = CONFIG, **options: bool) -> CodesTransformer:

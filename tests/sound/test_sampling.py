@@ -42,6 +42,9 @@ def banded_reference(model: CodesTransformer, codes: torch.Tensor, ctx: int) -> 
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, config.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if block is model.blocks[0]:
+            first = v
+        v = (v + first) / 2  # of the first block: its own
         q, k = attn.q_norm(q), attn.k_norm(k)
         mixed = torch.empty_like(q)
         for p in range(length):
