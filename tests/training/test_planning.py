@@ -96,7 +96,8 @@ def test_no_gradients_lie_there_in_forward_without_accumulation():
 
 def test_cudas_attention_keeps_nothing_of_the_square_and_the_cpus_does():
     def activations(device: str, ctx: int) -> int:
-        return predict(device, f"--ctx {ctx} --batch {2**13 // ctx}").parts["activations"]
+        words = f"--amp-dtype bf16 --ctx {ctx} --batch {2**13 // ctx}"
+        return predict(device, words).parts["activations"]
 
     assert activations("cuda", 2048) == pytest.approx(activations("cuda", 256), rel=0.02)
     assert activations("cpu", 2048) > 1.5 * activations("cpu", 256)

@@ -78,10 +78,13 @@ def test_a_resume_keeps_it_and_an_older_run_goes_on_without(tunes, tmp_path, mon
     assert saved["flags"]["row_decay"] > 0
     resumed = make_run(*flags, "--epochs", "2")
     assert resumed.flags.row_decay == saved["flags"]["row_decay"]
-    assert resumed.state.model.config.depth_dropout == 0.2
+    config = resumed.state.model.config
+    assert (config.depth_dropout, config.value_residual) == (0.2, True)
     del saved["flags"]["depth_dropout"], saved["architecture"]["depth_dropout"]
-    del saved["architecture"]["embed_fall"], saved["flags"]["row_decay"]
+    del saved["architecture"]["embed_fall"], saved["architecture"]["value_residual"]
+    del saved["flags"]["row_decay"]
     save_checkpoint(saved, tmp_path / LATEST)
     run = make_run(*flags)
-    assert (run.flags.depth_dropout, run.state.model.config.embed_fall) == (0.0, 0.0)
-    assert run.flags.row_decay == 0.0
+    assert (run.flags.depth_dropout, run.flags.row_decay) == (0.0, 0.0)
+    assert not run.state.model.config.embed_fall
+    assert not run.state.model.config.value_residual
