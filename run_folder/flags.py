@@ -195,9 +195,10 @@ add = in_group("speed")
 add("--device", scope="machine", metavar="NAME",
     help="cuda, cuda:1, mps or cpu; default: the best device present")
 add("--amp", scope="run", action=SWITCH, default=True, help="mixed precision")
-add("--amp-dtype", scope="run", is_settled=True, choices=("auto", "bf16", "fp16"), default="auto",
+add("--amp-dtype", scope="run", is_settled=True, default="auto",
+    choices=("auto", "bf16", "fp16", "float32"),
     help="dtype of mixed precision; auto: bf16 if the device is fast in it, else fp16, on a CPU "
-         "float32")
+         "float32, which is the same as --no-amp")
 add("--compile", scope="machine", action=SWITCH, help="use torch.compile; default: on CUDA only")
 add("--compile-mode", scope="machine", choices=("default", "reduce-overhead", "max-autotune"),
     default="default",

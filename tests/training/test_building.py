@@ -12,11 +12,18 @@ from kit.checkpoints import assert_same_tensors, comparable
 from kit.trainer import TINY, make_run, rows, train
 
 import train_rvq
+from cli.device import PRECISIONS
 from run_folder.checkpoint import load_checkpoint
 from run_folder.shared_weights import export_weights, load_parts
-from training.building import plan_of
+from training.building import pick_amp_dtype, plan_of
 
 FOLDERS = ("--labels", "folders")
+
+
+def test_every_precision_that_a_run_can_save_is_one_that_a_command_can_give():
+    for name in PRECISIONS:
+        flags = train_rvq.parse_flags(["--amp-dtype", name])[0]
+        assert pick_amp_dtype(flags, torch.device("cpu")) is PRECISIONS[name]
 
 
 def test_every_window_has_the_label_of_its_file(halves, tmp_path):

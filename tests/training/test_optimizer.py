@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample_rvq
 import train_rvq
 import training.optimizer
+from cli.device import fast_precision
 from model import PATTERNS, CodesTransformer, ModelConfig
 from run_folder.checkpoint import load_checkpoint
 from run_folder.files import save_checkpoint
@@ -155,7 +156,8 @@ def test_muon_moves_every_direction_by_its_factor_and_adamw_every_element():
 
 def test_stacks_of_matrices_move_as_torchs_muon_moves_each(monkeypatch):
     """Bit for bit over steps, in whole stacks, in parts of them and without some gradients; as
-    long as every step of the iteration takes the Gram matrix of its own matrix, as torch's does."""
+    long as every step of the iteration takes the Gram matrix of its own matrix, as torch's does.
+    On a processor that is not fast in bf16 its batched products round differently."""
     monkeypatch.setattr(training.optimizer, "STACK", 2 * 32 * 96)
     monkeypatch.setattr(training.optimizer, "AT_ONCE", 1)
     model, other = make_model("depth"), make_model("depth")
@@ -168,7 +170,10 @@ def test_stacks_of_matrices_move_as_torchs_muon_moves_each(monkeypatch):
             made.blocks[1].attn.out.weight.grad = None
         ours.step()
         theirs.step()
-    assert_same_tensors(dict(model.state_dict()), dict(other.state_dict()))
+    if fast_precision(torch.device("cpu")) == "bf16":
+        assert_same_tensors(dict(model.state_dict()), dict(other.state_dict()))
+    for name, weight in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=3e-4)
     assert_same_tensors(ours.state_dict(), theirs.state_dict())
 
 
