@@ -173,7 +173,7 @@ def test_stacks_of_matrices_move_as_torchs_muon_moves_each(monkeypatch):
     if fast_precision(torch.device("cpu")) == "bf16":
         assert_same_tensors(dict(model.state_dict()), dict(other.state_dict()))
     for name, weight in other.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=3e-4)
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-3)
     assert_same_tensors(ours.state_dict(), theirs.state_dict())
 
 
